@@ -1,0 +1,39 @@
+"""The one place that knows where Lightning lives: ``lightning``, or ``pytorch_lightning`` where only that is installed."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING or find_spec("lightning") is not None:
+    import lightning.pytorch as pl
+    from lightning.fabric.utilities.apply_func import move_data_to_device
+    from lightning.pytorch.callbacks import Callback
+    from lightning.pytorch.plugins.precision import Precision
+    from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy, StrategyRegistry
+    from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+else:
+    import pytorch_lightning as pl
+    from lightning_fabric.utilities.apply_func import move_data_to_device
+    from pytorch_lightning.callbacks import Callback
+    from pytorch_lightning.plugins.precision import Precision
+    from pytorch_lightning.strategies import SingleDeviceStrategy, Strategy, StrategyRegistry
+    from pytorch_lightning.trainer.connectors.logger_connector.result import _ResultCollection
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+    from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+__all__ = [
+    "Callback",
+    "MisconfigurationException",
+    "Precision",
+    "SingleDeviceStrategy",
+    "Strategy",
+    "StrategyRegistry",
+    "_ResultCollection",
+    "move_data_to_device",
+    "pl",
+    "rank_zero_info",
+    "rank_zero_warn",
+]

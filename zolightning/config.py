@@ -1,0 +1,123 @@
+"""What a user can set, and how it becomes the pieces of a step."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+
+from .estimators import SPSA, Estimator, PerExampleSPSA
+from .noise import Distribution, Gaussian, Rademacher
+from .shaping import Chain, Clip, Normalize, Shaping
+from .space import Select
+
+ESTIMATORS: dict[str, type[Estimator]] = {"spsa": SPSA, "per_example": PerExampleSPSA}
+DISTRIBUTIONS: dict[str, type[Distribution]] = {"rademacher": Rademacher, "gaussian": Gaussian}
+
+EPS_BY_DTYPE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 3e-3, torch.float16: 3e-3}
+"""eps where the recipe leaves it open: bfloat16 forwards need the larger one (the projected gradient's correlation with
+float32's is 0.97 at 1e-3 and 0.99 at 3e-3)."""
+
+
+@dataclass(frozen=True)
+class ZOConfig:
+    """A ZO method: a value composed of pieces. Named ones are in :mod:`zolightning.recipes`."""
+
+    estimator: str | Estimator = "per_example"
+    """'spsa' (two-point, one direction for the batch), 'per_example' (a direction for each example where the module has a
+    per-example objective, else as 'spsa'), or an :class:`~zolightning.estimators.Estimator`."""
+
+    eps: float | None = None
+    """Perturbation scale, > 0. None: from the dtype that the forward runs in, see :data:`EPS_BY_DTYPE`."""
+
+    num_queries: int = 1
+    """Directions per step (per example for 'per_example'), >= 1. Forward passes grow with it."""
+
+    noise: str | Distribution = "rademacher"
+    """'rademacher' (±1), 'gaussian', or a :class:`~zolightning.noise.Distribution`."""
+
+    select: Select = "middle"
+    """Which trainable parameters are perturbed and updated: 'all', 'middle', 'first:K', 'last:K', 'blocks:I-J',
+    're:PATTERN', or a function (name, parameter) -> bool."""
+
+    structure: Literal["auto", "dense", "rank1"] = "auto"
+    """'dense': z of the weight's shape. 'rank1': z = u vᵀ on the matrices of linear layers. 'auto': 'rank1' for
+    'per_example' where it can run and linear layers hold nearly all selected weights, else 'dense'."""
+
+    normalize: bool = True
+    """Divide g by its running RMS, so that lr is the RMS change per weight and step. False: the paper's plain lr."""
+
+    normalize_beta: float = 0.9
+    """Decay of that running RMS, in [0, 1)."""
+
+    clip: float | None = None
+    """Largest |g| before normalising, > 0; None: no clip beyond the Trainer's gradient_clip_val."""
+
+    lr: float | None = None
+    """Learning rate in place of the module's own; its schedule keeps its shape. None: the module's."""
+
+    optimizer: Literal["module", "sgd"] = "module"
+    """'module': the optimizer that configure_optimizers returns. 'sgd': plain SGD with its parameter groups, no state."""
+
+    seed: int | None = None
+    """Seed of the perturbations. None: PyTorch's (``seed_everything``)."""
+
+    max_skips: int = 20
+    """Stop with an error after this many steps in a row without a finite projected gradient, >= 1."""
+
+    def __post_init__(self) -> None:
+        _one_of("estimator", self.estimator, ESTIMATORS, Estimator)
+        _one_of("noise", self.noise, DISTRIBUTIONS, Distribution)
+        _one_of("structure", self.structure, ("auto", "dense", "rank1"))
+        _one_of("optimizer", self.optimizer, ("module", "sgd"))
+        if self.eps is not None and not self.eps > 0:
+            raise ValueError(f"`eps` must be > 0, got {self.eps}")
+        if self.num_queries < 1:
+            raise ValueError(f"`num_queries` must be >= 1, got {self.num_queries}")
+        if self.lr is not None and not self.lr >= 0:
+            raise ValueError(f"`lr` must be >= 0, got {self.lr}")
+        if self.max_skips < 1:
+            raise ValueError(f"`max_skips` must be >= 1, got {self.max_skips}")
+        self.build_shaping()  # its pieces check the rest
+
+    def override(self, **changes: Any) -> ZOConfig:
+        """This config with some fields changed; TypeError with the closest name for an unknown one."""
+        known = [f.name for f in fields(self)]
+        for name in changes:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean `{close[0]}`?" if close else f"; there are {', '.join(known)}"
+                raise TypeError(f"`{name}` is not a setting of ZOStrategy{hint}")
+        return replace(self, **changes)
+
+    def build_estimator(self, dtype: torch.dtype) -> Estimator:
+        """The estimator for forwards that run in ``dtype``."""
+        if isinstance(self.estimator, Estimator):
+            return self.estimator
+        eps = EPS_BY_DTYPE[dtype] if self.eps is None else self.eps
+        return ESTIMATORS[self.estimator](eps, self.num_queries)
+
+    def build_distribution(self) -> Distribution:
+        return self.noise if isinstance(self.noise, Distribution) else DISTRIBUTIONS[self.noise]()
+
+    def build_shaping(self) -> Shaping:
+        links: list[Shaping] = []
+        if self.clip is not None:
+            links.append(Clip(self.clip))
+        if self.normalize:
+            links.append(Normalize(self.normalize_beta))
+        return Chain(*links)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for loggers and checkpoints."""
+        return {k: v if isinstance(v, (int, float, str, type(None))) else repr(v) for k, v in asdict(self).items()}
+
+
+def _one_of(name: str, value: Any, allowed: Any, kind: type | tuple[()] = ()) -> None:
+    if isinstance(value, kind) or (isinstance(value, str) and value in allowed):
+        return
+    close = difflib.get_close_matches(str(value), list(allowed), 1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"`{name}={value!r}` is unknown; allowed: {', '.join(map(repr, allowed))}{hint}")

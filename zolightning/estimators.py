@@ -1,0 +1,108 @@
+"""How loss values at perturbed weights become (key, projected gradient) pairs."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+
+from .space import View
+from .types import CENTRAL, Estimate, Key, Objective, Stencil, Term
+
+
+class Estimator(ABC):
+    r"""Estimates :math:`\nabla L` as the mean of :math:`g_k z(\mathrm{key}_k)` over its queries.
+
+    Args:
+        eps: perturbation scale, > 0.
+        num_queries: directions per step, >= 1.
+    """
+
+    def __init__(self, eps: float, num_queries: int = 1) -> None:
+        name = type(self).__name__
+        if not (math.isfinite(eps) and eps > 0):
+            raise ValueError(f"`{name}(eps=...)` must be a finite number > 0, got {eps}")
+        if num_queries < 1 or int(num_queries) != num_queries:
+            raise ValueError(f"`{name}(num_queries=...)` must be a whole number >= 1, got {num_queries}")
+        self.eps, self.num_queries = float(eps), int(num_queries)
+
+    @abstractmethod
+    def __call__(self, objective: Objective, view: View, key: Key) -> Estimate:
+        """Probe the objective through the view. ``key.query`` is the first query number that is free."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(eps={self.eps}, num_queries={self.num_queries})"
+
+
+class SPSA(Estimator):
+    r"""Two-point simultaneous perturbation, one direction for the whole batch, q queries:
+
+    .. math:: g_k = \frac{L(\theta + \epsilon z_k) - L(\theta - \epsilon z_k)}{2\epsilon}, \qquad
+              \hat g = \frac1q \sum_k g_k z_k
+
+    Spall 1992; MeZO, arXiv:2305.17333. With ``stencil=FORWARD`` one-sided: q + 1 forwards instead of 2q.
+
+    Args:
+        eps: perturbation scale, > 0; about 1e-3 in float32, 3e-3 where the forward runs in bfloat16.
+        num_queries: q >= 1; cost grows with q, variance falls as 1/q.
+        stencil: where to probe, :data:`~zolightning.types.CENTRAL` or :data:`~zolightning.types.FORWARD`.
+    """
+
+    def __init__(self, eps: float, num_queries: int = 1, stencil: Stencil = CENTRAL) -> None:
+        super().__init__(eps, num_queries)
+        self.stencil = stencil
+
+    def __call__(self, objective: Objective, view: View, key: Key) -> Estimate:
+        terms, losses = [], []
+        ties = 0
+        base: float | None = None
+        for query in range(self.num_queries):
+            direction = key._replace(query=query)
+            values = []
+            for offset in self.stencil.offsets:
+                if offset == 0.0 and base is not None:
+                    values.append(base)
+                    continue
+                with view.along(direction, offset * self.eps):
+                    value = objective()
+                losses.append(value)
+                values.append(value)
+                if offset == 0.0:
+                    base = value
+            g = math.fsum(w * v for w, v in zip(self.stencil.weights, values, strict=True)) / self.eps
+            terms.append(Term(direction, g))
+            ties += g == 0.0
+        return Estimate(tuple(terms), tuple(losses), len(losses), ties)
+
+
+class PerExampleSPSA(Estimator):
+    r"""A direction for every example, both probes of all examples in one batch:
+
+    .. math:: g_i = \frac{\ell_i(\theta + \epsilon z_i) - \ell_i(\theta - \epsilon z_i)}{2\epsilon}, \qquad
+              \hat g = \frac1B \sum_i g_i z_i
+
+    B directions for the price of one two-point step; the rank-1 :math:`z_i = u_i v_i^\top` act on activations, so the
+    weights are not touched by the probes. Needs the module's per-example losses (``ZOMixin.zo_objective``) and rank-1
+    leaves; without them it is :class:`SPSA` with a direction shared by the batch and two forwards. After GRZO.
+
+    Args:
+        eps: perturbation scale, > 0.
+        num_queries: directions per example; the batch grows with it.
+    """
+
+    def __call__(self, objective: Objective, view: View, key: Key) -> Estimate:
+        count = objective.examples if view.per_example else None
+        if count is None:
+            return SPSA(self.eps, self.num_queries)(objective, view, key)
+        first = key.query
+        directions = count * self.num_queries
+        queries = torch.arange(first, first + directions)
+        offsets = torch.cat((torch.full((directions,), self.eps), torch.full((directions,), -self.eps)))
+        with view.along_each(key, queries.repeat(2), offsets):
+            losses = objective.per_example(2 * self.num_queries)
+        plus, minus = losses.view(2, directions)
+        g = ((plus - minus) / (2 * self.eps)).tolist()
+        terms = tuple(Term(key._replace(query=first + i), v) for i, v in enumerate(g))
+        forwards = 2 * self.num_queries
+        return Estimate(terms, (plus.mean().item(), minus.mean().item()), forwards, sum(v == 0.0 for v in g))

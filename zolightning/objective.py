@@ -1,0 +1,143 @@
+"""From what the user's step returns to a double, or to one double for each example."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .isolation import Isolation, _Probes
+from .types import SkipStep
+
+
+class BatchObjective:
+    """The loss of one micro-batch wherever the view is: runs the user's code, and keeps its first output.
+
+    Args:
+        forward: batch → the user's output; called once a probe.
+        batch: the micro-batch.
+        probes: makes the forwards alike.
+        examples: the batch's size, when ``forward`` returns a loss per example.
+        extra: context of every forward but the first (nothing is logged twice).
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[Any], Any],
+        batch: Any,
+        probes: _Probes,
+        examples: int | None = None,
+        extra: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self._forward, self._batch, self._probes, self._extra = forward, batch, probes, extra
+        self.examples = examples
+        self.first: Any = None
+        self.dtype: torch.dtype | None = None
+
+    def __call__(self) -> float:
+        return loss_value(self._run(self._batch))
+
+    def per_example(self, copies: int) -> Tensor:
+        assert self.examples is not None
+        out = self._run(repeat_batch(self._batch, self.examples, copies))
+        expected = self.examples * copies
+        if not isinstance(out, Tensor) or out.shape != (expected,):
+            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(
+                f"zo_objective returned shape ({self.examples},) for a batch of {self.examples} examples, but {got} for the "
+                f"same batch repeated {copies} times; it must give ({expected},)"
+            )
+        return out.detach().double().cpu()
+
+    def _run(self, batch: Any) -> Any:
+        first = self._probes.count == 0
+        with self._probes.forward(), nullcontext() if first else self._extra():
+            out = self._forward(batch)
+        if first:
+            self.first = out
+            loss = out.get("loss") if isinstance(out, Mapping) else out
+            self.dtype = loss.dtype if isinstance(loss, Tensor) else None
+        return out
+
+
+def loss_value(out: Any) -> float:
+    """The loss in what a training step returned, as a Python double.
+
+    Raises:
+        SkipStep: it returned None.
+        TypeError, ValueError: not a number, a one-element tensor, a vector of per-example losses, or a dict with 'loss'.
+    """
+    if out is None:
+        raise SkipStep
+    if isinstance(out, Mapping):
+        if "loss" not in out:
+            raise ValueError(f"the training step returned a dict without 'loss'; its keys are {sorted(map(str, out))}")
+        return loss_value(out["loss"])
+    if isinstance(out, Tensor):
+        if out.is_complex() or out.dim() > 1 and out.numel() != 1 or out.numel() == 0:
+            raise ValueError(
+                f"the loss must be a real tensor with one element, or a vector of per-example losses; got {out.dtype} of "
+                f"shape {tuple(out.shape)}"
+            )
+        return out.detach().double().mean().item()
+    if isinstance(out, numbers.Real):
+        return float(out)
+    raise TypeError(
+        f"the loss must be a number, a tensor with one element, or a dict with 'loss'; got {type(out).__name__}"
+    )
+
+
+def batch_examples(batch: Any) -> int | None:
+    """The batch's size: dimension 0 of the first tensor in it, or None."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.dim() else None
+    for value in _children(batch):
+        size = batch_examples(value)
+        if size is not None:
+            return size
+    return None
+
+
+def repeat_batch(batch: Any, examples: int, copies: int) -> Any:
+    """The batch with every tensor, and every list of plain values, of ``examples`` entries repeated ``copies`` times."""
+    if isinstance(batch, Tensor):
+        if batch.dim() == 0 or batch.shape[0] != examples:
+            return batch
+        return batch.repeat(copies, *([1] * (batch.dim() - 1)))
+    if isinstance(batch, Mapping):
+        repeated = {k: repeat_batch(v, examples, copies) for k, v in batch.items()}
+        return repeated if type(batch) is dict else type(batch)(repeated)  # type: ignore[call-arg]
+    if isinstance(batch, (list, tuple)):
+        plain = not any(isinstance(v, (Tensor, Mapping, list, tuple)) for v in batch)
+        if plain:
+            return batch * copies if len(batch) == examples else batch
+        items = [repeat_batch(v, examples, copies) for v in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return replace(batch, **{f.name: repeat_batch(getattr(batch, f.name), examples, copies) for f in fields(batch)})
+    return batch
+
+
+def gives_per_example(forward: Callable[[Any], Any], batch: Any, isolation: Isolation) -> bool:
+    """Whether ``forward`` returns one loss for each example: tried once, without a trace."""
+    examples = batch_examples(batch)
+    if examples is None:
+        return False
+    with isolation.dry():
+        out = forward(batch)
+    return isinstance(out, Tensor) and out.shape == (examples,)
+
+
+def _children(batch: Any) -> list[Any]:
+    if isinstance(batch, Mapping):
+        return list(batch.values())
+    if isinstance(batch, (list, tuple)):
+        return list(batch)
+    if is_dataclass(batch) and not isinstance(batch, type):
+        return [getattr(batch, f.name) for f in fields(batch)]
+    return []

@@ -1,0 +1,37 @@
+"""Named methods: each a value composed of the pieces, with its paper and the paper's hyperparameters."""
+
+from __future__ import annotations
+
+from .config import ZOConfig, _one_of
+
+DEFAULT = ZOConfig()
+"""Rank-1 directions per example on the middle blocks, normalised steps: what trained best per second on the demo task.
+
+A module without a per-example objective (``ZOMixin``) gets dense two-point SPSA on the same blocks.
+"""
+
+SPSA = ZOConfig(estimator="spsa", select="all", structure="dense")
+"""Dense two-point SPSA on all weights with ±1 noise and normalised steps."""
+
+MEZO = ZOConfig(
+    estimator="spsa",
+    eps=1e-3,
+    noise="gaussian",
+    select="all",
+    structure="dense",
+    normalize=False,
+    lr=1e-6,
+    optimizer="sgd",
+)
+"""MeZO, Malladi et al. 2023, arXiv:2305.17333: θ ← θ − lr·g·z with Gaussian z on all weights.
+
+Hyperparameters of its OPT experiments: eps 1e-3, lr 1e-6 (or 1e-7) constant, batch 16, no momentum.
+"""
+
+RECIPES: dict[str, ZOConfig] = {"default": DEFAULT, "spsa": SPSA, "mezo": MEZO}
+
+
+def recipe(name: str) -> ZOConfig:
+    """The recipe of that name; ValueError with the closest name for an unknown one."""
+    _one_of("recipe", name, RECIPES)
+    return RECIPES[name]

@@ -1,0 +1,111 @@
+"""What happens to the projected gradients before the update: pure functions of (values, state)."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+State = dict[str, float]
+
+
+class Shaping(ABC):
+    """A transform of a step's projected gradients. The state is a flat dict of numbers, so a checkpoint can hold it."""
+
+    def init(self) -> State:
+        """State before the first step."""
+        return {}
+
+    @abstractmethod
+    def __call__(self, values: Sequence[float], state: State) -> tuple[list[float], State]:
+        """Shaped values, and the state after them."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in vars(self).items())})"
+
+
+class Clip(Shaping):
+    """g ← min(max(g, −limit), limit), as QZO does (arXiv:2505.13430).
+
+    Args:
+        limit: largest |g|, > 0.
+    """
+
+    def __init__(self, limit: float) -> None:
+        if not limit > 0:
+            raise ValueError(f"`Clip(limit=...)` must be > 0, got {limit}")
+        self.limit = float(limit)
+
+    def __call__(self, values: Sequence[float], state: State) -> tuple[list[float], State]:
+        return [min(max(v, -self.limit), self.limit) for v in values], state
+
+
+class Normalize(Shaping):
+    r"""Divides g by its running root mean square, so that lr is the RMS change per weight and step:
+
+    .. math:: v \leftarrow \beta v + (1-\beta)\,\tfrac1n\textstyle\sum_k g_k^2, \qquad
+              c_k = \sqrt n\, g_k / \sqrt{v / (1 - \beta^t)}
+
+    With unit-variance noise the mean of :math:`c_k z_k` then has RMS about 1, whatever the loss's scale, the number of
+    weights or of queries. One scalar of optimizer state, after MEAZO.
+
+    Args:
+        beta: decay of the second moment, in [0, 1).
+        floor: smallest RMS to divide by, in units of g, >= 0: bounds the step where most losses tie.
+    """
+
+    def __init__(self, beta: float = 0.9, floor: float = 0.0) -> None:
+        if not 0 <= beta < 1:
+            raise ValueError(f"`Normalize(beta=...)` must be in [0, 1), got {beta}")
+        if not floor >= 0:
+            raise ValueError(f"`Normalize(floor=...)` must be >= 0, got {floor}")
+        self.beta, self.floor = float(beta), float(floor)
+
+    def init(self) -> State:
+        return {"second_moment": 0.0, "decay": 1.0}
+
+    def __call__(self, values: Sequence[float], state: State) -> tuple[list[float], State]:
+        n = len(values)
+        mean_square = math.fsum(v * v for v in values) / n
+        second = self.beta * state["second_moment"] + (1 - self.beta) * mean_square
+        decay = self.beta * state["decay"]
+        rms = max(math.sqrt(second / (1 - decay)), self.floor)
+        scale = math.sqrt(n) / rms if rms > 0 else 0.0  # nothing but ties so far: no step
+        return [v * scale for v in values], {"second_moment": second, "decay": decay}
+
+
+class Chain(Shaping):
+    """Transforms one after another.
+
+    Args:
+        links: the transforms, first to last.
+    """
+
+    def __init__(self, *links: Shaping) -> None:
+        self.links = links
+
+    def init(self) -> State:
+        return {f"{i}.{k}": v for i, link in enumerate(self.links) for k, v in link.init().items()}
+
+    def __call__(self, values: Sequence[float], state: State) -> tuple[list[float], State]:
+        shaped, after = list(values), dict(state)
+        for i, link in enumerate(self.links):
+            own = {k.removeprefix(f"{i}."): v for k, v in after.items() if k.startswith(f"{i}.")}
+            shaped, own = link(shaped, own)
+            after.update({f"{i}.{k}": v for k, v in own.items()})
+        return shaped, after
+
+    def __repr__(self) -> str:
+        return f"Chain({', '.join(map(repr, self.links))})"
+
+
+def state_from(saved: dict[str, Any], shaping: Shaping) -> State:
+    """A checkpoint's state for ``shaping``; ValueError when it was written by another one."""
+    expected = shaping.init()
+    if set(saved) != set(expected):
+        raise ValueError(
+            f"the checkpoint holds shaping state {sorted(saved)}, but {shaping!r} needs {sorted(expected)}; resume with "
+            "the recipe that wrote it"
+        )
+    return {k: float(v) for k, v in saved.items()}

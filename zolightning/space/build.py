@@ -1,0 +1,95 @@
+"""From a module to the view that is searched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from torch import nn
+
+from ..noise import Distribution
+from .leaf import DenseLeaf, Leaf, Rank1Leaf
+from .select import Select, select
+from .view import View
+
+Structure = Literal["dense", "rank1"]
+
+
+def build_view(
+    root: nn.Module,
+    parameters: Iterable[nn.Parameter],
+    distribution: Distribution,
+    *,
+    select_spec: Select = "all",
+    structure: Structure = "dense",
+    compiled: bool = False,
+) -> View:
+    """The view of ``parameters`` that ``select_spec`` names, each a leaf of the given structure.
+
+    Args:
+        root: the module that owns the parameters; its order of all parameters numbers the leaves.
+        parameters: what the optimizer holds; those with requires_grad=False are left out.
+        distribution: noise of every leaf.
+        select_spec: see :func:`zolightning.space.select.select`.
+        structure: 'dense' z, or 'rank1' z = u vᵀ, which takes the weight matrices of linear layers only.
+        compiled: the root's steps themselves run as compiled code.
+
+    Raises:
+        ValueError: nothing to train, a parameter that is not the module's, or storage shared by two Parameters.
+    """
+    names = {id(p): (i, n) for i, (n, p) in enumerate(root.named_parameters())}
+    candidates: dict[str, nn.Parameter] = {}
+    for parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) not in names:
+            raise ValueError(
+                f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not one of the LightningModule's; "
+                "build the optimizer from self.parameters() after the module is complete"
+            )
+        candidates[names[id(parameter)][1]] = parameter
+    if not candidates:
+        raise ValueError(
+            "nothing to train: the optimizer holds no parameter with requires_grad=True; unfreeze some before `fit`"
+        )
+    _refuse_shared_storage(candidates)
+    chosen = select(root, select_spec, candidates)
+    if structure == "rank1":
+        linear = _linear_weights(root)
+        chosen = {n: p for n, p in chosen.items() if id(p) in linear}
+        if not chosen:
+            raise ValueError(
+                f"structure='rank1' perturbs the weight matrices of linear layers, and `select={select_spec!r}` holds none; "
+                "use structure='dense'"
+            )
+    leaf_type: type[Leaf] = Rank1Leaf if structure == "rank1" else DenseLeaf
+    leaves = [leaf_type(n, names[id(p)][0], p, distribution) for n, p in chosen.items()]
+    return View(root, sorted(leaves, key=lambda leaf: leaf.index), compiled=compiled)
+
+
+def _linear_weights(root: nn.Module) -> set[int]:
+    """Ids of parameters that only linear layers own (a head tied to an embedding is not one)."""
+    owners: dict[int, list[nn.Module]] = {}
+    for module in root.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module)
+    return {
+        key
+        for key, modules in owners.items()
+        if all(isinstance(m, nn.Linear) and id(m.weight) == key for m in modules)
+    }
+
+
+def _refuse_shared_storage(parameters: dict[str, nn.Parameter]) -> None:
+    """Tied weights are one Parameter object; two objects on one storage would be perturbed and updated twice."""
+    seen: dict[tuple[object, int], str] = {}
+    for name, parameter in parameters.items():
+        if not parameter.numel():
+            continue
+        place = (parameter.device, parameter.data_ptr())
+        if place in seen:
+            raise ValueError(
+                f"{seen[place]!r} and {name!r} are two Parameters on the same memory; tie them by assigning the same "
+                "Parameter object to both modules"
+            )
+        seen[place] = name

@@ -1,0 +1,211 @@
+"""One stored tensor, and how the coordinates of z become a perturbation of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..noise import Distribution, noise_sum, perturb, perturb_rows, pieces, sgd_, stochastic_round_, working_dtype
+from ..types import Key, Term
+
+HEAD_BLOCK = 1 << 23  # elements of a weight built at once: a vocabulary-sized head goes through in row blocks
+
+
+class Scratch:
+    """One reusable buffer for the perturbed weight of the operation that runs now."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised tensor, valid until the next call."""
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if self._buffer.numel() < size or self._buffer.device != device:
+            self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        return self._buffer[:size].view(dtype).view(shape)
+
+    def release(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+
+class Leaf(ABC):
+    """A trained tensor. Subclasses say what z is; reading and updating follow from it.
+
+    Args:
+        name: the parameter's name in the module, for messages and selections.
+        index: its place among *all* parameters of the module: the leaf word of the noise, so that freezing one
+            parameter never changes the noise of another.
+        parameter: the stored tensor; only ever read by a probe.
+        distribution: what z's coordinates are drawn from.
+    """
+
+    def __init__(self, name: str, index: int, parameter: nn.Parameter, distribution: Distribution) -> None:
+        self.name, self.index, self.parameter, self.distribution = name, index, parameter, distribution
+
+    @abstractmethod
+    def noise(self, terms: Sequence[Term], start: int, length: int) -> Tensor:
+        """Σ_k c_k z_k over elements ``start … start + length``, row-major, in the leaf's working dtype."""
+
+    def perturb_into(self, out: Tensor, terms: Sequence[Term], first_row: int = 0) -> None:
+        """out = cast(W[rows] + Σ_k c_k z_k): ``out`` is contiguous and holds whole rows from ``first_row`` on."""
+        weight = self.parameter.detach()
+        rows = weight[first_row : first_row + out.shape[0]] if weight.dim() else weight
+        offset = first_row * (weight[0].numel() if weight.dim() else 1)
+        flat = out.view(-1)
+        for start, piece in pieces(rows):
+            source = piece.to(working_dtype(piece.dtype)).reshape(-1)
+            flat[start : start + piece.numel()] = source + self.noise(terms, offset + start, piece.numel())
+
+    def perturbed(self, terms: Sequence[Term]) -> Tensor:
+        """W + Σ_k c_k z_k in the stored dtype, in new memory."""
+        out = torch.empty(self.parameter.shape, dtype=self.parameter.dtype, device=self.parameter.device)
+        self.perturb_into(out, terms)
+        return out
+
+    def gradient(self, terms: Sequence[Term]) -> Tensor:
+        """Σ_k c_k z_k of the parameter's shape, dense, in the working dtype: for optimizers that keep state."""
+        weight = self.parameter
+        out = torch.empty(weight.shape, dtype=working_dtype(weight.dtype), device=weight.device)
+        flat = out.view(-1)
+        for start, piece in pieces(out):
+            flat[start : start + piece.numel()] = self.noise(terms, start, piece.numel())
+        return out
+
+    def sgd_(self, terms: Sequence[Term], lr: float, weight_decay: float, key: Key) -> None:
+        """W ← W − lr·(Σ_k c_k z_k + weight_decay·W), in torch.optim.SGD's arithmetic, without extra memory.
+
+        Low-precision weights are updated in float32 and rounded stochastically by ``key``.
+        """
+        for start, piece in pieces(self.parameter.detach()):
+            step = self.noise(terms, start, piece.numel()).view(piece.shape)
+            exact = piece.to(working_dtype(piece.dtype))  # the piece itself where that is its dtype
+            if weight_decay:
+                step = step.add(exact, alpha=weight_decay)
+            exact = exact.add_(step, alpha=-lr)
+            if exact.dtype != piece.dtype:
+                stochastic_round_(piece, exact, key, self.index, start)
+
+    def linear(self, x: Tensor, bias: Tensor | None, terms: Sequence[Term], scratch: Scratch) -> Tensor:
+        """F.linear(x, W + Σ_k c_k z_k, bias), the weight built in scratch, in the dtype that the product runs in."""
+        weight = self.parameter
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(weight.device.type) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(weight.device.type)  # round once, as casting the perturbed weight would
+        rows = weight.shape[0] if weight.numel() <= HEAD_BLOCK else max(1, HEAD_BLOCK // weight.shape[1])
+        blocks = []
+        for row in range(0, weight.shape[0], rows):
+            shape = (min(rows, weight.shape[0] - row), weight.shape[1])
+            block = scratch.take(shape, dtype, weight.device)
+            self.perturb_into(block, terms, row)
+            blocks.append(F.linear(x, block, None if bias is None else bias[row : row + shape[0]]))
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
+
+    def rows(self, indices: Tensor, terms: Sequence[Term]) -> Tensor:
+        """(W + Σ_k c_k z_k)[indices]."""
+        return self.perturbed(terms)[indices]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {tuple(self.parameter.shape)}, {self.parameter.dtype})"
+
+
+class DenseLeaf(Leaf):
+    """z has the parameter's shape: the identity map."""
+
+    def noise(self, terms: Sequence[Term], start: int, length: int) -> Tensor:
+        weight = self.parameter
+        dtype = working_dtype(weight.dtype)
+        return noise_sum(self.distribution, terms, self.index, start, length, weight.device, dtype)
+
+    def perturb_into(self, out: Tensor, terms: Sequence[Term], first_row: int = 0) -> None:
+        weight = self.parameter.detach()
+        if not weight.is_contiguous():
+            return super().perturb_into(out, terms, first_row)
+        start = first_row * (weight[0].numel() if weight.dim() else 1)
+        source = weight.view(-1)[start : start + out.numel()]
+        perturb(out.view(-1), source, self.distribution, terms, self.index, start)
+
+    def sgd_(self, terms: Sequence[Term], lr: float, weight_decay: float, key: Key) -> None:
+        weight = self.parameter.detach()
+        if not weight.is_contiguous():
+            return super().sgd_(terms, lr, weight_decay, key)
+        sgd_(weight.view(-1), self.distribution, terms, self.index, 0, lr, weight_decay, key)
+
+    def rows(self, indices: Tensor, terms: Sequence[Term]) -> Tensor:
+        weight = self.parameter.detach()
+        if weight.dim() != 2 or not weight.is_contiguous():
+            return super().rows(indices, terms)
+        out = torch.empty(indices.numel(), weight.shape[1], dtype=weight.dtype, device=weight.device)
+        perturb_rows(out, weight, self.distribution, terms, self.index, indices.reshape(-1))
+        return out.view(*indices.shape, weight.shape[1])
+
+
+class Rank1Leaf(Leaf):
+    r"""A matrix with :math:`z = u v^\top`: out + in coordinates, applied to activations, the weight never copied.
+
+    A linear layer sees :math:`W x + \epsilon\,u\,(v^\top x)`, which costs two thin products instead of a sweep over W,
+    and lets every example of a batch have a direction of its own.
+    """
+
+    def __init__(self, name: str, index: int, parameter: nn.Parameter, distribution: Distribution) -> None:
+        if parameter.dim() != 2:
+            raise ValueError(f"a rank-1 leaf needs a matrix, got {name!r} of shape {tuple(parameter.shape)}")
+        super().__init__(name, index, parameter, distribution)
+
+    def factors(self, key: Key, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """u of shape (n, out) and v of shape (n, in), float32, for each of n queries of the key's step."""
+        out, into = self.parameter.shape
+        both = self.distribution.sample(key, self.index, torch.zeros_like(queries), out + into, queries)
+        return both[:, :out], both[:, out:]
+
+    def noise(self, terms: Sequence[Term], start: int, length: int) -> Tensor:
+        weight = self.parameter
+        width = weight.shape[1]
+        first, last = start // width, -(-(start + length) // width)
+        total = torch.zeros(last - first, width, dtype=working_dtype(weight.dtype), device=weight.device)
+        for step_terms in _by_step(terms):
+            queries = torch.tensor([t.key.query for t in step_terms], device=weight.device)
+            coefficients = torch.tensor([t.coefficient for t in step_terms], dtype=total.dtype, device=weight.device)
+            u, v = (f.to(total.dtype) for f in self.factors(step_terms[0].key, queries))
+            total.addmm_((u[:, first:last] * coefficients[:, None]).T, v)
+        return total.view(-1)[start - first * width :][:length]
+
+    def linear(self, x: Tensor, bias: Tensor | None, terms: Sequence[Term], scratch: Scratch) -> Tensor:
+        out = F.linear(x, self.parameter, bias)
+        flat_x, flat_out = x.reshape(1, -1, x.shape[-1]), out.view(1, -1, out.shape[-1])
+        for key, coefficient in terms:
+            self._add_rank1(flat_out, flat_x, key, torch.tensor([key.query]), torch.tensor([coefficient]))
+        return out
+
+    def linear_each(self, x: Tensor, bias: Tensor | None, key: Key, queries: Tensor, offsets: Tensor) -> Tensor:
+        """F.linear with example n of ``x`` (N, …, in) seeing W + offsets[n] · u vᵀ of query queries[n]."""
+        if x.dim() < 2 or x.shape[0] != queries.numel():
+            raise ValueError(
+                f"per-example directions need the inputs of {self.name!r} to hold the {queries.numel()} examples along "
+                f"dimension 0, got shape {tuple(x.shape)}; use ZOStrategy(estimator='spsa') for this model"
+            )
+        out = F.linear(x, self.parameter, bias)
+        flat_x, flat_out = x.reshape(x.shape[0], -1, x.shape[-1]), out.view(x.shape[0], -1, out.shape[-1])
+        self._add_rank1(flat_out, flat_x, key, queries, offsets)
+        return out
+
+    def _add_rank1(self, out: Tensor, x: Tensor, key: Key, queries: Tensor, offsets: Tensor) -> None:
+        """out[n] += offset[n] · (x[n] · v[n]) u[n], in place: the product's output is nobody else's yet."""
+        u, v = self.factors(key, queries.to(out.device))
+        u = u * offsets.to(u.device, u.dtype)[:, None]
+        inner = torch.matmul(x, v.to(x.dtype)[:, :, None])
+        out.baddbmm_(inner.to(out.dtype), u.to(out.dtype)[:, None, :])
+
+
+def _by_step(terms: Sequence[Term]) -> list[list[Term]]:
+    """Consecutive terms of one step together, since their factors are drawn in one go."""
+    groups: list[list[Term]] = []
+    for term in terms:
+        if groups and groups[-1][0].key[:2] == term.key[:2]:
+            groups[-1].append(term)
+        else:
+            groups.append([term])
+    return groups

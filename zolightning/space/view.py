@@ -1,0 +1,145 @@
+"""The space that is searched: the leaves, and the probes along their directions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..types import Key, Term
+from .leaf import Leaf, Rank1Leaf, Scratch
+from .probe import PerExample, Point, Probe, Shared
+
+
+class View:
+    """Some parameters of a module, perturbed together.
+
+    Args:
+        root: the module whose code runs in the probes.
+        leaves: what is perturbed and trained.
+        compiled: ``root`` itself runs as compiled code, which no function mode can see into.
+    """
+
+    def __init__(self, root: nn.Module, leaves: Sequence[Leaf], *, compiled: bool = False) -> None:
+        if not leaves:
+            raise ValueError("nothing to train: the view is empty; give at least one parameter with requires_grad=True")
+        self.root, self.leaves = root, tuple(leaves)
+        self._by_id = {id(leaf.parameter): leaf for leaf in leaves}
+        self._owners = [_owner(root, leaf) for leaf in leaves]
+        self._scratch = Scratch()
+        self._compiled_root = compiled
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look again which submodules run as compiled code."""
+        self._regions = [] if self._compiled_root else compiled_regions(self.root)
+        inside = {id(p) for region in self._regions for p in region.parameters()}
+        self._swapped = [leaf for leaf in self.leaves if self._compiled_root or id(leaf.parameter) in inside]
+
+    @property
+    def numel(self) -> int:
+        """Trained weights."""
+        return sum(leaf.parameter.numel() for leaf in self.leaves)
+
+    @property
+    def per_example(self) -> bool:
+        """Whether every example of a batch can have a direction of its own."""
+        return not self._swapped and all(isinstance(leaf, Rank1Leaf) for leaf in self.leaves)
+
+    @contextmanager
+    def along(self, key: Key, offset: float) -> Iterator[None]:
+        """Every read of a leaf gives θ + offset · z(key)."""
+        terms = (Term(key, offset),)
+        with ExitStack() as stack:
+            if self._swapped:
+                stack.enter_context(self._swap(terms))
+            if not self._compiled_root:
+                stack.enter_context(self._probe(Shared(terms)))
+            yield
+
+    @contextmanager
+    def along_each(self, key: Key, queries: Tensor, offsets: Tensor) -> Iterator[None]:
+        """Example n of the batch reads θ + offsets[n] · z(key with query queries[n])."""
+        with self._probe(PerExample(key, queries, offsets)):
+            yield
+
+    @contextmanager
+    def _probe(self, point: Point) -> Iterator[None]:
+        with ExitStack() as stack:
+            for region in self._regions:
+                stack.enter_context(_without_modes(region))
+            stack.enter_context(Probe(self._by_id, point, self._scratch))
+            yield
+
+    @contextmanager
+    def _swap(self, terms: Sequence[Term]) -> Iterator[None]:
+        """Compiled code reads ``.data``: point it at perturbed copies, and back, whatever happens."""
+        stored = [leaf.parameter.data for leaf in self._swapped]
+        try:
+            for leaf in self._swapped:
+                leaf.parameter.data = leaf.perturbed(terms)
+            yield
+        finally:
+            for leaf, data in zip(self._swapped, stored, strict=True):
+                leaf.parameter.data = data
+
+    def check(self) -> None:
+        """Raise RuntimeError when a parameter was replaced since the view was made."""
+        for leaf, (owner, attribute) in zip(self.leaves, self._owners, strict=True):
+            if owner._parameters.get(attribute) is not leaf.parameter:
+                raise RuntimeError(
+                    f"the parameter {leaf.name!r} was replaced or re-parameterised after training started; ZO would go on "
+                    "updating the old tensor. Change the module in `configure_model` or `setup`, before `fit` builds "
+                    "the optimizer."
+                )
+
+    def release(self) -> None:
+        """Give scratch memory back."""
+        self._scratch.release()
+
+    def __repr__(self) -> str:
+        return f"View({len(self.leaves)} leaves, {self.numel:,} weights)"
+
+
+def compiled_regions(root: nn.Module) -> list[nn.Module]:
+    """The outermost submodules that run as compiled code: torch.compile(module), module.compile(), TorchScript."""
+    regions: list[nn.Module] = []
+    inside: set[int] = set()
+    for module in root.modules():
+        opaque = (
+            isinstance(module, (torch._dynamo.OptimizedModule, torch.jit.ScriptModule))
+            or getattr(module, "_compiled_call_impl", None) is not None
+        )
+        if opaque and id(module) not in inside:
+            regions.append(module)
+            inside.update(id(m) for m in module.modules())
+    return regions
+
+
+@contextmanager
+def _without_modes(region: nn.Module) -> Iterator[None]:
+    """Call the region with function modes off: its weights are swapped, and a compiler must not trace the probe."""
+    attribute = "_compiled_call_impl" if getattr(region, "_compiled_call_impl", None) is not None else "forward"
+    original = getattr(region, attribute)
+
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return original(*args, **kwargs)
+
+    had_own = attribute in region.__dict__
+    object.__setattr__(region, attribute, plain)
+    try:
+        yield
+    finally:
+        if had_own:
+            object.__setattr__(region, attribute, original)
+        else:
+            object.__delattr__(region, attribute)
+
+
+def _owner(root: nn.Module, leaf: Leaf) -> tuple[nn.Module, str]:
+    path, _, attribute = leaf.name.rpartition(".")
+    return root.get_submodule(path), attribute

@@ -1,0 +1,76 @@
+"""One ZO step, apart from Lightning: collect the estimates of a window, shape them, hand out the record."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch.optim import Optimizer
+
+from .estimators import Estimator
+from .shaping import Shaping, State
+from .space import View
+from .types import Estimate, Key, Objective, StepRecord, Term
+
+
+def zo_step(objective: Objective, view: View, estimator: Estimator, key: Key) -> Estimate:
+    """The estimate of one micro-batch; the view's parameters must be those it was built with."""
+    view.check()
+    return estimator(objective, view, key)
+
+
+def merge(window: Sequence[Estimate]) -> Estimate:
+    """The mean over the micro-batches of an accumulation window.
+
+    Micro-batches share a step's directions, whose projected gradients are averaged; per-example directions differ, and
+    are listed one after another.
+    """
+    sums: dict[Key, list[float]] = {}
+    for estimate in window:
+        for key, g in estimate.terms:
+            sums.setdefault(key, []).append(g)
+    return Estimate(
+        terms=tuple(Term(key, math.fsum(gs) / len(gs)) for key, gs in sums.items()),
+        losses=tuple(loss for estimate in window for loss in estimate.losses),
+        forwards=sum(estimate.forwards for estimate in window),
+        ties=sum(estimate.ties for estimate in window),
+    )
+
+
+def finish(
+    estimate: Estimate, clipped: Sequence[float], shaping: Shaping, state: State, optimizer: Optimizer, step: int
+) -> tuple[StepRecord, State]:
+    """Shape the projected gradients and divide by their number: the record whose terms the optimizer applies.
+
+    Args:
+        estimate: the window's.
+        clipped: its coefficients after the Trainer's gradient clipping.
+        shaping: the recipe's.
+        state: the shaping's state before this step.
+        optimizer: for its learning rates.
+        step: optimizer steps taken so far.
+    """
+    raw = estimate.coefficients
+    skipped = ""
+    if not raw:
+        skipped = "training_step returned None"
+    elif not estimate.finite:
+        skipped = f"non-finite projected gradient ({next(g for g in raw if not math.isfinite(g))})"
+    terms: tuple[Term, ...] = ()
+    changed = 0
+    if not skipped:
+        shaped, state = shaping(clipped, state)
+        changed = sum(a != b for a, b in zip(raw, clipped, strict=True))
+        terms = tuple(Term(t.key, c / len(shaped)) for t, c in zip(estimate.terms, shaped, strict=True))
+    record = StepRecord(
+        step=step,
+        terms=terms,
+        raw=raw,
+        loss=estimate.loss,
+        lrs=tuple(float(g["lr"]) for g in optimizer.param_groups),
+        forwards=estimate.forwards,
+        ties=estimate.ties,
+        clipped=changed,
+        skipped=skipped,
+    )
+    return record, state

@@ -1,0 +1,121 @@
+"""The few values that flow through one step. A ZO gradient is never a vector: it is (key, coefficient) pairs."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class SkipStep(Exception):
+    """The user's step returned None: this micro-batch gives no estimate."""
+
+
+class Key(NamedTuple):
+    """The name of one perturbation: its noise is a pure function of this key, the leaf and the element.
+
+    Args:
+        seed: the run's seed, 64 bit.
+        step: the optimizer step, counted from 0.
+        query: which of the step's directions.
+    """
+
+    seed: int
+    step: int
+    query: int = 0
+
+
+class Term(NamedTuple):
+    """``coefficient * z(key)``: one summand of a perturbation or of an update."""
+
+    key: Key
+    coefficient: float
+
+
+class Stencil(NamedTuple):
+    r"""Where a directional derivative is probed: :math:`z\cdot\nabla f \approx \sum_i w_i f(\theta + o_i\,\epsilon z)/\epsilon`."""
+
+    offsets: tuple[float, ...]
+    weights: tuple[float, ...]
+
+
+CENTRAL = Stencil(offsets=(1.0, -1.0), weights=(0.5, -0.5))
+FORWARD = Stencil(offsets=(1.0, 0.0), weights=(1.0, -1.0))
+
+
+class Objective(Protocol):
+    """The loss of the current micro-batch at whatever point the view is at."""
+
+    def __call__(self) -> float:
+        """The mean loss, in double precision. Raises SkipStep when the user's step returned None."""
+
+    def per_example(self, copies: int) -> Tensor:
+        """Losses of shape (copies * examples,) of the batch repeated ``copies`` times, in float64, in one forward."""
+
+    @property
+    def examples(self) -> int | None:
+        """How many examples the micro-batch holds, or None when the module has no per-example objective."""
+
+
+class Estimate(NamedTuple):
+    r"""The estimated gradient :math:`\hat g = \sum_k c_k z(\mathrm{key}_k)` of one step.
+
+    Args:
+        terms: the (key, coefficient) pairs; coefficients are doubles.
+        losses: the mean loss of each probe, in the order they ran.
+        forwards: forward passes spent, counted in batches of the user's size.
+        ties: how many coefficients came out exactly 0 because both probes gave the same loss.
+    """
+
+    terms: tuple[Term, ...]
+    losses: tuple[float, ...]
+    forwards: int
+    ties: int = 0
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        return tuple(t.coefficient for t in self.terms)
+
+    @property
+    def loss(self) -> float:
+        """Mean loss over the probes, to second order in eps the loss at the unperturbed weights."""
+        return math.fsum(self.losses) / len(self.losses) if self.losses else math.nan
+
+    @property
+    def finite(self) -> bool:
+        return all(map(math.isfinite, self.coefficients))
+
+    def with_coefficients(self, coefficients: tuple[float, ...]) -> Estimate:
+        return self._replace(terms=tuple(Term(t.key, c) for t, c in zip(self.terms, coefficients, strict=True)))
+
+
+class StepRecord(NamedTuple):
+    """What one optimizer step did: enough to log it, and, with the base weights, to redo it.
+
+    Args:
+        step: optimizer steps taken before this one.
+        terms: the (key, coefficient) pairs handed to the optimizer; empty when the step was skipped.
+        raw: the projected gradients before shaping, one for each term.
+        loss: mean training loss over the probes of the window.
+        lrs: learning rate of each parameter group.
+        forwards: forward passes spent in the window.
+        ties: projected gradients that are exactly 0.
+        clipped: coefficients that a clip changed.
+        skipped: why no update was made ("" when one was).
+    """
+
+    step: int
+    terms: tuple[Term, ...]
+    raw: tuple[float, ...]
+    loss: float
+    lrs: tuple[float, ...]
+    forwards: int
+    ties: int
+    clipped: int
+    skipped: str = ""
+
+    @property
+    def projected_grad(self) -> float:
+        """Root mean square of the projected gradients: |g| when there is one query."""
+        return math.sqrt(math.fsum(g * g for g in self.raw) / len(self.raw)) if self.raw else math.nan

@@ -1,0 +1,120 @@
+"""Applying an estimate through the user's own optimizer, leaf by leaf: the dense gradient exists for one leaf at most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .noise import pieces, stochastic_round_, working_dtype
+from .space import Leaf, View
+from .types import Key, Term
+
+_SAMPLE = 4096  # elements of each leaf that the statistics look at
+
+
+class UpdateStats(NamedTuple):
+    """What an update changed, measured on the first elements of each leaf.
+
+    Args:
+        rms: root mean square of the realised change of a weight.
+        lost: share of the sampled weights that did not change.
+    """
+
+    rms: float
+    lost: float
+
+
+@torch.no_grad()
+def apply_update(
+    optimizer: Optimizer, view: View, terms: Sequence[Term], key: Key, *, measure: bool = False
+) -> UpdateStats | None:
+    r"""One optimizer step on :math:`\hat g = \sum_k c_k z_k`, with lr and weight decay read from the parameter groups now.
+
+    Plain SGD goes in place, piece by piece, in torch.optim.SGD's arithmetic. Any other optimizer steps one parameter at a
+    time, on that parameter's dense gradient: bit-identical to a step on all of them. Low-precision weights are updated
+    in float32 and rounded stochastically, so no update is lost on average.
+
+    Args:
+        optimizer: the user's; its state is created and kept as usual.
+        view: the leaves; parameters of the optimizer outside it are left alone.
+        terms: (key, coefficient) pairs of the estimate.
+        key: names the rounding bits of this step.
+        measure: also return :class:`UpdateStats`.
+    """
+    leaves = {id(leaf.parameter): leaf for leaf in view.leaves}
+    before = [_sample(leaf).clone() for leaf in view.leaves] if measure else []
+    plain = is_plain_sgd(optimizer)
+    for group in optimizer.param_groups:
+        for parameter in list(group["params"]):
+            leaf = leaves.get(id(parameter))
+            if leaf is None or not parameter.requires_grad:
+                continue
+            if plain:
+                sign = -1.0 if group["maximize"] else 1.0
+                signed = [Term(t.key, sign * t.coefficient) for t in terms]
+                leaf.sgd_(signed, float(group["lr"]), float(group["weight_decay"]), key)
+            else:
+                _step_alone(optimizer, group, leaf, terms, key)
+    # the fast path does not call optimizer.step(), which is what schedulers check for
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+    return _compare(before, view) if measure else None
+
+
+def is_plain_sgd(optimizer: Optimizer) -> bool:
+    """Whether a step is W ← W − lr·(g + wd·W), which needs no state."""
+    return type(optimizer) is torch.optim.SGD and all(g["momentum"] == 0 for g in optimizer.param_groups)
+
+
+def _step_alone(optimizer: Optimizer, group: dict[str, Any], leaf: Leaf, terms: Sequence[Term], key: Key) -> None:
+    parameter = leaf.parameter
+    stored = parameter.data
+    wide = working_dtype(stored.dtype)
+    try:
+        if wide != stored.dtype:
+            parameter.data = stored.to(wide)  # the optimizer's state for it is created, and stays, in float32
+        parameter.grad = leaf.gradient(terms)
+        with _only(optimizer, group, parameter):
+            optimizer.step()
+        updated = parameter.data
+    finally:
+        parameter.grad, parameter.data = None, stored
+    if wide != stored.dtype:
+        for (start, piece), (_, value) in zip(pieces(stored), pieces(updated), strict=True):
+            stochastic_round_(piece, value, key, leaf.index, start)
+
+
+@contextmanager
+def _only(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Iterator[None]:
+    """The optimizer with a single group that holds a single parameter."""
+    groups, members = optimizer.param_groups, group["params"]
+    group["params"], optimizer.param_groups = [parameter], [group]
+    try:
+        yield
+    finally:
+        group["params"], optimizer.param_groups = members, groups
+
+
+def widened_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Undo the cast of Optimizer.load_state_dict: state of low-precision parameters is float32 here."""
+    ids = [i for g in saved["param_groups"] for i in g["params"]]
+    parameters = [p for g in optimizer.param_groups for p in g["params"]]
+    for index, parameter in zip(ids, parameters, strict=True):
+        if index in saved["state"] and parameter.dtype in (torch.bfloat16, torch.float16):
+            for name, value in saved["state"][index].items():
+                if isinstance(value, Tensor) and value.dtype == torch.float32 and name != "step":
+                    optimizer.state[parameter][name] = value.to(parameter.device, copy=True)
+
+
+def _sample(leaf: Leaf) -> Tensor:
+    _, first = next(pieces(leaf.parameter.detach()))
+    return first.reshape(-1)[:_SAMPLE].float()
+
+
+def _compare(before: Sequence[Tensor], view: View) -> UpdateStats:
+    change = torch.cat([_sample(leaf) - old for leaf, old in zip(view.leaves, before, strict=True)])
+    return UpdateStats(change.double().square().mean().sqrt().item(), (change == 0).double().mean().item())
