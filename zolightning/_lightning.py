@@ -9,6 +9,7 @@ if TYPE_CHECKING or find_spec("lightning") is not None:
     import lightning.pytorch as pl
     from lightning.fabric.utilities.apply_func import move_data_to_device
     from lightning.pytorch.callbacks import Callback
+    from lightning.pytorch.loggers import MLFlowLogger
     from lightning.pytorch.plugins.precision import Precision
     from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy, StrategyRegistry
     from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
@@ -18,6 +19,7 @@ else:
     import pytorch_lightning as pl
     from lightning_fabric.utilities.apply_func import move_data_to_device
     from pytorch_lightning.callbacks import Callback
+    from pytorch_lightning.loggers import MLFlowLogger
     from pytorch_lightning.plugins.precision import Precision
     from pytorch_lightning.strategies import SingleDeviceStrategy, Strategy, StrategyRegistry
     from pytorch_lightning.trainer.connectors.logger_connector.result import _ResultCollection
@@ -26,6 +28,7 @@ else:
 
 __all__ = [
     "Callback",
+    "MLFlowLogger",
     "MisconfigurationException",
     "Precision",
     "SingleDeviceStrategy",

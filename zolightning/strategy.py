@@ -78,6 +78,7 @@ class ZOStrategy(Strategy):
         super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
         base = recipe if isinstance(recipe, ZOConfig) else named_recipe(recipe)
         self.config = base.override(**overrides)
+        self.recipe_name = recipe if isinstance(recipe, str) else "custom"
         self.shaping = self.config.build_shaping()
         self._shaping_state = self.shaping.init()
         self.seed: int | None = self.config.seed

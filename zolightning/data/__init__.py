@@ -1,0 +1,31 @@
+"""Models, labelled texts and prompts for fine-tuning, with a cache for what has to be fetched."""
+
+from zolightning.data.artifacts import SMOLLM2, VADER, Artifact
+from zolightning.data.cache import cache_dir
+from zolightning.data.candidates import candidate_logits
+from zolightning.data.fetch import FetchError, fetch
+from zolightning.data.model import load_causal_lm, model_name
+from zolightning.data.prompts import Encoded, PromptTemplate, collate, encode, verbalizer_ids
+from zolightning.data.table import read_table
+from zolightning.data.text import Example, Splits, film_snippets
+
+__all__ = [
+    "SMOLLM2",
+    "VADER",
+    "Artifact",
+    "Encoded",
+    "Example",
+    "FetchError",
+    "PromptTemplate",
+    "Splits",
+    "cache_dir",
+    "candidate_logits",
+    "collate",
+    "encode",
+    "fetch",
+    "film_snippets",
+    "load_causal_lm",
+    "model_name",
+    "read_table",
+    "verbalizer_ids",
+]

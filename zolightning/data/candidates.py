@@ -1,0 +1,95 @@
+"""Score a few candidate next tokens without computing the logits of the whole vocabulary."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Per model: whether candidate rows of the output embedding give the model's own logits.
+_rows_suffice: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
+
+
+def candidate_logits(model: nn.Module, batch: Mapping[str, Tensor], candidate_ids: Tensor) -> Tensor:
+    """Return float32 logits (batch, candidates) of `candidate_ids` as the token after each prompt.
+
+    `model` is a Hugging Face causal language model; `batch` holds left-padded input_ids and
+    attention_mask on its device. Only the candidates' rows of the output embedding are applied, at the
+    last position. A model that does more there (scaled or capped logits, an adapter), noticed by comparing
+    with its own logits on its first batch, is run in full instead.
+    """
+    if model not in _rows_suffice:
+        probe = {key: batch[key][:1] for key in ("input_ids", "attention_mask")}
+        _rows_suffice[model] = _has_plain_head(model) and _agrees(model, probe, candidate_ids)
+    # The head is looked at each time, as an adapter may have been put on it since.
+    score = _row_logits if _rows_suffice[model] and _has_plain_head(model) else _full_logits
+    return score(model, batch, candidate_ids)
+
+
+def _row_logits(model: nn.Module, batch: Mapping[str, Tensor], candidate_ids: Tensor) -> Tensor:
+    body = _body(model)
+    last = body(**_inputs(body, batch)).last_hidden_state[:, -1]
+    head = _head(model)
+    rows = candidate_ids.to(head.weight.device)
+    bias = None if head.bias is None else head.bias[rows].to(last.dtype)
+    return F.linear(last, head.weight[rows].to(last.dtype), bias).float()
+
+
+def _full_logits(model: nn.Module, batch: Mapping[str, Tensor], candidate_ids: Tensor) -> Tensor:
+    last_only = {"logits_to_keep": 1} if _accepts(model, "logits_to_keep") else {}
+    logits: Tensor = model(**_inputs(model, batch), **last_only).logits
+    return logits[:, -1, candidate_ids.to(logits.device)].float()
+
+
+# Any: a wrapper such as a PEFT model forwards these methods without declaring them.
+def _body(model: Any) -> Any:
+    return model.get_decoder()
+
+
+def _head(model: Any) -> Any:
+    return model.get_output_embeddings()
+
+
+def _inputs(module: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    mask = batch["attention_mask"]
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": mask, "use_cache": False}
+    if _accepts(module, "position_ids"):  # counted over real tokens, so that left padding shifts nothing
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    return inputs
+
+
+def _accepts(module: nn.Module, argument: str) -> bool:
+    return argument in inspect.signature(module.forward).parameters
+
+
+def _has_plain_head(model: nn.Module) -> bool:
+    head = _head(model)
+    return isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+
+
+@torch.no_grad()
+def _agrees(model: nn.Module, batch: Mapping[str, Tensor], candidate_ids: Tensor) -> bool:
+    with _evaluating(model):
+        try:
+            rows = _row_logits(model, batch, candidate_ids)
+        except (AttributeError, NotImplementedError, RuntimeError, TypeError):
+            return False
+        full = _full_logits(model, batch, candidate_ids)
+    tolerance = max(2 * torch.finfo(_head(model).weight.dtype).eps, 1e-4) * float(full.abs().max())
+    return float((rows - full).abs().max()) <= tolerance
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch to eval mode and put each module's own mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

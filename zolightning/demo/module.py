@@ -1,0 +1,111 @@
+"""A language model that classifies by the word it would say next, trainable by forward passes or by backprop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from .._lightning import pl
+from ..data import Encoded, candidate_logits, collate
+from ..mixin import ZOMixin
+
+MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
+
+
+class PromptClassifier(ZOMixin, pl.LightningModule):
+    """Cross-entropy over the verbalizers' logits at the last position of the prompt.
+
+    Args:
+        model: a causal language model.
+        candidate_ids: token id of each label's verbalizer.
+        make_optimizer: trainable parameters → optimizer.
+    """
+
+    def __init__(self, model: nn.Module, candidate_ids: Tensor, make_optimizer: MakeOptimizer) -> None:
+        super().__init__()
+        self.model = model
+        self.make_optimizer = make_optimizer
+        self.register_buffer("candidate_ids", candidate_ids, persistent=False)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Logits (B, labels), float32."""
+        return candidate_logits(self.model, batch, self.candidate_ids)
+
+    def zo_objective(self, batch: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(self(batch), batch["labels"], reduction="none")
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int = 0) -> Tensor:
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._score(batch, "val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._score(batch, "test")
+
+    def _score(self, batch: dict[str, Tensor], stage: str) -> None:
+        logits, labels = self(batch), batch["labels"]
+        values = {
+            f"{stage}/loss": F.cross_entropy(logits, labels),
+            f"{stage}/accuracy": (logits.argmax(-1) == labels).float().mean(),
+        }
+        self.log_dict(values, batch_size=len(labels), on_epoch=True, prog_bar=stage == "val")
+
+    def configure_optimizers(self) -> Optimizer:
+        return self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+
+
+class PromptData(pl.LightningDataModule):
+    """Encoded prompts: shuffled for training, sorted by length (less padding) for evaluation.
+
+    Args:
+        train: training prompts; they repeat for as long as training runs.
+        validation: for choosing.
+        test: for reporting.
+        pad_id: token id of the padding.
+        batch_size: examples a training step.
+        seed: of the shuffling.
+    """
+
+    def __init__(
+        self,
+        train: Sequence[Encoded],
+        validation: Sequence[Encoded],
+        test: Sequence[Encoded],
+        pad_id: int,
+        batch_size: int = 16,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self._train, self._validation, self._test = list(train), list(validation), list(test)
+        self.pad_id, self.batch_size, self.seed = pad_id, batch_size, seed
+
+    def _collate(self, items: Sequence[Encoded]) -> dict[str, Tensor]:
+        return collate(items, self.pad_id)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        generator = torch.Generator().manual_seed(self.seed)
+        return DataLoader(
+            self._train,  # type: ignore[arg-type]
+            self.batch_size,
+            shuffle=True,
+            drop_last=True,
+            collate_fn=self._collate,
+            generator=generator,
+        )
+
+    def _evaluation(self, items: list[Encoded]) -> DataLoader[Any]:
+        by_length = sorted(items, key=lambda item: len(item.input_ids))
+        return DataLoader(by_length, 32, collate_fn=self._collate)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._evaluation(self._validation)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._evaluation(self._test)

@@ -1,0 +1,151 @@
+"""What a run logs: the same keys for ZO and for backprop, so that they stand in one chart."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import time
+from typing import Any
+
+from torch import Tensor
+
+from ._lightning import Callback, pl
+from .memory import MemoryMeter, rss
+from .objective import batch_examples
+from .strategy import ZOStrategy
+from .tracking import MetricBuffer
+from .types import StepRecord
+
+_HEARTBEAT_SECONDS = 15.0
+_SLOW_EVERY = 20  # steps between measurements that look at every tensor
+
+
+class ZOMonitor(Callback):
+    """Logs loss, ZO statistics, memory and speed of each optimizer step, buffered; shows the main ones in the progress bar.
+
+    Works under any strategy. Metrics: ``train/loss``; ``zo/projected_grad``, ``zo/clip_rate``, ``zo/tie_rate``,
+    ``zo/skipped_steps``, ``zo/update_rms`` and ``zo/lost_update_share`` (ZO only; the last two sampled); ``memory/peak``,
+    ``memory/rss``, ``memory/weights``, ``memory/gradients``, ``memory/optimizer_state``, ``memory/activations`` in bytes;
+    ``speed/steps_per_second``, ``speed/train_seconds`` (validation not counted); the counters ``examples_seen``,
+    ``tokens_seen`` and ``forward_passes``. Tags: ``zo.method``, ``zo.recipe``, ``zo.heartbeat``, ``zo.pid``, ``zo.host``.
+
+    Args:
+        method: the run's name in comparisons; None: the strategy's.
+        every_n_steps: log every so many optimizer steps, >= 1.
+    """
+
+    def __init__(self, method: str | None = None, every_n_steps: int = 1) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"`ZOMonitor(every_n_steps=...)` must be >= 1, got {every_n_steps}")
+        self.method, self.every_n_steps = method, every_n_steps
+        self.forward_passes = self.examples_seen = self.tokens_seen = self.skipped_steps = 0
+        self.train_seconds = 0.0
+        self._buffer: MetricBuffer | None = None
+        self.meter: MemoryMeter | None = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._buffer = MetricBuffer(trainer.loggers)
+        strategy = trainer.strategy
+        zo = isinstance(strategy, ZOStrategy)
+        self._buffer.tag(
+            {
+                "zo.method": self.method or ("zo" if zo else "backprop"),
+                "zo.recipe": strategy.recipe_name if zo else "",
+                "zo.pid": str(os.getpid()),
+                "zo.host": socket.gethostname(),
+                "zo.heartbeat": str(time.time()),
+            }
+        )
+        if zo:
+            for logger in trainer.loggers:
+                logger.log_hyperparams({f"zo/{k}": v for k, v in strategy.config.to_dict().items()})
+        self._beat = time.monotonic()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.meter = MemoryMeter(pl_module, trainer.strategy.root_device)
+        self._last_step = trainer.global_step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._started = time.perf_counter()
+        if isinstance(trainer.strategy, ZOStrategy):
+            trainer.strategy.measure_update = trainer.global_step % _SLOW_EVERY == 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.train_seconds += time.perf_counter() - self._started
+        self.examples_seen += batch_examples(batch) or 0
+        self.tokens_seen += count_tokens(batch)
+        strategy = trainer.strategy
+        record = strategy.last_record if isinstance(strategy, ZOStrategy) else None
+        if record is None:
+            self.forward_passes += 1
+        if trainer.global_step == self._last_step:  # inside an accumulation window
+            return
+        self._last_step = trainer.global_step
+        if record is not None:
+            self.forward_passes += record.forwards
+            self.skipped_steps += bool(record.skipped)
+        if trainer.global_step % self.every_n_steps == 0:
+            self._log(trainer, pl_module, record, outputs)
+
+    def _log(self, trainer: pl.Trainer, module: pl.LightningModule, record: StepRecord | None, outputs: Any) -> None:
+        assert self._buffer is not None and self.meter is not None
+        step = trainer.global_step
+        loss = record.loss if record is not None else _loss(outputs)
+        metrics = {
+            "train/loss": loss,
+            "forward_passes": self.forward_passes,
+            "examples_seen": self.examples_seen,
+            "tokens_seen": self.tokens_seen,
+            "speed/train_seconds": self.train_seconds,
+            "speed/steps_per_second": step / self.train_seconds if self.train_seconds else 0.0,
+            "memory/peak": self.meter.peak(),
+            "memory/rss": rss(),
+        }
+        bar = {"loss": loss, "steps/s": metrics["speed/steps_per_second"], "peak_GB": metrics["memory/peak"] / 1e9}
+        if record is not None:
+            count = max(1, len(record.raw))
+            metrics |= {
+                "zo/projected_grad": record.projected_grad,
+                "zo/clip_rate": record.clipped / count,
+                "zo/tie_rate": record.ties / count,
+                "zo/skipped_steps": self.skipped_steps,
+            }
+            bar["g"] = record.projected_grad
+            stats = trainer.strategy.last_stats  # type: ignore[attr-defined]
+            if stats is not None:
+                metrics |= {"zo/update_rms": stats.rms, "zo/lost_update_share": stats.lost}
+        if step % _SLOW_EVERY == 1:
+            metrics |= {f"memory/{k}": v for k, v in self.meter.parts(trainer.strategy.optimizers).items()}
+        self._buffer.add(metrics, step)
+        module.log_dict({k: float(v) for k, v in bar.items()}, prog_bar=True, logger=False)
+        if time.monotonic() - self._beat > _HEARTBEAT_SECONDS:
+            self._beat = time.monotonic()
+            self._buffer.tag({"zo.heartbeat": str(time.time())})
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._finish()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._finish()
+
+    def _finish(self) -> None:
+        if self._buffer is not None:
+            self._buffer.flush(wait=True)
+
+
+def count_tokens(batch: Any) -> int:
+    """Tokens in a batch of Hugging Face's form: those its attention mask keeps, or all of its input_ids."""
+    get = getattr(batch, "get", None)
+    mask = get("attention_mask") if get else None
+    if isinstance(mask, Tensor):
+        return int(mask.sum())
+    ids = get("input_ids") if get else None
+    return ids.numel() if isinstance(ids, Tensor) else 0
+
+
+def _loss(outputs: Any) -> float:
+    loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+    return float(loss) if loss is not None else math.nan
