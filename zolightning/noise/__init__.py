@@ -1,0 +1,21 @@
+"""Counter-based noise: the same bits on every device, chunking, thread count, rank and library version."""
+
+from .distributions import Distribution, Gaussian, Rademacher
+from .kernels import noise_sum, perturb, perturb_rows, sgd_, stochastic_round_
+from .reference import pieces, working_dtype
+from .rungs import active_rung, set_rung
+
+__all__ = [
+    "Distribution",
+    "Gaussian",
+    "Rademacher",
+    "active_rung",
+    "noise_sum",
+    "perturb",
+    "perturb_rows",
+    "pieces",
+    "set_rung",
+    "sgd_",
+    "stochastic_round_",
+    "working_dtype",
+]

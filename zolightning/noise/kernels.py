@@ -1,0 +1,134 @@
+"""The sweeps over a leaf's elements: ``W + Σ c z``, ``Σ c z``, the update, stochastic rounding.
+
+Each runs on the fastest rung that can take the tensors (see :mod:`zolightning.noise.rungs`) and gives the bits of
+:mod:`zolightning.noise.reference` on any of them. Tensors may have any dtype of float32, bfloat16, float16, float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..types import Key, Term
+from . import reference, rungs
+from .distributions import Distribution
+from .native import DTYPES, Library
+
+
+def noise_sum(dist: Distribution, terms: Sequence[Term], leaf: int, start: int, length: int, device: torch.device) -> Tensor:
+    """Σ_k c_k z_k over elements ``start … start + length``: float32 of shape (length,), summed in the terms' order."""
+    library = rungs.library() if device.type == "cpu" else None
+    if library is None or dist.native is None:
+        return reference.noise_sum(dist, terms, leaf, start, length, device)
+    return library.noise(dist.native, terms, leaf, torch.tensor([start]), length)[0]
+
+
+def perturb(out: Tensor, source: Tensor, dist: Distribution, terms: Sequence[Term], leaf: int, start: int = 0) -> None:
+    """``out[i] = source[i] + Σ_k c_k z_k(start + i)``, added in the source's working dtype and then rounded to nearest.
+
+    Args:
+        out: where the perturbed weights go: any dtype, the source's shape; may be the source itself.
+        source: the weights.
+        dist: the distribution of the directions.
+        terms: the directions and how far to go along each.
+        leaf: the leaf's index.
+        start: index of the source's first element in the leaf.
+    """
+    if out.shape != source.shape:
+        raise ValueError(f"perturb: out is {tuple(out.shape)}, source is {tuple(source.shape)}")
+    library = _library_for(out, source)
+    if library is None or dist.native is None:
+        reference.perturb(out, source, dist, terms, leaf, start)
+    else:
+        library.perturb(out, source, dist.native, terms, leaf, start)
+
+
+def perturb_rows(out: Tensor, source: Tensor, dist: Distribution, terms: Sequence[Term], leaf: int, rows: Tensor) -> None:
+    """``out[j, :] = source[r, :] + Σ_k c_k z_k(r * columns + …)`` for ``r = rows[j]``: an embedding's rows in use.
+
+    Args:
+        out: (n, columns), any dtype; not the source's memory.
+        source: the whole leaf, (rows of the leaf, columns).
+        dist: the distribution of the directions.
+        terms: the directions and how far to go along each.
+        leaf: the leaf's index.
+        rows: int64 (n,) within the leaf; on a GPU nobody checks that.
+    """
+    if out.shape != (rows.numel(), source.shape[1]):
+        raise ValueError(f"perturb_rows: out is {tuple(out.shape)}, not {(rows.numel(), source.shape[1])}")
+    if rows.device.type == "cpu" and rows.numel():
+        low, high = rows.aminmax()
+        if low < 0 or high >= source.shape[0]:
+            raise IndexError(f"perturb_rows: rows {int(low)} … {int(high)} of a leaf with {source.shape[0]}")
+    library = _library_for(out, source)
+    if library is None or dist.native is None:
+        reference.perturb_rows(out, source, dist, terms, leaf, rows)
+    else:
+        library.perturb_rows(out, source, dist.native, terms, leaf, rows)
+
+
+def stochastic_round_(target: Tensor, value: Tensor, key: Key, leaf: int, start: int) -> None:
+    """Store ``value`` so that its expectation is kept: up or down with odds given by the distance to each neighbour.
+
+    What the target's type can hold is stored as it is; beyond its largest finite number the value is rounded to
+    nearest. The odds are exact, but for float16 below 2**-14, where they are within 2**-17.
+
+    Args:
+        target: the stored piece, bfloat16 or float16; wider types take the value as it is.
+        value: float32 of the same shape.
+        key: the step's key; the bits are a pure function of it, so a replay rounds alike.
+        leaf: the leaf's index.
+        start: index of the piece's first element.
+    """
+    library = _library_for(target, value)
+    if library is None or target.dtype not in (torch.bfloat16, torch.float16) or value.dtype != torch.float32:
+        reference.stochastic_round_(target, value, key, leaf, start)
+    else:
+        library.stochastic_round_(target, value, key, leaf, start)
+
+
+def sgd_(
+    target: Tensor,
+    dist: Distribution,
+    terms: Sequence[Term],
+    leaf: int,
+    start: int,
+    lr: float,
+    weight_decay: float,
+    key: Key,
+) -> None:
+    r"""One plain SGD step, :math:`w \leftarrow w - \mathrm{lr}\,(\sum_k c_k z_k + \mathrm{wd}\, w)`, in one pass.
+
+    float32 and float64 weights get the bits of ``torch.optim.SGD`` without momentum; bfloat16 and float16 weights are
+    updated in float32, each operation rounded by itself, and stored by :func:`stochastic_round_`. To maximise, negate
+    the coefficients.
+
+    Args:
+        target: the weights, updated in place.
+        dist: the distribution of the directions.
+        terms: the estimated gradient.
+        leaf: the leaf's index.
+        start: index of the target's first element in the leaf.
+        lr: learning rate.
+        weight_decay: the L2 penalty's factor.
+        key: names the rounding bits.
+    """
+    library = _library_for(target)
+    if library is None or dist.native is None or not library.updates(target.dtype):
+        reference.sgd_(target, dist, terms, leaf, start, lr, weight_decay, key)
+    else:
+        library.sgd_(target, dist.native, terms, leaf, start, lr, weight_decay, key)
+
+
+def _library_for(*tensors: Tensor) -> Library | None:
+    """The native kernels if they can take these tensors: plain, contiguous, in main memory."""
+    library = rungs.library()
+    if library is None:
+        return None
+    for t in tensors:
+        if t.device.type != "cpu" or type(t) not in (Tensor, Parameter) or t.dtype not in DTYPES or not t.is_contiguous():
+            return None
+    return library

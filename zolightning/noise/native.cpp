@@ -1,0 +1,434 @@
+// The CPU kernels of zolightning.noise: the bits of reference.py, in one pass and without temporaries.
+//
+// Everything works on a *tile* of 1024 elements that stays in the first-level cache: `noise` writes the sum of c_k z_k
+// into it, and one short loop then combines it with the tensor. Every loop is elementwise, so neither the tiling nor
+// the number of threads can change a bit. Compile with -ffp-contract=off and without -ffast-math: each product and each
+// sum is rounded by itself. Loops are plain C++ for the compiler to vectorise; only Philox names vectors, because
+// compilers do not find the 32x32 -> 64 bit product by themselves.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+constexpr int WIDTH = 64;
+#elif defined(__AVX2__)
+#include <immintrin.h>
+constexpr int WIDTH = 32;
+#else
+constexpr int WIDTH = 16;
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+#endif
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "pairs of words are stored as one little-endian number"
+#endif
+
+// Ahead of a loop whose passes are independent although it may work in place.
+#if defined(__clang__)
+#define ELEMENTWISE _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define ELEMENTWISE _Pragma("GCC ivdep")
+#endif
+
+namespace {
+
+using u16 = uint16_t;
+using u32 = uint32_t;
+using u64 = uint64_t;
+using i64 = int64_t;
+
+constexpr i64 TILE = 1024;       // elements, a multiple of what one call of `blocks` makes for any distribution
+constexpr i64 GRAIN = 32 * TILE; // elements a thread takes at a time
+
+template <class To, class From> inline To bits(From value) {
+    static_assert(sizeof(To) == sizeof(From), "same size");
+    To result;
+    std::memcpy(&result, &value, sizeof result);
+    return result;
+}
+
+// ---------------------------------------------------------------------------------------------------------- threads
+
+// GOMP_parallel of the OpenMP runtime that torch runs on, so that no second pool of threads spins beside it.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+Parallel parallel_region = nullptr;
+
+// body(begin, end) over [0, total) in batches, each taken by whichever thread is free.
+template <class Body> void parallel_for(i64 total, i64 batch, int threads, const Body& body) {
+    if (threads < 2 || total <= batch || !parallel_region) {
+        if (total > 0) body(i64(0), total);
+        return;
+    }
+    struct Work {
+        const Body& body;
+        i64 total, batch;
+        std::atomic<i64> next{0};
+    } work{body, total, batch};
+    parallel_region(
+        [](void* pointer) {
+            auto& w = *static_cast<Work*>(pointer);
+            for (i64 at; (at = w.next.fetch_add(w.batch, std::memory_order_relaxed)) < w.total;)
+                w.body(at, std::min(at + w.batch, w.total));
+        },
+        &work, unsigned(threads), 0u);
+}
+
+// ----------------------------------------------------------------------------------------------------------- Philox
+
+constexpr int LANES = WIDTH / 8; // blocks computed side by side, each word in the low half of a 64-bit lane
+typedef u64 Lanes __attribute__((vector_size(WIDTH)));
+
+inline Lanes product(Lanes word, u64 multiplier) { // of the low halves; the high halves may hold anything
+#if defined(__AVX512F__)
+    return (Lanes)_mm512_mul_epu32((__m512i)word, _mm512_set1_epi64(i64(multiplier)));
+#elif defined(__AVX2__)
+    return (Lanes)_mm256_mul_epu32((__m256i)word, _mm256_set1_epi64x(i64(multiplier)));
+#elif defined(__SSE2__)
+    return (Lanes)_mm_mul_epu32((__m128i)word, _mm_set1_epi64x(i64(multiplier)));
+#else
+    return (word & 0xFFFFFFFFu) * multiplier;
+#endif
+}
+
+// The high half of each lane moved to its low half; what is left in the high half does not matter. A shuffle, where
+// there is one, leaves the vector port that the products need alone.
+inline Lanes high(Lanes x) {
+#if defined(__AVX512F__)
+    return (Lanes)_mm512_shuffle_epi32((__m512i)x, _MM_PERM_DDBB);
+#else
+    return x >> 32;
+#endif
+}
+
+struct Stream {
+    u32 k0, k1, leaf, query;
+};
+
+// Blocks first ... first + count of a stream, count a multiple of LANES: four words each, in order.
+void blocks(const Stream& s, u64 first, i64 count, u32* words) {
+    Lanes lane;
+    for (int i = 0; i < LANES; ++i) lane[i] = u64(i);
+    u64 pairs[2][TILE / 4]; // words 0, 1 and words 2, 3 of each block
+    for (i64 b = 0; b < count; b += LANES) {
+        Lanes c0 = lane + (first + u64(b)), c1 = c0 >> 32, c2 = (lane & 0) + s.leaf, c3 = (lane & 0) + s.query;
+        u32 k0 = s.k0, k1 = s.k1;
+        for (int round = 0; round < 10; ++round) {
+            const Lanes p0 = product(c0, 0xD2511F53u), p1 = product(c2, 0xCD9E8D57u);
+            c0 = high(p1) ^ c1 ^ u64(k0), c1 = p1;
+            c2 = high(p0) ^ c3 ^ u64(k1), c3 = p0;
+            k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+        }
+        const Lanes first_two = (c0 & 0xFFFFFFFFu) | (c1 << 32), last_two = (c2 & 0xFFFFFFFFu) | (c3 << 32);
+        std::memcpy(pairs[0] + b, &first_two, WIDTH), std::memcpy(pairs[1] + b, &last_two, WIDTH);
+    }
+    for (i64 b = 0; b < count; ++b) {
+        std::memcpy(words + 4 * b, pairs[0] + b, 8);
+        std::memcpy(words + 4 * b + 2, pairs[1] + b, 8);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------- distributions
+
+enum Kind : int { RADEMACHER = 0, GAUSSIAN = 1 };
+
+struct Term {
+    u32 k0, k1, query;
+    float coefficient;
+};
+
+template <bool ADD> void put_rademacher(const u32* words, i64 count, float c, float* tile) {
+    for (i64 w = 0; w < count; ++w)
+        for (int i = 0; i < 32; ++i) {
+            const float value = bits<float>(bits<u32>(c) ^ ((words[w] << (31 - i)) & 0x80000000u));
+            float& place = tile[32 * w + i];
+            place = ADD ? place + value : value;
+        }
+}
+
+// distributions._log_unit in fewer integer operations: the float of the integer stands for itself times 2**24, and
+// subtracting the bits of sqrt(1/2) splits it into an exponent and a mantissa in [sqrt(1/2), sqrt(2)).
+inline float log_unit(u32 word) {
+    constexpr u32 ROOT = 0x3F3504F3u;
+    const u32 b = bits<u32>(float(int((word >> 8) + 1))) - ROOT;
+    const float exponent = float((int(b) >> 23) - 24);
+    const float x = bits<float>((b & 0x007FFFFFu) + ROOT) - 1.0f;
+    const float square = x * x;
+    float y = 7.0376836292e-2f;
+    y = y * x + -1.1514610310e-1f;
+    y = y * x + 1.1676998740e-1f;
+    y = y * x + -1.2420140846e-1f;
+    y = y * x + 1.4249322787e-1f;
+    y = y * x + -1.6668057665e-1f;
+    y = y * x + 2.0000714765e-1f;
+    y = y * x + -2.4999993993e-1f;
+    y = y * x + 3.3333331174e-1f;
+    y = y * x * square;
+    y = y + exponent * -2.12194440e-4f;
+    y = y - square * 0.5f;
+    return (x + y) + exponent * 0.693359375f;
+}
+
+// distributions._cos_sin_turn: the two highest bits of the word, rounded by the next, are the quadrant; the 22 below
+// them, as a signed number, the angle within it.
+inline void cos_sin_turn(u32 word, float& cos, float& sin) {
+    const u32 quadrant = word + (1u << 29); // in its two highest bits
+    const float angle = float(int((word << 2) & ~1023u)) * float(6.283185307179586 / 17179869184.0);
+    const float square = angle * angle;
+    float sine = (-1.9515295891e-4f * square + 8.3321608736e-3f) * square + -1.6666654611e-1f;
+    sine = sine * square * angle + angle;
+    float cosine = (2.443315711809948e-5f * square + -1.388731625493765e-3f) * square + 4.166664568298827e-2f;
+    cosine = cosine * square * square - square * 0.5f + 1.0f;
+    const bool swap = quadrant & (1u << 30);
+    const float c = swap ? sine : cosine, s = swap ? cosine : sine;
+    cos = bits<float>(bits<u32>(c) ^ ((quadrant + (1u << 30)) & 0x80000000u));
+    sin = bits<float>(bits<u32>(s) ^ (quadrant & 0x80000000u));
+}
+
+template <bool ADD> void put_gaussian(const u32* words, i64 count, float c, float* tile) {
+    for (i64 i = 0; i < count; i += 2) {
+        const float radius = std::sqrt(-2.0f * log_unit(words[i]));
+        float cos, sin;
+        cos_sin_turn(words[i + 1], cos, sin);
+        const float first = radius * cos * c, second = radius * sin * c;
+        tile[i] = ADD ? tile[i] + first : first;
+        tile[i + 1] = ADD ? tile[i + 1] + second : second;
+    }
+}
+
+struct Noise {
+    int kind;
+    const Term* terms;
+    i64 count;
+    u32 leaf;
+
+    // tile[e % TILE] = sum of c z(e) for e in [begin, end), which lie in one tile; a query given replaces the terms'.
+    void operator()(i64 begin, i64 end, float* tile, const i64* query = nullptr) const {
+        const i64 per_block = kind == RADEMACHER ? 128 : 4, span = LANES * per_block;
+        const i64 from = begin / span * span, to = (end + span - 1) / span * span, n = (to - from) / per_block;
+        float* place = tile + from % TILE;
+        if (!count) std::fill(place, place + (to - from), 0.0f);
+        u32 words[TILE];
+        for (i64 k = 0; k < count; ++k) {
+            const Term& t = terms[k];
+            blocks({t.k0, t.k1, leaf, query ? u32(*query) : t.query}, u64(from / per_block), n, words);
+            if (kind == RADEMACHER)
+                (k ? put_rademacher<true> : put_rademacher<false>)(words, 4 * n, t.coefficient, place);
+            else
+                (k ? put_gaussian<true> : put_gaussian<false>)(words, 4 * n, t.coefficient, place);
+        }
+    }
+};
+
+// body(row, column, begin, end) for every part of every row that lies in one tile: the row's elements from `column` on,
+// which are begin ... end of the leaf, the row itself starting at origin(row).
+template <class Origin, class Body>
+void sweep(i64 rows, i64 width, int threads, const Origin& origin, const Body& body) {
+    const i64 pieces = (width + GRAIN - 1) / GRAIN, batch = std::max<i64>(1, GRAIN / std::max<i64>(1, width));
+    parallel_for(rows * pieces, batch, threads, [&](i64 first, i64 last) {
+        for (i64 item = first; item < last; ++item) {
+            const i64 row = item / pieces, column = item % pieces * GRAIN, start = origin(row);
+            const i64 end = start + std::min(width, column + GRAIN);
+            for (i64 at = start + column, next; at < end; at = next) {
+                next = std::min(end, at / TILE * TILE + TILE);
+                body(row, at - start, at, next);
+            }
+        }
+    });
+}
+
+// ------------------------------------------------------------------------------------------------------------ dtypes
+
+struct BFloat16 {
+    u16 raw;
+    static constexpr u32 LARGEST = 0x7F7F0000u; // as bits of a float
+    explicit operator float() const { return bits<float>(u32(raw) << 16); }
+    BFloat16() = default;
+    explicit BFloat16(float value) { // to nearest, ties to even
+        const u32 b = bits<u32>(value);
+        const u32 nan = (b >> 16) | 0x40u, nearest = (b + 0x7FFFu + ((b >> 16) & 1u)) >> 16;
+        raw = u16((b & 0x7FFFFFFFu) > 0x7F800000u ? nan : nearest);
+    }
+    static float round(float value, u32 random) { return bits<float>((bits<u32>(value) + random) & ~0xFFFFu); }
+};
+
+struct Float16 {
+    u16 raw;
+    static constexpr u32 LARGEST = 0x477FE000u; // 65504
+    explicit operator float() const {
+        const u32 magnitude = u32(raw & 0x7FFFu) << 13, sign = u32(raw & 0x8000u) << 16;
+        const u32 normal = magnitude + (112u << 23), tiny = bits<u32>(float(raw & 0x3FF) * 0x1p-24f);
+        u32 result = magnitude < (1u << 23) ? tiny : normal;
+        result = magnitude < (31u << 23) ? result : magnitude + (224u << 23); // infinity, not a number
+        return bits<float>(result | sign);
+    }
+    Float16() = default;
+    explicit Float16(float value) { // to nearest, ties to even
+        const u32 b = bits<u32>(value), magnitude = b & 0x7FFFFFFFu;
+        const u32 normal = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+        const u32 tiny = bits<u32>(bits<float>(magnitude) + 0.5f) - bits<u32>(0.5f); // the sum rounds at 2**-24
+        u32 result = magnitude < 0x38800000u ? tiny : normal;
+        result = magnitude < 0x477FF000u ? result : 0x7C00u;
+        result = magnitude <= 0x7F800000u ? result : 0x7E00u;
+        raw = u16(result | ((b >> 16) & 0x8000u));
+    }
+    static float round(float value, u32 random) {
+        const u32 b = bits<u32>(value), magnitude = b & 0x7FFFFFFFu;
+        const u32 normal = (b + (random & 0x1FFFu)) & ~0x1FFFu;
+        const float scaled = bits<float>(std::min(magnitude, 0x38800000u)) * 0x1p24f; // below 2**-14: a grid of 2**-24
+        const float whole = float(int(scaled));
+        const float up = float(int(random)) + 0.5f < (scaled - whole) * 65536.0f ? 1.0f : 0.0f;
+        const u32 tiny = bits<u32>((whole + up) * 0x1p-24f) | (b & 0x80000000u);
+        return bits<float>(magnitude < 0x38800000u ? tiny : normal);
+    }
+};
+
+template <class T> struct Working { using type = float; };
+template <> struct Working<double> { using type = double; };
+
+template <class To, class From> inline To convert(From value) {
+    if constexpr (sizeof(To) == 2 && sizeof(From) == 8) return To(float(value)); // torch rounds twice here as well
+    else return To(value);
+}
+
+// value rounded up or down with odds given by the distance to each; beyond the largest finite number, to nearest
+template <class T> inline T stochastic(float value, u32 random) {
+    const bool ordinary = (bits<u32>(value) & 0x7FFFFFFFu) <= T::LARGEST;
+    const u32 rounded = bits<u32>(T::round(value, random));
+    return T(bits<float>(ordinary ? rounded : bits<u32>(value)));
+}
+
+// random[e % TILE] = 16 bits for each e in [begin, end), which lie in one tile: eight a block
+void rounding_bits(const Stream& stream, i64 begin, i64 end, u16* random) {
+    const i64 span = LANES * 8, from = begin / span * span, to = (end + span - 1) / span * span;
+    u32 words[TILE / 2];
+    blocks(stream, u64(from / 8), (to - from) / 8, words);
+    std::memcpy(random + from % TILE, words, size_t(to - from) * 2);
+}
+
+// ------------------------------------------------------------------------------------------------------------ sweeps
+
+template <class In, class Out>
+void perturb(const Noise& noise, i64 start, const i64* rows, i64 n, i64 width, const In* source, Out* out,
+             int threads) {
+    using Work = typename Working<In>::type;
+    const auto origin = [&](i64 row) { return start + (rows ? rows[row] * width : 0); };
+    sweep(n, width, threads, origin, [&](i64 row, i64 column, i64 begin, i64 end) {
+        alignas(64) float tile[TILE];
+        noise(begin, end, tile);
+        const float* z = tile + begin % TILE;
+        const In* in = source + (begin - start);
+        Out* to = out + (row * width + column);
+        ELEMENTWISE
+        for (i64 i = 0; i < end - begin; ++i) to[i] = convert<Out>(Work(in[i]) + Work(z[i]));
+    });
+}
+
+template <class T> void round_tile(const Stream& stream, const float* value, i64 begin, i64 end, T* target) {
+    alignas(64) u16 random[TILE];
+    rounding_bits(stream, begin, end, random);
+    const u16* r = random + begin % TILE;
+    ELEMENTWISE
+    for (i64 i = 0; i < end - begin; ++i) target[i] = stochastic<T>(value[i], r[i]);
+}
+
+// a + x * alpha as torch.add rounds it: once where its kernels use fused multiply-add, else twice
+template <bool FUSED, class W> inline W add(W a, W x, W alpha) {
+    if constexpr (FUSED) return std::fma(x, alpha, a);
+    else return a + x * alpha;
+}
+
+template <class T, bool FUSED>
+void sgd(const Noise& noise, const Stream& rounding, i64 start, i64 length, double lr, double decay, T* target,
+         int threads) {
+    using Work = typename Working<T>::type;
+    const Work step = Work(-lr), weight_decay = Work(decay);
+    const bool decays = decay != 0.0;
+    sweep(1, length, threads, [&](i64) { return start; }, [&](i64, i64 column, i64 begin, i64 end) {
+        alignas(64) float tile[TILE];
+        noise(begin, end, tile);
+        float* z = tile + begin % TILE;
+        T* w = target + column;
+        Work* updated;
+        if constexpr (sizeof(T) == 2) updated = z;
+        else updated = w;
+        ELEMENTWISE
+        for (i64 i = 0; i < end - begin; ++i) {
+            const Work old = Work(w[i]), plain = Work(z[i]), decayed = add<FUSED>(plain, old, weight_decay);
+            updated[i] = add<FUSED>(old, decays ? decayed : plain, step);
+        }
+        if constexpr (sizeof(T) == 2) round_tile(rounding, z, begin, end, w);
+    });
+}
+
+// Call f with a null pointer of the type that a dtype's code names.
+template <class F> void dispatch(int dtype, const F& f) {
+    switch (dtype) {
+    case 0: return f((float*)nullptr);
+    case 1: return f((double*)nullptr);
+    case 2: return f((BFloat16*)nullptr);
+    case 3: return f((Float16*)nullptr);
+    }
+}
+
+} // namespace
+
+// -------------------------------------------------------------------------------------------------------- interface
+
+extern "C" {
+
+void zol_set_parallel(void* region) { parallel_region = bits<Parallel>(region); }
+
+// out[row, i] = sum of c z(starts[row] + i); queries, if given, replace the terms' own
+void zol_noise(int kind, const Term* terms, i64 count, u32 leaf, const i64* starts, const i64* queries, i64 rows,
+               i64 width, float* out, int threads) {
+    const Noise noise{kind, terms, count, leaf};
+    sweep(rows, width, threads, [&](i64 row) { return starts[row]; }, [&](i64 row, i64 column, i64 begin, i64 end) {
+        alignas(64) float tile[TILE];
+        noise(begin, end, tile, queries ? queries + row : nullptr);
+        std::memcpy(out + (row * width + column), tile + begin % TILE, size_t(end - begin) * sizeof(float));
+    });
+}
+
+// out[row, i] = source[rows[row], i] + sum of c z(start + rows[row] * width + i); one row 0 where rows is null
+void zol_perturb(int kind, const Term* terms, i64 count, u32 leaf, i64 start, const i64* rows, i64 n_rows, i64 width,
+                 int source_type, const void* source, int out_type, void* out, int threads) {
+    const Noise noise{kind, terms, count, leaf};
+    dispatch(source_type, [&](auto* in) {
+        dispatch(out_type, [&](auto* to) {
+            perturb(noise, start, rows, n_rows, width, static_cast<decltype(in)>(const_cast<void*>(source)),
+                    static_cast<decltype(to)>(out), threads);
+        });
+    });
+}
+
+void zol_round(u32 k0, u32 k1, u32 leaf, u32 query, i64 start, i64 length, const float* value, int type, void* target,
+               int threads) {
+    const Stream stream{k0, k1, leaf, query};
+    dispatch(type, [&](auto* to) {
+        using T = std::remove_pointer_t<decltype(to)>;
+        if constexpr (sizeof(T) == 2) {
+            T* out = static_cast<T*>(target);
+            sweep(1, length, threads, [&](i64) { return start; }, [&](i64, i64 column, i64 begin, i64 end) {
+                round_tile(stream, value + column, begin, end, out + column);
+            });
+        }
+    });
+}
+
+void zol_sgd(int kind, const Term* terms, i64 count, u32 leaf, u32 k0, u32 k1, u32 query, i64 start, i64 length,
+             double lr, double decay, int fused, int type, void* target, int threads) {
+    const Noise noise{kind, terms, count, leaf};
+    const Stream stream{k0, k1, leaf, query};
+    dispatch(type, [&](auto* to) {
+        using T = std::remove_pointer_t<decltype(to)>;
+        const auto update = fused ? sgd<T, (sizeof(T) > 2)> : sgd<T, false>;
+        update(noise, stream, start, length, lr, decay, static_cast<T*>(target), threads);
+    });
+}
+
+} // extern "C"

@@ -1,0 +1,306 @@
+"""The native kernels: native.cpp built by the machine's own C++ compiler, kept in the user's cache, called by ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..types import Key, Term
+from .philox import philox_key, rounding_query
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # the codes of native.cpp
+SOURCE = Path(__file__).with_name("native.cpp")
+_TIMEOUT = 300.0  # seconds for one compiler run
+_log = logging.getLogger(__name__)
+
+
+class NativeUnavailableError(Exception):
+    """Why there are no native kernels."""
+
+
+class _Term(ctypes.Structure):
+    _fields_ = [("k0", ctypes.c_uint32), ("k1", ctypes.c_uint32), ("query", ctypes.c_uint32), ("c", ctypes.c_float)]
+
+
+_I32, _I64, _U32, _F64, _P = ctypes.c_int, ctypes.c_int64, ctypes.c_uint32, ctypes.c_double, ctypes.c_void_p
+_NOISE = (_I32, _P, _I64, _U32)  # kind, terms, count, leaf
+_SIGNATURES = {
+    "zol_set_parallel": (_P,),
+    "zol_noise": (*_NOISE, _P, _P, _I64, _I64, _P, _I32),
+    "zol_perturb": (*_NOISE, _I64, _P, _I64, _I64, _I32, _P, _I32, _P, _I32),
+    "zol_round": (_U32, _U32, _U32, _U32, _I64, _I64, _P, _I32, _P, _I32),
+    "zol_sgd": (*_NOISE, _U32, _U32, _U32, _I64, _I64, _F64, _F64, _I32, _I32, _P, _I32),
+}
+
+
+class Library:
+    """The functions of native.cpp on contiguous tensors in main memory; :mod:`.kernels` says what each computes.
+
+    Args:
+        path: the shared library.
+
+    Attributes:
+        fused: whether ``torch.add(a, b, alpha=c)`` rounds once here; None if it does neither that nor round twice, and
+            updates of wide types are therefore left to torch.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._c = ctypes.CDLL(os.fspath(path))  # calls release the interpreter's lock
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(self._c, name)
+            function.argtypes, function.restype = arguments, None
+        region = _parallel_region()
+        self._c.zol_set_parallel(region)
+        self.fused: bool | None = None
+        self.description = path.name if region else f"{path.name}, one thread: torch brings no OpenMP"
+
+    def noise(
+        self, kind: int, terms: Sequence[Term], leaf: int, starts: Tensor, length: int, queries: Tensor | None = None
+    ) -> Tensor:
+        starts = starts.to(torch.int64).contiguous()
+        queries = None if queries is None else queries.to(torch.int64).expand(starts.shape).contiguous()
+        out = torch.empty(starts.numel(), length)
+        pointer = None if queries is None else queries.data_ptr()
+        self._c.zol_noise(
+            *_noise(kind, terms, leaf), starts.data_ptr(), pointer, *out.shape, out.data_ptr(), torch.get_num_threads()
+        )
+        return out
+
+    def perturb(self, out: Tensor, source: Tensor, kind: int, terms: Sequence[Term], leaf: int, start: int) -> None:
+        self._perturb(out, source, kind, terms, leaf, start, None, 1, source.numel())
+
+    def perturb_rows(self, out: Tensor, source: Tensor, kind: int, terms: Sequence[Term], leaf: int, rows: Tensor) -> None:
+        rows = rows.to(torch.int64).contiguous()
+        self._perturb(out, source, kind, terms, leaf, 0, rows.data_ptr(), rows.numel(), source.shape[1])
+
+    def _perturb(
+        self,
+        out: Tensor,
+        source: Tensor,
+        kind: int,
+        terms: Sequence[Term],
+        leaf: int,
+        start: int,
+        rows: int | None,
+        count: int,
+        width: int,
+    ) -> None:
+        data = (DTYPES[source.dtype], source.data_ptr(), DTYPES[out.dtype], out.data_ptr())
+        self._c.zol_perturb(*_noise(kind, terms, leaf), start, rows, count, width, *data, torch.get_num_threads())
+        _touch(out)
+
+    def stochastic_round_(self, target: Tensor, value: Tensor, key: Key, leaf: int, start: int) -> None:
+        data = (value.data_ptr(), DTYPES[target.dtype], target.data_ptr())
+        stream = (*philox_key(key), leaf, rounding_query(key))
+        self._c.zol_round(*stream, start, target.numel(), *data, torch.get_num_threads())
+        _touch(target)
+
+    def updates(self, dtype: torch.dtype) -> bool:
+        """Whether :meth:`sgd_` takes weights of this type."""
+        return self.fused is not None or dtype in (torch.bfloat16, torch.float16)
+
+    def sgd_(
+        self,
+        target: Tensor,
+        kind: int,
+        terms: Sequence[Term],
+        leaf: int,
+        start: int,
+        lr: float,
+        weight_decay: float,
+        key: Key,
+    ) -> None:
+        rounding = (*philox_key(key), rounding_query(key))
+        rule = (lr, weight_decay, bool(self.fused))
+        data = (DTYPES[target.dtype], target.data_ptr(), torch.get_num_threads())
+        self._c.zol_sgd(*_noise(kind, terms, leaf), *rounding, start, target.numel(), *rule, *data)
+        _touch(target)
+
+
+def _noise(kind: int, terms: Sequence[Term], leaf: int) -> tuple[int, ctypes.Array[_Term], int, int]:
+    array = (_Term * len(terms))(*(_Term(*philox_key(key), key.query, c) for key, c in terms))
+    return kind, array, len(terms), leaf
+
+
+def _touch(tensor: Tensor) -> None:
+    """Tell autograd of the write, as an in-place operation of torch would."""
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
+
+
+def _parallel_region() -> int | None:
+    """Address of ``GOMP_parallel`` in the OpenMP runtime that torch uses, which libgomp, libomp and libiomp5 all have.
+
+    Linking a runtime of our own could load a second one, whose threads would spin beside torch's.
+    """
+    candidates: list[str | None] = [None]
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        files = {line.split(maxsplit=5)[-1].strip() for line in maps.read_text().splitlines() if "omp" in line}
+        candidates += sorted(f for f in files if Path(f).name.startswith(("libgomp", "libomp", "libiomp")))
+    for name in candidates:  # the global scope first: torch's own calls are bound in that order
+        try:
+            return ctypes.cast(ctypes.CDLL(name).GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def cache_dir() -> Path:
+    """``$ZOLIGHTNING_CACHE``, else the platform's cache directory of the user."""
+    if chosen := os.environ.get("ZOLIGHTNING_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "zolightning"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zolightning"
+
+
+def load(verify: Callable[[Library], str], extra_flags: Sequence[str] = ()) -> Library:
+    """The native library, from the cache if it is there, built if not.
+
+    Args:
+        verify: says what is wrong with a library, or nothing.
+        extra_flags: for the compiler, behind ours.
+
+    Raises:
+        NativeUnavailableError: with the reason, a failed ``verify`` being one.
+    """
+    if os.name != "posix":
+        raise NativeUnavailableError(f"not built on {sys.platform}")
+    compiler = _compiler()
+    flags = (*_flags(), *extra_flags)
+    identity = "\0".join((SOURCE.read_text(), *compiler, *flags, _version(compiler), _cpu()))
+    name = f"noise-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+    directory, temporary = _directory()
+    try:
+        for cached in sorted(directory.glob(f"{name}-*.so")):
+            if _private(cached) and cached.stem.endswith(_digest(cached)):
+                return _verified(cached, verify)
+            _log.info("%s is damaged or not ours: building it anew", cached.name)
+            cached.unlink(missing_ok=True)
+        return _verified(_build(directory, name, compiler, flags), verify)
+    except OSError as error:
+        raise NativeUnavailableError(str(error)) from error
+    finally:
+        if temporary:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _verified(path: Path, verify: Callable[[Library], str]) -> Library:
+    try:
+        library = Library(path)
+    except (OSError, AttributeError) as error:
+        raise NativeUnavailableError(f"{path.name} does not load: {error}") from error
+    if wrong := verify(library):
+        raise NativeUnavailableError(wrong)
+    return library
+
+
+def _compiler() -> list[str]:
+    if named := os.environ.get("CXX"):
+        words = shlex.split(named)
+        if words and shutil.which(words[0]):
+            return words
+        raise NativeUnavailableError(f"$CXX is {named!r}, which is no program here")
+    for name in ("g++", "clang++", "c++"):
+        if path := shutil.which(name):
+            return [path]
+    raise NativeUnavailableError("no C++ compiler ($CXX, g++, clang++)")
+
+
+def _flags() -> tuple[str, ...]:
+    exact = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")  # the last two change no value
+    x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
+    machine = ("-march=native", "-mprefer-vector-width=512") if x86 else ("-mcpu=native",)
+    return ("-std=c++17", "-O3", *machine, *exact, "-fPIC", "-shared")
+
+
+def _version(compiler: list[str]) -> str:
+    result = _call([*compiler, "--version"])
+    if result.returncode:
+        raise NativeUnavailableError(f"{compiler[0]} --version fails: {_last_line(result.stderr)}")
+    return result.stdout
+
+
+def _cpu() -> str:
+    """What -march=native depends on: a home directory may be shared by different machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name", "CPU part"))}))
+
+
+def _build(directory: Path, name: str, compiler: list[str], flags: Sequence[str]) -> Path:
+    """Compile beside the final place and move there, so that no other process ever sees half a library."""
+    handle, made = tempfile.mkstemp(prefix=".build-", suffix=".so", dir=directory)
+    os.close(handle)
+    part = Path(made)
+    try:
+        _log.info("building the noise kernels with %s, once", compiler[0])
+        result = _call([*compiler, *flags, os.fspath(SOURCE), "-o", made])
+        if result.returncode:
+            raise NativeUnavailableError(f"{compiler[0]} fails: {_last_line(result.stderr)}")
+        part.chmod(0o700)
+        final = directory / f"{name}-{_digest(part)}.so"
+        os.replace(part, final)
+        return final
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _call(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeUnavailableError(f"{command[0]} fails: {error}") from error
+
+
+def _last_line(text: str) -> str:
+    errors = [line for line in text.splitlines() if "error" in line] or text.splitlines() or ["no message"]
+    return errors[0].strip()
+
+
+def _digest(path: Path) -> str:
+    """Part of the file's name, so that a damaged library is seen before it is mapped."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _directory() -> tuple[Path, bool]:
+    """Where libraries are kept, and whether it is a throw-away place because the cache is not ours alone to write."""
+    directory = cache_dir() / "kernels"
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if _private(directory) and os.access(directory, os.W_OK):
+            return directory.resolve(), False
+        reason = "others may write to it"
+    except OSError as error:
+        reason = str(error)
+    _log.info("noise kernels are not kept in %s: %s", directory, reason)
+    return Path(tempfile.mkdtemp(prefix="zolightning-")), True
+
+
+def _private(path: Path) -> bool:
+    """Nobody but this user (and root) can change the file or put another in its place."""
+    owners = (0, os.geteuid())
+    resolved = path.resolve()
+    for place in (resolved, *resolved.parents):
+        info = place.stat()
+        shared = info.st_mode & (stat.S_IWOTH | (stat.S_IWGRP if place == resolved else 0))
+        if info.st_uid not in owners or (shared and not info.st_mode & stat.S_ISVTX):
+            return False
+    return True

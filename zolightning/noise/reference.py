@@ -1,0 +1,120 @@
+"""The kernels in plain torch: they run on any device, and every other rung has to give the same bits.
+
+All arithmetic is float32 (float64 for float64 leaves), every product and sum rounded by itself. Elements are numbered in
+row-major order whatever the memory layout. Chunks only bound the temporaries: they change no bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..types import Key, Term
+from .distributions import Distribution, elements, rounding_bits, run
+
+CHUNK = 1 << 18
+_LARGEST = {torch.bfloat16: 0x7F7F0000, torch.float16: 0x477FE000}  # the largest finite numbers, as bits of a float32
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Where arithmetic on a leaf happens: float64 for float64 leaves, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def pieces(tensor: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(index of the first element, view) of about CHUNK elements each; works on any memory layout."""
+    for offset, (view,) in _slices(tensor):
+        yield offset, view
+
+
+def _slices(*tensors: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """:func:`pieces` of tensors of one shape, cut alike."""
+    flat = tuple(t.view(-1) for t in tensors) if all(t.is_contiguous() for t in tensors) else tensors
+    width = flat[0][0].numel() if flat[0].numel() else 1
+    rows = max(1, CHUNK // max(1, width))
+    for row in range(0, flat[0].shape[0], rows):
+        yield row * width, tuple(t[row : row + rows] for t in flat)
+
+
+def noise_sum(dist: Distribution, terms: Sequence[Term], leaf: int, start: int, length: int, device: torch.device) -> Tensor:
+    """Σ_k c_k z_k over elements ``start … start + length``: float32 of shape (length,), summed in the terms' order."""
+    total = torch.zeros(length, device=device)
+    for at in range(0, length, CHUNK):
+        piece = total[at : at + CHUNK]
+        for k, (key, coefficient) in enumerate(terms):
+            z = run(dist, key, leaf, start + at, piece.numel(), device, key.query)
+            torch.add(piece, z * coefficient, out=piece) if k else torch.mul(z, coefficient, out=piece)
+    return total
+
+
+@torch.no_grad()
+def perturb(out: Tensor, source: Tensor, dist: Distribution, terms: Sequence[Term], leaf: int, start: int) -> None:
+    """``out = source + Σ_k c_k z_k``."""
+    for offset, (to, piece) in _slices(out, source):
+        noise = noise_sum(dist, terms, leaf, start + offset, piece.numel(), piece.device).view(piece.shape)
+        to.copy_(piece.to(working_dtype(source.dtype)) + noise)
+
+
+@torch.no_grad()
+def perturb_rows(out: Tensor, source: Tensor, dist: Distribution, terms: Sequence[Term], leaf: int, rows: Tensor) -> None:
+    """``out[j] = source[rows[j]] + Σ_k c_k z_k``, the noise being that of the row of the source."""
+    width = source.shape[1]
+    count = max(1, CHUNK // max(1, width))
+    for at in range(0, rows.numel(), count):
+        piece = rows[at : at + count]
+        noise = torch.zeros(piece.numel(), width, device=source.device)
+        for k, (key, coefficient) in enumerate(terms):
+            z = elements(dist, key, leaf, piece * width, width, key.query) * coefficient
+            noise = noise + z if k else z
+        out[at : at + count].copy_(source[piece].to(working_dtype(source.dtype)) + noise)
+
+
+@torch.no_grad()
+def stochastic_round_(target: Tensor, value: Tensor, key: Key, leaf: int, start: int) -> None:
+    """Store ``value``, rounded up or down with odds given by the distance to each neighbour."""
+    if target.dtype not in _LARGEST:
+        target.copy_(value)
+        return
+    for offset, (to, piece) in _slices(target, value):
+        random = rounding_bits(key, leaf, start + offset, piece.numel(), piece.device).view(piece.shape)
+        to.copy_(_round(piece.contiguous(), random, target.dtype))
+
+
+def _round(value: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
+    bits = value.view(torch.int32)
+    if dtype == torch.bfloat16:
+        rounded = ((bits + random) & ~0xFFFF).view(torch.float32)
+    else:  # 13 bits fall away; below 2**-14 float16 is a fixed grid of 2**-24
+        rounded = ((bits + (random & 0x1FFF)) & ~0x1FFF).view(torch.float32)
+        scaled = value.abs() * 2.0**24
+        whole = scaled.floor()
+        up = random.to(torch.float32) + 0.5 < (scaled - whole) * 2.0**16
+        tiny = torch.copysign((whole + up.to(torch.float32)) * 2.0**-24, value)
+        rounded = torch.where(scaled < 1024.0, tiny, rounded)
+    return torch.where((bits & 0x7FFFFFFF) <= _LARGEST[dtype], rounded, value)  # beyond: to nearest, as any cast
+
+
+@torch.no_grad()
+def sgd_(
+    target: Tensor,
+    dist: Distribution,
+    terms: Sequence[Term],
+    leaf: int,
+    start: int,
+    lr: float,
+    weight_decay: float,
+    key: Key,
+) -> None:
+    """``w -= lr * (Σ_k c_k z_k + weight_decay * w)``, by the very operations of ``torch.optim.SGD`` in float32, float64."""
+    wide = target.dtype not in _LARGEST
+    for offset, (w,) in _slices(target):
+        d = noise_sum(dist, terms, leaf, start + offset, w.numel(), w.device).view(w.shape)
+        if wide:
+            d = d.to(w.dtype)
+            w.add_(d.add(w, alpha=weight_decay) if weight_decay else d, alpha=-lr)
+        else:  # torch.add with alpha rounds once on some machines, twice on others
+            value = w.to(torch.float32)
+            d = d + value * weight_decay if weight_decay else d
+            stochastic_round_(w, value - d * lr, key, leaf, start + offset)

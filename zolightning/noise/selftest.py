@@ -1,0 +1,108 @@
+"""Does the native library give the reference's bits on this machine? A few thousand elements of each kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..types import Key, Term
+from . import reference
+from .distributions import Distribution, Gaussian, Rademacher, elements
+from .native import DTYPES, Library
+
+_KEY = Key(seed=0x5EED, step=7, query=2)
+_TERMS = (Term(_KEY, 1e-2), Term(Key(1, 2, 3), -0.37), Term(Key(2**63, 2**40, 0), 3.0))
+_LEAF = 11
+_LENGTH = 2 * 1024 + 77
+_START = (1 << 35) + 1000  # beyond 32-bit block numbers even of Rademacher noise, and in the middle of a block
+
+
+def verify(library: Library) -> str:
+    """What differs, or nothing. Settles how the library's wide updates round, too."""
+    for dist in (Rademacher(), Gaussian()):
+        for name, check in _checks(library, dist).items():
+            if not check():
+                return f"{name} of {dist.name} noise differs from the reference"
+    return ""
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal in every bit, signs of zeros included; one NaN is as good as another."""
+    return bool(((a == b) & (a.signbit() == b.signbit()) | a.isnan() & b.isnan()).all())
+
+
+def specimens(dtype: torch.dtype) -> Tensor:
+    """Numbers of every size in ``dtype``, with the zeros, infinities, NaN, subnormals and largest numbers."""
+    spread = torch.linspace(-1, 1, _LENGTH, dtype=torch.float64)
+    values = spread.sign() * torch.exp2(spread.abs() * 40 - 30 + torch.arange(_LENGTH) * 1e-3)
+    limits = torch.finfo(dtype)
+    special = (0.0, -0.0, float("inf"), -float("inf"), float("nan"), limits.max, -limits.max, limits.tiny / 3, 65519.0)
+    values[: len(special)] = torch.tensor(special, dtype=torch.float64)
+    return values.to(dtype)
+
+
+def _checks(library: Library, dist: Distribution) -> dict[str, Callable[[], bool]]:
+    kind = dist.native
+    assert kind is not None
+
+    def sample() -> bool:
+        starts = torch.tensor([0, 5, _START])
+        queries = torch.tensor([1, 0, 2**31 - 1])
+        native = library.noise(kind, [Term(_KEY, 1.0)], _LEAF, starts, _LENGTH, queries)
+        return same_bits(native, elements(dist, _KEY, _LEAF, starts, _LENGTH, queries[:, None]))
+
+    def perturb() -> bool:
+        agree = True
+        for source in map(specimens, DTYPES):
+            for dtype in DTYPES:
+                native, expected = torch.empty(2, _LENGTH, dtype=dtype)
+                library.perturb(native, source, kind, _TERMS, _LEAF, _START)
+                reference.perturb(expected, source, dist, _TERMS, _LEAF, _START)
+                agree &= same_bits(native, expected)
+        return agree
+
+    def perturb_rows() -> bool:
+        source = torch.linspace(-2, 2, 90 * 77).view(90, 77)
+        rows = torch.arange(0, 90, 7).flip(0)
+        native, expected = torch.empty(2, len(rows), 77)
+        library.perturb_rows(native, source, kind, _TERMS[:1], _LEAF, rows)
+        reference.perturb_rows(expected, source, dist, _TERMS[:1], _LEAF, rows)
+        return same_bits(native, expected)
+
+    def stochastic_round() -> bool:
+        agree = True
+        for dtype in (torch.bfloat16, torch.float16):
+            native, expected = torch.empty(2, _LENGTH, dtype=dtype)
+            library.stochastic_round_(native, specimens(torch.float32), _KEY, _LEAF, _START)
+            reference.stochastic_round_(expected, specimens(torch.float32), _KEY, _LEAF, _START)
+            agree &= same_bits(native, expected)
+        return agree
+
+    def sgd(dtype: torch.dtype) -> bool:
+        agree = True
+        for decay in (0.0, 0.1):
+            native = torch.linspace(-1, 1, _LENGTH, dtype=torch.float64).to(dtype)
+            expected = native.clone()
+            library.sgd_(native, kind, _TERMS, _LEAF, _START, 0.3, decay, _KEY)
+            reference.sgd_(expected, dist, _TERMS, _LEAF, _START, 0.3, decay, _KEY)
+            agree &= same_bits(native, expected)
+        return agree
+
+    def wide_sgd() -> bool:  # whether torch.add fuses its product depends on the machine: take what matches, or neither
+        for fused in (True, False):
+            library.fused = fused
+            if sgd(torch.float32) and sgd(torch.float64):
+                return True
+        library.fused = None
+        return True
+
+    return {
+        "the sample": sample,
+        "the perturbation": perturb,
+        "the perturbation of rows": perturb_rows,
+        "stochastic rounding": stochastic_round,
+        "the update": lambda: sgd(torch.bfloat16) and sgd(torch.float16),
+        "the wide update": wide_sgd,
+    }
