@@ -3,7 +3,9 @@
 from . import recipes
 from .config import ZOConfig
 from .mixin import ZOMixin
+from .monitor import ZOMonitor
 from .strategy import ZOStrategy
+from .tracking import mlflow_logger
 
 __version__ = "0.1.0"
-__all__ = ["ZOConfig", "ZOMixin", "ZOStrategy", "recipes"]
+__all__ = ["ZOConfig", "ZOMixin", "ZOMonitor", "ZOStrategy", "mlflow_logger", "recipes"]

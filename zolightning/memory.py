@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -60,10 +61,8 @@ class MemoryMeter:
             torch.cuda.reset_peak_memory_stats(device)
         else:
             self._libraries = max(0, rss() - self.weights)
-            try:
+            with contextlib.suppress(OSError):
                 _CLEAR_REFS.write_text("5")  # Linux: the high-water mark starts again from here
-            except OSError:
-                pass
 
     def peak(self) -> int:
         """Most memory in use since the meter was made."""

@@ -47,19 +47,13 @@ class ZOMonitor(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._buffer = MetricBuffer(trainer.loggers)
         strategy = trainer.strategy
-        zo = isinstance(strategy, ZOStrategy)
-        self._buffer.tag(
-            {
-                "zo.method": self.method or ("zo" if zo else "backprop"),
-                "zo.recipe": strategy.recipe_name if zo else "",
-                "zo.pid": str(os.getpid()),
-                "zo.host": socket.gethostname(),
-                "zo.heartbeat": str(time.time()),
-            }
-        )
-        if zo:
+        tags = {"zo.pid": str(os.getpid()), "zo.host": socket.gethostname(), "zo.heartbeat": str(time.time())}
+        tags["zo.method"] = self.method or ("zo" if isinstance(strategy, ZOStrategy) else "backprop")
+        if isinstance(strategy, ZOStrategy):
+            tags["zo.recipe"] = strategy.recipe_name
             for logger in trainer.loggers:
                 logger.log_hyperparams({f"zo/{k}": v for k, v in strategy.config.to_dict().items()})
+        self._buffer.tag(tags)
         self._beat = time.monotonic()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -79,7 +73,7 @@ class ZOMonitor(Callback):
         self.tokens_seen += count_tokens(batch)
         strategy = trainer.strategy
         record = strategy.last_record if isinstance(strategy, ZOStrategy) else None
-        if record is None:
+        if not isinstance(strategy, ZOStrategy):
             self.forward_passes += 1
         if trainer.global_step == self._last_step:  # inside an accumulation window
             return

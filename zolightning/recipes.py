@@ -10,8 +10,9 @@ DEFAULT = ZOConfig()
 A module without a per-example objective (``ZOMixin``) gets dense two-point SPSA on the same blocks.
 """
 
-SPSA = ZOConfig(estimator="spsa", select="all", structure="dense")
-"""Dense two-point SPSA on all weights with ±1 noise and normalised steps."""
+SPSA = ZOConfig(estimator="spsa", structure="dense")
+"""Dense two-point SPSA with ±1 noise on the middle blocks, normalised steps: what :data:`DEFAULT` comes to for a module
+without a per-example objective."""
 
 MEZO = ZOConfig(
     estimator="spsa",

@@ -30,15 +30,21 @@ def mlflow_logger(
         store: an SQLite file ``sqlite:///path`` (write-ahead log, so that readers never block training) or a server's URL.
         tags: searchable labels of the run.
     """
-    logger = MLFlowLogger(experiment, run_name, tracking_uri=store, tags=dict(tags or {}), synchronous=False)
-    if store.startswith("sqlite:///"):
-        path = Path(store.removeprefix("sqlite:///"))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _ = logger.experiment  # MLflow makes the tables
-        if path.exists():
-            with closing(sqlite3.connect(path)) as connection:
-                connection.execute("PRAGMA journal_mode=WAL")
-    return logger
+    prepare_store(store)
+    return MLFlowLogger(experiment, run_name, tracking_uri=store, tags=dict(tags or {}), synchronous=False)
+
+
+def prepare_store(store: str) -> None:
+    """Make an SQLite store's file and tables when they are not there, with a write-ahead log."""
+    if not store.startswith("sqlite:///"):
+        return
+    from mlflow import MlflowClient
+
+    path = Path(store.removeprefix("sqlite:///"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    MlflowClient(store).search_experiments(max_results=1)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
 
 
 class MetricBuffer:

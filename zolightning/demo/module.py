@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
 from .._lightning import pl
@@ -25,12 +26,14 @@ class PromptClassifier(ZOMixin, pl.LightningModule):
         model: a causal language model.
         candidate_ids: token id of each label's verbalizer.
         make_optimizer: trainable parameters → optimizer.
+        decay_steps: steps in which the learning rate falls to zero along a cosine; 0: it stays.
     """
 
-    def __init__(self, model: nn.Module, candidate_ids: Tensor, make_optimizer: MakeOptimizer) -> None:
+    def __init__(self, model: nn.Module, candidate_ids: Tensor, make_optimizer: MakeOptimizer, decay_steps: int = 0) -> None:
         super().__init__()
+        self.candidate_ids: Tensor
         self.model = model
-        self.make_optimizer = make_optimizer
+        self.make_optimizer, self.decay_steps = make_optimizer, decay_steps
         self.register_buffer("candidate_ids", candidate_ids, persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
@@ -39,9 +42,6 @@ class PromptClassifier(ZOMixin, pl.LightningModule):
 
     def zo_objective(self, batch: dict[str, Tensor]) -> Tensor:
         return F.cross_entropy(self(batch), batch["labels"], reduction="none")
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int = 0) -> Tensor:
-        return super().training_step(batch, batch_idx)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self._score(batch, "val")
@@ -57,8 +57,12 @@ class PromptClassifier(ZOMixin, pl.LightningModule):
         }
         self.log_dict(values, batch_size=len(labels), on_epoch=True, prog_bar=stage == "val")
 
-    def configure_optimizers(self) -> Optimizer:
-        return self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        if not self.decay_steps:
+            return optimizer
+        schedule = CosineAnnealingLR(optimizer, self.decay_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class PromptData(pl.LightningDataModule):

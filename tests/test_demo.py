@@ -1,0 +1,112 @@
+"""The demo end to end on a tiny model, and its parts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from test_data_model import save_tiny
+
+from zolightning.demo.main import plan
+from zolightning.demo.methods import PROFILES, select_methods
+from zolightning.demo.report import markdown_table, text_table, write
+from zolightning.demo.run import Result
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def result(method: str, seed: int, accuracy: float) -> Result:
+    history = [{"step": s, "seconds": 2.0 * s, "loss": 1.0 - 0.1 * s, "accuracy": accuracy} for s in range(4)]
+    return Result(method, method.upper(), seed, accuracy, 0.5, 2_000_000_000, 10.0 + seed, 120, 960, history if seed else [])
+
+
+def test_table_has_mean_and_spread() -> None:
+    results = [result("zo", 1, 0.8), result("zo", 2, 0.9), result("zero", 0, 0.5)]
+    header, _, zo, zero = (" ".join(line.split()) for line in text_table(results).splitlines())
+    assert header == "method accuracy % test loss peak memory GB train s forward passes examples"
+    assert zo == "ZO (2 seeds) 85.0 ± 7.1 0.500 ± 0.000 2.00 12 ± 1 120 960"
+    assert zero == "ZERO 50.0 0.500 2.00 10 120 960"
+    assert markdown_table(results).splitlines()[2].startswith("| ZO (2 seeds) | 85.0 ± 7.1 |")
+
+
+def test_report_files(tmp_path: Path) -> None:
+    results = [result("zo", 1, 0.8), result("zo", 2, 0.9), result("zero", 0, 0.5)]
+    picture = write(results, tmp_path, {"model": "tiny"})
+    assert picture.read_bytes().startswith(PNG)
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert saved["settings"] == {"model": "tiny"}
+    assert [Result(**r) for r in saved["results"]] == results
+
+
+def test_plan_repeats_only_zeroth_order_methods() -> None:
+    runs = plan(select_methods(PROFILES["full"], None), 3)
+    seeds = {m.name: [s for n, s in runs if n is m] for m, _ in runs}
+    assert all(s == ([0, 1, 2] if PROFILES["full"].methods[i].zeroth_order else [0]) for i, s in enumerate(seeds.values()))
+    assert {"zero-shot", "zo", "mezo", "adamw", "checkpointed", "lora"} <= set(seeds)
+
+
+def test_unknown_method_and_seeds() -> None:
+    with pytest.raises(ValueError, match=r"unknown methods sgd; allowed: zero-shot, zo, "):
+        select_methods(PROFILES["quick"], ["zo", "sgd"])
+    with pytest.raises(ValueError, match="`seeds` must be >= 1, got 0"):
+        plan((), 0)
+
+
+def command(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "zolightning.cli", *args], capture_output=True, text=True, timeout=600, check=False
+    )
+
+
+def test_help_shows_an_example() -> None:
+    shown = command("demo", "--help").stdout
+    assert "zolightning demo --profile quick" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--data", "no-such.csv"], "no-such.csv"),
+        (["--methods", '["sgd"]'], "unknown methods sgd"),
+    ],
+)
+def test_bad_input_is_one_line(args: list[str], message: str) -> None:
+    done = command("demo", *args)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_demo_on_a_local_model_and_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_tiny(tmp_path / "model")
+    rows = [f"film number {i} is {('dull', 'fine')[i % 2]},{i % 2}" for i in range(120)]
+    (tmp_path / "reviews.csv").write_text("\n".join(["text,label", *rows]))
+    store, out = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "out"
+    done = command(
+        *("demo", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "reviews.csv"), "--offline", "true"),
+        *("--methods", '["zero-shot", "zo", "lora"]', "--store", store, "--out", str(out), "--threads", "1"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ZO (default recipe)" in done.stdout
+    assert "mlflow ui --backend-store-uri" in done.stdout
+    assert (out / "comparison.png").read_bytes().startswith(PNG)
+    results = {r["method"]: Result(**r) for r in json.loads((out / "results.json").read_text())["results"]}
+    steps = {m.name: m.steps for m in PROFILES["quick"].methods}
+    assert results["zo"].forward_passes == 2 * steps["zo"]
+    assert results["lora"].forward_passes == steps["lora"]
+    assert results["zero-shot"].forward_passes == 0
+    assert all(0 < r.peak_memory < 4e9 for r in results.values())
+    client = MlflowClient(store)
+    experiment = client.get_experiment_by_name("zolightning-demo")
+    assert experiment is not None
+    runs = {r.info.run_name: r for r in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {"zero-shot-seed0", "zo-seed0", "lora-seed0"}
+    for name, run in runs.items():
+        assert run.info.status == "FINISHED"
+        assert run.data.metrics["test/accuracy"] == pytest.approx(results[name.removesuffix("-seed0")].accuracy)

@@ -1,0 +1,196 @@
+"""A run's records: the same keys for ZO and backprop, complete, exact, and in a real MLflow store."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from helpers import PLAIN, batches, loader, mlp
+from mlflow import MlflowClient
+from torch import Tensor, nn
+
+from zolightning import ZOMonitor, ZOStrategy, mlflow_logger
+from zolightning.memory import MemoryMeter, tensor_bytes
+from zolightning.monitor import count_tokens
+
+STEPS, SIZE = 24, 5
+COMMON = {
+    "train/loss",
+    "forward_passes",
+    "examples_seen",
+    "tokens_seen",
+    "memory/peak",
+    "memory/rss",
+    "memory/weights",
+    "memory/gradients",
+    "memory/optimizer_state",
+    "memory/activations",
+    "speed/train_seconds",
+    "speed/steps_per_second",
+}
+ONLY_ZO = {
+    "zo/projected_grad",
+    "zo/clip_rate",
+    "zo/tie_rate",
+    "zo/skipped_steps",
+    "zo/update_rms",
+    "zo/lost_update_share",
+}
+
+
+class Regression(pl.LightningModule):
+    def __init__(self, optimizer: type[torch.optim.Optimizer]) -> None:
+        super().__init__()
+        self.net, self.optimizer = mlp(), optimizer
+        self.seen: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
+        self.seen.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer(self.parameters(), lr=1e-2)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+
+
+def train(store: str, name: str, strategy: Any, optimizer: Any, **settings: Any) -> tuple[Any, Regression, ZOMonitor]:
+    logger, monitor, module = mlflow_logger(name, store=store), ZOMonitor(), Regression(optimizer)
+    trainer = pl.Trainer(
+        strategy=strategy,
+        max_epochs=1,
+        accelerator="cpu",
+        logger=logger,
+        callbacks=[monitor],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings,
+    )
+    trainer.fit(module, loader(batches(STEPS, SIZE)))
+    client = MlflowClient(store)
+    return client.get_run(logger.run_id), module, monitor
+
+
+def history(store: str, run: Any, key: str) -> list[tuple[int, float]]:
+    return [(m.step, m.value) for m in MlflowClient(store).get_metric_history(run.info.run_id, key)]
+
+
+def test_zo_run(store: str) -> None:
+    run, module, _ = train(store, "zo", ZOStrategy(PLAIN), torch.optim.SGD)
+    assert set(run.data.metrics) >= COMMON | ONLY_ZO
+    losses = dict(history(store, run, "train/loss"))
+    assert list(losses) == list(range(1, STEPS + 1))
+    pairs = zip(module.seen[0::2], module.seen[1::2], strict=True)
+    torch.testing.assert_close(list(losses.values()), [(a + b) / 2 for a, b in pairs])
+    assert dict(history(store, run, "forward_passes"))[STEPS] == 2 * STEPS
+    assert dict(history(store, run, "examples_seen"))[STEPS] == SIZE * STEPS
+    assert run.data.metrics["memory/gradients"] == 0
+    assert run.data.metrics["memory/optimizer_state"] == 0
+    assert run.data.metrics["memory/weights"] == sum(p.numel() * 4 for p in module.parameters())
+    assert 0 < run.data.metrics["zo/update_rms"] < 1
+    tags = run.data.tags
+    assert (tags["zo.method"], tags["zo.recipe"]) == ("zo", "custom")
+    assert {"zo.pid", "zo.host", "zo.heartbeat"} <= set(tags)
+    assert run.data.params["zo/eps"] == "0.001"
+
+
+def test_backprop_run_logs_the_same_keys(store: str) -> None:
+    run, module, _ = train(store, "adam", "auto", torch.optim.AdamW)
+    assert set(run.data.metrics) >= COMMON
+    assert not ONLY_ZO & set(run.data.metrics)
+    torch.testing.assert_close([v for _, v in history(store, run, "train/loss")], module.seen)
+    weights = run.data.metrics["memory/weights"]
+    assert run.data.metrics["memory/optimizer_state"] >= 2 * weights
+    assert run.data.tags["zo.method"] == "backprop"
+
+
+def test_accumulation_counts_optimizer_steps(store: str) -> None:
+    run, _, monitor = train(store, "window", ZOStrategy(PLAIN), torch.optim.SGD, accumulate_grad_batches=2)
+    assert [s for s, _ in history(store, run, "train/loss")] == list(range(1, STEPS // 2 + 1))
+    assert monitor.forward_passes == 2 * STEPS
+    assert monitor.examples_seen == SIZE * STEPS
+
+
+def test_not_a_number_reaches_the_store_at_its_step(store: str) -> None:
+    class Broken(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * (float("nan") if batch_idx == 3 else 1.0)
+
+    logger = mlflow_logger("nan", store=store)
+    trainer = pl.Trainer(
+        strategy=ZOStrategy(PLAIN),
+        max_epochs=1,
+        accelerator="cpu",
+        logger=logger,
+        callbacks=[ZOMonitor()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with pytest.warns(match="step 3 skipped"):
+        trainer.fit(Broken(torch.optim.SGD), loader(batches(6, SIZE)))
+    run = MlflowClient(store).get_run(logger.run_id)
+    assert [s for s, v in history(store, run, "train/loss") if v != v] == [4]
+    assert run.data.metrics["zo/skipped_steps"] == 1
+
+
+def test_readers_do_not_block_the_store(store: str) -> None:
+    with closing(sqlite3.connect(store.removeprefix("sqlite:///"))) as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_a_store_that_goes_away_does_not_end_training(tmp_path: Path) -> None:
+    logger = mlflow_logger("lost", store=f"sqlite:///{tmp_path}/mlflow.db")
+    _ = logger.run_id
+
+    class Unplugged(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            def refuse(*args: Any, **kwargs: Any) -> None:
+                raise ConnectionError("the server is away")
+
+            logger.experiment.log_batch = refuse
+
+    module = Regression(torch.optim.SGD)
+    trainer = pl.Trainer(
+        strategy=ZOStrategy(PLAIN),
+        max_epochs=1,
+        accelerator="cpu",
+        logger=logger,
+        callbacks=[ZOMonitor(), Unplugged()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with pytest.warns(match="MLflow did not take"):
+        trainer.fit(module, loader(batches(STEPS, SIZE)))
+    assert trainer.global_step == STEPS
+
+
+def test_every_n_steps_is_checked() -> None:
+    with pytest.raises(ValueError, match="must be >= 1, got 0"):
+        ZOMonitor(every_n_steps=0)
+
+
+def test_memory_meter_sees_what_is_allocated() -> None:
+    meter = MemoryMeter(mlp(), torch.device("cpu"))
+    before = meter.peak()
+    block = torch.ones(64 << 20, dtype=torch.uint8)
+    assert meter.peak() - before > 60 << 20
+    assert tensor_bytes([block, block[:10], None]) == 64 << 20
+
+
+def test_tokens() -> None:
+    ids, mask = torch.ones(2, 3, dtype=torch.long), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    assert count_tokens({"input_ids": ids, "attention_mask": mask}) == 5
+    assert count_tokens({"input_ids": ids}) == 6
+    assert count_tokens((ids, mask)) == 0

@@ -1,0 +1,25 @@
+"""The ``zolightning`` command."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+
+def main(args: list[str] | None = None) -> None:
+    """``zolightning demo …``; see ``zolightning --help``."""
+    from jsonargparse import auto_cli
+
+    from .demo.main import demo
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("alembic", "mlflow", "httpx"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        auto_cli({"demo": demo}, args=args, as_positional=False)
+    except (ValueError, OSError, ImportError) as error:  # bad input and missing files: one line, no traceback
+        sys.exit(f"zolightning: {error}")
+
+
+if __name__ == "__main__":
+    main()

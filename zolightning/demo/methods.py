@@ -1,0 +1,129 @@
+"""The ways to fine-tune that the demo compares: each is a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.optim import SGD, AdamW
+
+from ..recipes import RECIPES
+from ..strategy import ZOStrategy
+from .module import MakeOptimizer
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the comparison."""
+
+    name: str
+    """Short name, for options and run names."""
+
+    title: str
+    """As the table shows it."""
+
+    recipe: str | None = None
+    """ZO recipe, or None for backprop."""
+
+    lr: float | None = None
+    """Learning rate; for ZO None is the recipe's own."""
+
+    steps: int = 0
+    """Optimizer steps; 0 evaluates the model as it is."""
+
+    batch_size: int = 16
+    """Examples a step."""
+
+    decay: bool = False
+    """Whether the learning rate falls to zero along a cosine."""
+
+    lora: bool = False
+    """Train rank-8 adapters on the attention's query and value projections, and nothing else."""
+
+    checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+
+    @property
+    def zeroth_order(self) -> bool:
+        return self.recipe is not None
+
+    def strategy(self) -> Any:
+        """For Trainer(strategy=...)."""
+        return ZOStrategy(self.recipe) if self.recipe is not None else "auto"
+
+    def make_optimizer(self) -> MakeOptimizer:
+        """SGD for ZO, AdamW for backprop."""
+        if self.zeroth_order:
+            return partial(SGD, lr=self.lr or RECIPES[self.recipe or ""].lr or 0.0)
+        return partial(AdamW, lr=self.lr or 0.0, weight_decay=0.0)
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model with adapters or checkpointing switched on."""
+        model.train()
+        if self.lora:
+            from peft import LoraConfig, inject_adapter_in_model
+
+            config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
+            model = inject_adapter_in_model(config, model)
+        if self.checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        return model
+
+
+ZERO_SHOT = Method("zero-shot", "zero-shot")
+ZO = Method("zo", "ZO (default recipe)", recipe="default", lr=1.5e-3, batch_size=32, decay=True)
+SPSA = Method("spsa", "ZO (dense SPSA, unchanged module)", recipe="spsa", lr=5e-4, batch_size=32, decay=True)
+MEZO = Method("mezo", "ZO (MeZO, paper recipe)", recipe="mezo")
+ADAMW = Method("adamw", "backprop AdamW", lr=2e-5)
+CHECKPOINTED = Method("checkpointed", "backprop AdamW + checkpointing", lr=2e-5, checkpointing=True)
+LORA = Method("lora", "backprop LoRA + AdamW", lr=5e-4, lora=True)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How long the demo runs."""
+
+    methods: tuple[Method, ...]
+    """What is compared, in the order of the table."""
+
+    validation: int
+    """Validation examples; looked at while training runs."""
+
+    test: int
+    """Test examples; looked at once, at the end."""
+
+    validations: int
+    """How often a run looks at the validation examples."""
+
+    seeds: int
+    """Runs of each ZO method; backprop and zero-shot run once."""
+
+
+def _profile(zo: int, mezo: int, backprop: int, **sizes: int) -> Profile:
+    methods = (
+        ZERO_SHOT,
+        replace(ZO, steps=zo),
+        replace(SPSA, steps=zo),
+        replace(MEZO, steps=mezo),
+        *(replace(m, steps=backprop) for m in (ADAMW, CHECKPOINTED, LORA)),
+    )
+    return Profile(methods, **sizes)
+
+
+PROFILES = {
+    "quick": _profile(zo=60, mezo=40, backprop=20, validation=100, test=300, validations=3, seeds=1),
+    "full": _profile(zo=300, mezo=300, backprop=100, validation=400, test=1000, validations=6, seeds=3),
+}
+
+
+def select_methods(profile: Profile, names: list[str] | None) -> tuple[Method, ...]:
+    """The profile's methods of those names; ValueError for an unknown one."""
+    if not names:
+        return profile.methods
+    known = {m.name: m for m in profile.methods}
+    unknown = [n for n in names if n not in known]
+    if unknown:
+        raise ValueError(f"unknown methods {', '.join(unknown)}; allowed: {', '.join(known)}")
+    return tuple(known[n] for n in names)

@@ -1,0 +1,204 @@
+"""One run of the demo: a method, a seed, its own process, so that peak memory is the run's alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._lightning import Callback, pl
+from ..data import (
+    PromptTemplate,
+    Splits,
+    encode,
+    film_snippets,
+    load_causal_lm,
+    model_name,
+    read_table,
+    verbalizer_ids,
+)
+from ..memory import MemoryMeter
+from ..monitor import ZOMonitor
+from ..tracking import mlflow_logger
+from .methods import Method
+from .module import PromptClassifier, PromptData
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every run shares: the model, the texts, the evaluation, and where it is recorded."""
+
+    model: str | None
+    """Hugging Face id or folder; None: the embedded SmolLM2-135M."""
+
+    data: str | None
+    """CSV or JSONL file, or folder with train, validation and test; None: the embedded film reviews."""
+
+    text: str
+    """Column of the texts."""
+
+    label: str
+    """Column of the labels."""
+
+    template: str
+    """The prompt, with {text} in it."""
+
+    verbalizers: tuple[str, ...]
+    """The word after the prompt for each label, in label order."""
+
+    validation: int
+    """Validation examples at most."""
+
+    test: int
+    """Test examples at most."""
+
+    validations: int
+    """How often a run looks at the validation examples."""
+
+    max_length: int
+    """Longest prompt, in tokens."""
+
+    precision: str
+    """Trainer(precision=...)."""
+
+    store: str
+    """MLflow tracking URI."""
+
+    experiment: str
+    """MLflow experiment."""
+
+    out: str
+    """Folder of results and pictures."""
+
+    offline: bool
+    """Never fetch."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to."""
+
+    method: str
+    title: str
+    seed: int
+    accuracy: float
+    loss: float
+    peak_memory: int
+    seconds: float
+    forward_passes: int
+    examples: int
+    history: list[dict[str, float]]
+    """``step``, ``seconds`` of training, ``loss`` and ``accuracy`` on the validation examples."""
+
+    @staticmethod
+    def load(path: Path) -> Result:
+        return Result(**json.loads(path.read_text()))
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1))
+
+
+def splits(task: Task, seed: int = 0) -> Splits:
+    """The task's texts; the same for every method and seed."""
+    if task.data is None:
+        return film_snippets(seed, validation=task.validation, test=task.test, offline=task.offline)
+    found = read_table(task.data, text=task.text, label=task.label, seed=seed)
+    return found._replace(validation=found.validation[: task.validation], test=found.test[: task.test])
+
+
+class _History(Callback):
+    """Notes each validation beside the seconds of training it took to get there."""
+
+    def __init__(self, monitor: ZOMonitor) -> None:
+        self.monitor, self.rows = monitor, list[dict[str, float]]()
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        metrics = trainer.callback_metrics
+        row = {"step": trainer.global_step, "seconds": self.monitor.train_seconds}
+        row |= {name: float(metrics[f"val/{name}"]) for name in ("loss", "accuracy")}
+        self.rows.append(row)
+
+
+def run(task: Task, method: Method, seed: int, progress: bool = True) -> Result:
+    """Fine-tune and test; everything is logged to the task's store."""
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*(LeafSpec|gradient_checkpointing_enable|val_check_interval).*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_worth_saying)
+    pl.seed_everything(seed, verbose=False)
+    model, tokenizer = load_causal_lm(task.model, offline=task.offline)
+    texts = splits(task)
+    prompt = PromptTemplate(task.template, task.verbalizers)
+    candidates = verbalizer_ids(tokenizer, prompt, texts.label_names)
+    train, validation, test = (encode(tokenizer, part, prompt, task.max_length) for part in texts[:3])
+    data = PromptData(train, validation, test, tokenizer.pad_token_id, method.batch_size, seed)
+    decay = method.steps if method.decay else 0
+    module = PromptClassifier(method.prepare(model), candidates, method.make_optimizer(), decay)
+
+    run_name = f"{method.name}-seed{seed}"
+    logger = mlflow_logger(run_name, experiment=task.experiment, store=task.store, tags={"seed": seed})
+    logger.log_hyperparams({k: v for k, v in asdict(method).items() if v is not None} | {"seed": seed})
+    logger.log_hyperparams({"model": model_name(task.model), "precision": task.precision})
+    monitor = ZOMonitor(method.title)
+    history = _History(monitor)
+    trainer = pl.Trainer(
+        strategy=method.strategy(),
+        max_steps=max(1, method.steps),
+        precision=task.precision,  # type: ignore[arg-type]
+        devices=1,
+        logger=logger,
+        callbacks=[monitor, history],
+        val_check_interval=max(1, method.steps // task.validations),
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=-1,  # the first point of every curve
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=progress,
+        log_every_n_steps=1,
+    )
+    if method.steps:
+        trainer.fit(module, data)
+        assert monitor.meter is not None
+        peak = monitor.meter.peak()
+    else:
+        trainer.validate(module, data, verbose=False)  # libraries load what they need before memory is measured
+        meter = MemoryMeter(module, trainer.strategy.root_device)
+    tested = trainer.test(module, data, verbose=False)[0]
+    if not method.steps:
+        peak = meter.peak()
+    result = Result(
+        method=method.name,
+        title=method.title,
+        seed=seed,
+        accuracy=tested["test/accuracy"],
+        loss=tested["test/loss"],
+        peak_memory=peak,
+        seconds=monitor.train_seconds,
+        forward_passes=monitor.forward_passes,
+        examples=monitor.examples_seen,
+        history=history.rows,
+    )
+    logger.log_metrics({"summary/peak_memory": peak, "summary/train_seconds": result.seconds}, step=method.steps)
+    logger.finalize("success")
+    return result
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """Lightning's notices about devices and products it could use are not the demo's."""
+    return not any(word in record.getMessage() for word in ("available:", "Tip:", "val_check_interval", "max_steps="))
+
+
+def run_to_file(task: Task, method: Method, seed: int, path: Path, threads: int | None = None) -> None:
+    """:func:`run` in a fresh process, which hands its result over as a file."""
+    if threads:
+        torch.set_num_threads(threads)
+    run(task, method, seed).save(path)
+
+
+def settings(task: Task) -> dict[str, Any]:
+    """What the results depend on, for the report."""
+    return {k: v for k, v in asdict(task).items() if k not in ("store", "out")}

@@ -1,0 +1,67 @@
+"""Per-example losses of a module that returns their mean: the mean is split where PyTorch's loss function takes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_MEANS = (F.cross_entropy, F.nll_loss, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
+_BINARY = (F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
+
+
+class LossSplitter(TorchFunctionMode):
+    r"""Watches for a loss function that averages, and keeps what it averages over.
+
+    The mean of :math:`n` elements (of those whose target is not ignored) is the mean over examples of
+
+    .. math:: \ell_i = \frac{B}{n} \sum_{e \in i} \ell_e,
+
+    so a training step that returns this very mean has a loss for each example, and its code need not change. A step that
+    does anything more with it (adds a penalty, averages two losses) has not, and :meth:`losses` says None.
+
+    Args:
+        examples: B, along dimension 0 of the loss's elements, which may be flattened as (B·T,).
+    """
+
+    def __init__(self, examples: int) -> None:
+        super().__init__()
+        self._examples = examples
+        self._mean: Tensor | None = None
+        self._losses: Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _MEANS + _BINARY or not _plain_mean(args, kwargs):
+            return func(*args, **kwargs)
+        elements = func(*args, **{**kwargs, "reduction": "none"})
+        kept = elements.numel()
+        if func in (F.cross_entropy, F.nll_loss) and not args[1].is_floating_point():
+            kept = int((args[1] != kwargs.get("ignore_index", -100)).sum())
+        if not elements.dim() or elements.shape[0] % self._examples or not kept:
+            return func(*args, **kwargs)
+        sums = elements.double().reshape(self._examples, -1).sum(1)
+        self._losses = sums * (self._examples / kept)
+        self._mean = (sums.sum() / kept).to(elements.dtype)
+        return self._mean
+
+    def losses(self, returned: Any) -> Tensor | None:
+        """(B,) in float64 when ``returned`` is, or holds as 'loss', the mean that was split; else None."""
+        loss = returned.get("loss") if isinstance(returned, dict) else returned
+        return self._losses if isinstance(loss, Tensor) and loss is self._mean else None
+
+
+def _plain_mean(args: Any, kwargs: dict[str, Any]) -> bool:
+    """An unweighted mean over (input, target), its options given by name as PyTorch's loss modules do."""
+    deprecated = kwargs.get("size_average") is not None or kwargs.get("reduce") is not None
+    return (
+        len(args) == 2
+        and all(isinstance(a, torch.Tensor) for a in args)
+        and kwargs.get("reduction", "mean") == "mean"
+        and kwargs.get("weight") is None
+        and kwargs.get("pos_weight") is None
+        and not deprecated
+    )
