@@ -49,9 +49,7 @@ def phi() -> PreTrainedModel:
 
 
 def gemma2() -> PreTrainedModel:  # caps its logits after the output embedding
-    config = Gemma2Config(
-        **SMALL, intermediate_size=32, num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.5
-    )
+    config = Gemma2Config(**SMALL, intermediate_size=32, num_key_value_heads=2, head_dim=8, final_logit_softcapping=0.5)
     return Gemma2ForCausalLM(config)
 
 

@@ -145,9 +145,7 @@ def test_sdist_code_does_not_run_unless_the_hash_fits(index: Path, tmp_path: Pat
 
 
 def test_nothing_cached_and_no_index(index: Path) -> None:
-    artifact = Artifact(
-        "tiny-demo", "1.0", "tiny_demo-1.0-py3-none-any.whl", "0" * 64, 12_300_000, "wheel", ""
-    )
+    artifact = Artifact("tiny-demo", "1.0", "tiny_demo-1.0-py3-none-any.whl", "0" * 64, 12_300_000, "wheel", "")
     with pytest.raises(FetchError) as caught:
         fetch(artifact)
     message = str(caught.value)
@@ -164,9 +162,7 @@ def test_unreachable_index_says_what_was_tried(index: Path, monkeypatch: pytest.
     monkeypatch.delenv("PIP_FIND_LINKS")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     cached_path(artifact).parent.mkdir(parents=True)
-    cached_path(artifact).with_name(wheel.name + ".part").write_bytes(
-        b"PK"
-    )  # straight to HTTP: pip is slow here
+    cached_path(artifact).with_name(wheel.name + ".part").write_bytes(b"PK")  # straight to HTTP: pip is slow here
     with pytest.raises(FetchError, match=r"HTTP: http://127\.0\.0\.1:9/simple/tiny-demo/: .*refused"):
         fetch(artifact)
 
@@ -268,9 +264,7 @@ def test_corrupt_download_is_refused(server: Server, index: Path) -> None:
     artifact = artifact_of(index / server.filename)
     server.content = server.content[:-1] + b"?"
     actual = hashlib.sha256(server.content).hexdigest()
-    with pytest.raises(
-        FetchError, match=f"HTTP: corrupt download: expected SHA-256 {artifact.sha256}, got {actual}"
-    ):
+    with pytest.raises(FetchError, match=f"HTTP: corrupt download: expected SHA-256 {artifact.sha256}, got {actual}"):
         fetch(artifact)
     assert [path.suffix for path in cached_path(artifact).parent.iterdir()] == [".lock"]
 

@@ -10,9 +10,7 @@ from zolightning.data import FetchError, load_causal_lm, model_name
 
 
 def save_tiny(folder: Path) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=400, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-    )
+    config = LlamaConfig(vocab_size=400, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)

@@ -70,9 +70,7 @@ def test_one_verbalizer_per_label(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_verbalizer_of_several_tokens_is_named(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(
-        ValueError, match=re.escape("' sublime' must be one token of the vocabulary but becomes ['Ġ")
-    ):
+    with pytest.raises(ValueError, match=re.escape("' sublime' must be one token of the vocabulary but becomes ['Ġ")):
         verbalizer_ids(tokenizer, PromptTemplate(verbalizers=(" great", " sublime")), BINARY)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 
@@ -59,7 +60,7 @@ class ZOConfig:
     """Learning rate in place of the module's own; its schedule keeps its shape. None: the module's."""
 
     optimizer: Literal["module", "sgd"] = "module"
-    """'module': the optimizer that configure_optimizers returns. 'sgd': plain SGD with its parameter groups, no state."""
+    """'module': the optimizer that configure_optimizers returns. 'sgd': plain SGD steps with its parameter groups, no state."""
 
     seed: int | None = None
     """Seed of the perturbations. None: PyTorch's (``seed_everything``)."""
@@ -72,15 +73,12 @@ class ZOConfig:
         _one_of("noise", self.noise, DISTRIBUTIONS, Distribution)
         _one_of("structure", self.structure, ("auto", "dense", "rank1"))
         _one_of("optimizer", self.optimizer, ("module", "sgd"))
-        if self.eps is not None and not self.eps > 0:
-            raise ValueError(f"`eps` must be > 0, got {self.eps}")
-        if self.num_queries < 1:
-            raise ValueError(f"`num_queries` must be >= 1, got {self.num_queries}")
-        if self.lr is not None and not self.lr >= 0:
-            raise ValueError(f"`lr` must be >= 0, got {self.lr}")
+        if self.lr is not None and not 0 <= self.lr < math.inf:
+            raise ValueError(f"`lr` must be a finite number >= 0, got {self.lr}")
         if self.max_skips < 1:
             raise ValueError(f"`max_skips` must be >= 1, got {self.max_skips}")
-        self.build_shaping()  # its pieces check the rest
+        self.build_estimator(torch.float32)  # the pieces check the rest
+        self.build_shaping()
 
     def override(self, **changes: Any) -> ZOConfig:
         """This config with some fields changed; TypeError with the closest name for an unknown one."""
@@ -113,6 +111,40 @@ class ZOConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for loggers and checkpoints."""
         return {k: v if isinstance(v, (int, float, str, type(None))) else repr(v) for k, v in asdict(self).items()}
+
+
+class Overrides(TypedDict, total=False):
+    """The fields of :class:`ZOConfig` as keyword arguments; its documentation says more.
+
+    Args:
+        estimator: 'spsa', 'per_example', or an Estimator.
+        eps: Perturbation scale, > 0; null: from the dtype of the forward.
+        num_queries: Directions per step, >= 1.
+        noise: 'rademacher', 'gaussian', or a Distribution.
+        select: 'all', 'middle', 'first:K', 'last:K', 'blocks:I-J', 're:PATTERN', or a function (name, parameter) -> bool.
+        structure: 'dense' or 'rank1' perturbations of a matrix; 'auto': 'rank1' where it can run.
+        normalize: Divide g by its running RMS, so that lr is the RMS change per weight and step.
+        normalize_beta: Decay of that running RMS, in [0, 1).
+        clip: Largest |g| before normalising, > 0; null: no clip.
+        lr: Learning rate in place of the module's own; its schedule keeps its shape.
+        optimizer: 'module': as configure_optimizers says; 'sgd': plain SGD steps with its parameter groups, no state.
+        seed: Seed of the perturbations; null: PyTorch's.
+        max_skips: Stop after this many steps in a row without a finite projected gradient, >= 1.
+    """
+
+    estimator: str | Estimator
+    eps: float | None
+    num_queries: int
+    noise: str | Distribution
+    select: Select
+    structure: Literal["auto", "dense", "rank1"]
+    normalize: bool
+    normalize_beta: float
+    clip: float | None
+    lr: float | None
+    optimizer: Literal["module", "sgd"]
+    seed: int | None
+    max_skips: int
 
 
 def _one_of(name: str, value: Any, allowed: Any, kind: type | tuple[()] = ()) -> None:

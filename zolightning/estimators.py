@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 
 import torch
+from torch import Tensor
 
 from .space import View
 from .types import CENTRAL, Estimate, Key, Objective, Stencil, Term
@@ -70,25 +71,26 @@ class SPSA(Estimator):
                 values.append(value)
                 if offset == 0.0:
                     base = value
-            g = math.fsum(w * v for w, v in zip(self.stencil.weights, values, strict=True)) / self.eps
+            g = sum(w * v for w, v in zip(self.stencil.weights, values, strict=True)) / self.eps
             terms.append(Term(direction, g))
             ties += g == 0.0
         return Estimate(tuple(terms), tuple(losses), len(losses), ties)
 
 
 class PerExampleSPSA(Estimator):
-    r"""A direction for every example, both probes of all examples in one batch:
+    r"""A direction for every example:
 
     .. math:: g_i = \frac{\ell_i(\theta + \epsilon z_i) - \ell_i(\theta - \epsilon z_i)}{2\epsilon}, \qquad
               \hat g = \frac1B \sum_i g_i z_i
 
     B directions for the price of one two-point step; the rank-1 :math:`z_i = u_i v_i^\top` act on activations, so the
-    weights are not touched by the probes. Needs the module's per-example losses (``ZOMixin.zo_objective``) and rank-1
-    leaves; without them it is :class:`SPSA` with a direction shared by the batch and two forwards. After GRZO.
+    weights are not touched by the probes. All probes run in one batch where the module takes a repeated batch, else in
+    two forwards. Without per-example losses or rank-1 leaves it is :class:`SPSA`, a direction shared by the batch. After
+    GRZO.
 
     Args:
         eps: perturbation scale, > 0.
-        num_queries: directions per example; the batch grows with it.
+        num_queries: directions per example, >= 1.
     """
 
     def __call__(self, objective: Objective, view: View, key: Key) -> Estimate:
@@ -98,11 +100,21 @@ class PerExampleSPSA(Estimator):
         first = key.query
         directions = count * self.num_queries
         queries = torch.arange(first, first + directions)
-        offsets = torch.cat((torch.full((directions,), self.eps), torch.full((directions,), -self.eps)))
-        with view.along_each(key, queries.repeat(2), offsets):
-            losses = objective.per_example(2 * self.num_queries)
-        plus, minus = losses.view(2, directions)
+        offsets = torch.full((directions,), self.eps)
+        if objective.repeats:
+            with view.along_each(key, queries.repeat(2), torch.cat((offsets, -offsets))):
+                plus, minus = objective.per_example(2 * self.num_queries).view(2, directions)
+        else:
+            plus, minus = (self._one_by_one(objective, view, key, queries, side * offsets) for side in (1, -1))
         g = ((plus - minus) / (2 * self.eps)).tolist()
         terms = tuple(Term(key._replace(query=first + i), v) for i, v in enumerate(g))
         forwards = 2 * self.num_queries
         return Estimate(terms, (plus.mean().item(), minus.mean().item()), forwards, sum(v == 0.0 for v in g))
+
+    def _one_by_one(self, objective: Objective, view: View, key: Key, queries: Tensor, offsets: Tensor) -> Tensor:
+        """One side of the probes, a forward for each query."""
+        losses = []
+        for q, o in zip(queries.chunk(self.num_queries), offsets.chunk(self.num_queries), strict=True):
+            with view.along_each(key, q, o):
+                losses.append(objective.per_example(1))
+        return torch.cat(losses)

@@ -17,7 +17,7 @@ _ALWAYS = 1 << 20  # bytes; a larger buffer (quantised weights, masks) is watche
 
 def rng_state(device: torch.device) -> dict[str, Any]:
     """Every generator that a forward on ``device`` may draw from, in types that a safe checkpoint holds."""
-    kind, keys, *rest = np.random.get_state(legacy=True)  # type: ignore[misc]
+    kind, keys, *rest = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "numpy": [str(kind), torch.from_numpy(keys.astype(np.int64)), *rest],  # type: ignore[union-attr]
@@ -56,7 +56,7 @@ class Isolation:
         self._metrics = [m for m in module.modules() if isinstance(m, Metric)]
         inside = {id(part) for metric in self._metrics for part in metric.modules()}
         self._buffers = [
-            (owner, name) for owner in module.modules() if id(owner) not in inside for name in owner._buffers
+            (owner, name) for owner in module.modules() if id(owner) not in inside for name, _ in owner._buffers.items()
         ]
         self._narrowed = False
 
@@ -118,6 +118,7 @@ class _Probes:
         self._before: list[Any] = []
         self._after: list[Any] = []
         self.count = 0
+        """Forwards that came to their end."""
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -134,7 +135,7 @@ class _Probes:
             self._after = self._isolation.snapshot()
 
     def finish(self) -> None:
-        if self.count > 1:
+        if self.count > 0:  # also when a later forward raised
             self._isolation.restore(self._after)
 
 

@@ -6,13 +6,15 @@ import numbers
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .isolation import Isolation, _Probes
-from .types import SkipStep
+from .losses import LossSplitter
+from .space import View
+from .types import Key, PerExampleError, SkipStep
 
 
 class BatchObjective:
@@ -22,7 +24,8 @@ class BatchObjective:
         forward: batch → the user's output; called once a probe.
         batch: the micro-batch.
         probes: makes the forwards alike.
-        examples: the batch's size, when ``forward`` returns a loss per example.
+        examples: the batch's size, when its examples have losses of their own.
+        repeats: whether ``forward`` takes a repeated batch.
         extra: context of every forward but the first (nothing is logged twice).
     """
 
@@ -32,10 +35,11 @@ class BatchObjective:
         batch: Any,
         probes: _Probes,
         examples: int | None = None,
+        repeats: bool = False,
         extra: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self._forward, self._batch, self._probes, self._extra = forward, batch, probes, extra
-        self.examples = examples
+        self.examples, self.repeats = examples, repeats
         self.first: Any = None
         self.dtype: torch.dtype | None = None
 
@@ -44,15 +48,19 @@ class BatchObjective:
 
     def per_example(self, copies: int) -> Tensor:
         assert self.examples is not None
-        out = self._run(repeat_batch(self._batch, self.examples, copies))
-        expected = self.examples * copies
-        if not isinstance(out, Tensor) or out.shape != (expected,):
+        batch = self._batch if copies == 1 else repeat_batch(self._batch, self.examples, copies)
+        with LossSplitter(self.examples * copies) as splitter:
+            out = self._run(batch)
+        if out is None:
+            raise SkipStep
+        losses = example_losses(out, self.examples * copies, splitter)
+        if losses is None:
             got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(
-                f"zo_objective returned shape ({self.examples},) for a batch of {self.examples} examples, but {got} for the "
-                f"same batch repeated {copies} times; it must give ({expected},)"
+                f"the step gave a loss for each example at first, but now, for {self.examples} examples {copies} times, it "
+                f"gave {got}; it must do so for every batch, or use ZOStrategy(estimator='spsa')"
             )
-        return out.detach().double().cpu()
+        return losses
 
     def _run(self, batch: Any) -> Any:
         first = self._probes.count == 0
@@ -79,7 +87,7 @@ def loss_value(out: Any) -> float:
             raise ValueError(f"the training step returned a dict without 'loss'; its keys are {sorted(map(str, out))}")
         return loss_value(out["loss"])
     if isinstance(out, Tensor):
-        if out.is_complex() or out.dim() > 1 and out.numel() != 1 or out.numel() == 0:
+        if out.is_complex() or (out.dim() > 1 and out.numel() != 1) or out.numel() == 0:
             raise ValueError(
                 f"the loss must be a real tensor with one element, or a vector of per-example losses; got {out.dtype} of "
                 f"shape {tuple(out.shape)}"
@@ -87,9 +95,7 @@ def loss_value(out: Any) -> float:
         return out.detach().double().mean().item()
     if isinstance(out, numbers.Real):
         return float(out)
-    raise TypeError(
-        f"the loss must be a number, a tensor with one element, or a dict with 'loss'; got {type(out).__name__}"
-    )
+    raise TypeError(f"the loss must be a number, a tensor with one element, or a dict with 'loss'; got {type(out).__name__}")
 
 
 def batch_examples(batch: Any) -> int | None:
@@ -123,14 +129,55 @@ def repeat_batch(batch: Any, examples: int, copies: int) -> Any:
     return batch
 
 
-def gives_per_example(forward: Callable[[Any], Any], batch: Any, isolation: Isolation) -> bool:
-    """Whether ``forward`` returns one loss for each example: tried once, without a trace."""
+class Examples(NamedTuple):
+    """What a step can say of its examples.
+
+    Args:
+        losses: each has a loss of its own.
+        repeats: the step takes a repeated batch, and the copies get equal losses (dropout would draw for each).
+    """
+
+    losses: bool
+    repeats: bool
+
+
+def inspect_step(forward: Callable[[Any], Any], batch: Any, view: View, isolation: Isolation, repeatable: bool) -> Examples:
+    """Try the step once with a direction for each example, of length zero, and leave no trace.
+
+    Args:
+        forward: batch → the user's output.
+        batch: the first micro-batch.
+        view: rank-1 leaves.
+        isolation: of the module.
+        repeatable: whether ``forward`` evaluates the batch that it is given.
+    """
     examples = batch_examples(batch)
-    if examples is None:
-        return False
+    if examples is None or not view.per_example:
+        return Examples(False, False)
+
+    def losses(copies: int) -> Tensor | None:
+        count = examples * copies
+        with view.along_each(Key(0, 0), torch.arange(count), torch.zeros(count)), LossSplitter(count) as splitter:
+            return example_losses(forward(repeat_batch(batch, examples, copies)), count, splitter)
+
     with isolation.dry():
-        out = forward(batch)
-    return isinstance(out, Tensor) and out.shape == (examples,)
+        try:
+            single = losses(1)
+        except PerExampleError:
+            return Examples(False, False)
+    if single is None or not repeatable:
+        return Examples(single is not None, False)
+    with isolation.dry():
+        double = losses(2)
+    alike = double is not None and torch.allclose(double[:examples], double[examples:], rtol=1e-2, atol=1e-3)
+    return Examples(True, alike)
+
+
+def example_losses(out: Any, examples: int, splitter: LossSplitter) -> Tensor | None:
+    """(examples,) in float64 on the CPU: what the step returned, or what the mean it returned was taken over."""
+    loss = out.get("loss") if isinstance(out, Mapping) else out
+    losses = loss if isinstance(loss, Tensor) and loss.shape == (examples,) else splitter.losses(out)
+    return None if losses is None else losses.detach().double().cpu()
 
 
 def _children(batch: Any) -> list[Any]:

@@ -30,7 +30,7 @@ def merge(window: Sequence[Estimate]) -> Estimate:
         for key, g in estimate.terms:
             sums.setdefault(key, []).append(g)
     return Estimate(
-        terms=tuple(Term(key, math.fsum(gs) / len(gs)) for key, gs in sums.items()),
+        terms=tuple(Term(key, sum(gs) / len(gs)) for key, gs in sums.items()),
         losses=tuple(loss for estimate in window for loss in estimate.losses),
         forwards=sum(estimate.forwards for estimate in window),
         ties=sum(estimate.ties for estimate in window),

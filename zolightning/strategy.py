@@ -8,13 +8,15 @@ optimizer (``updates``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from typing_extensions import Unpack
 
 from ._lightning import (
     MisconfigurationException,
@@ -27,19 +29,21 @@ from ._lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
-from .config import ZOConfig
+from .config import Overrides, ZOConfig
+from .estimators import Estimator, PerExampleSPSA
 from .isolation import Isolation, rng_state, set_rng_state
 from .mixin import ZOMixin
-from .objective import BatchObjective, batch_examples, gives_per_example
+from .objective import BatchObjective, Examples, batch_examples, inspect_step
 from .recipes import recipe as named_recipe
 from .shaping import state_from
-from .space import View, build_view
+from .space import Select, Structure, View, build_view
 from .step import finish, merge, zo_step
 from .types import Estimate, Key, SkipStep, StepRecord
 from .updates import UpdateStats, apply_update, is_plain_sgd, widened_state
 
 _CHECKPOINT_KEY = "zolightning"
-_LR_KEYS = ("lr", "initial_lr", "max_lr", "min_lr")
+_LR_KEYS = {"lr", "initial_lr", "max_lr", "min_lr"}  # of a parameter group
+_SCHEDULED_LRS = {"base_lrs", "max_lrs", "min_lrs", "eta_min", "_last_lr"}  # of a scheduler
 
 
 class _Muted(_ResultCollection):
@@ -47,6 +51,24 @@ class _Muted(_ResultCollection):
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         pass
+
+
+class _Search(NamedTuple):
+    """What the steps of one optimizer search."""
+
+    optimizer: Optimizer
+    view: View
+    examples: Examples
+
+    def describe(self, estimator: Estimator, select: Select, weights: int) -> str:
+        """One line for the user when training starts."""
+        kind = type(self.view.leaves[0]).__name__.removesuffix("Leaf").lower()
+        direction = "a direction for each example" if self.examples.losses else "a direction for the batch"
+        probes = ", both probes in one batch" if self.examples.repeats else ""
+        return (
+            f"ZO: {estimator!r}, {direction}{probes}; {len(self.view.leaves)} {kind} leaves, {self.view.numel:,} of "
+            f"{weights:,} weights (select={select!r}); the rest stay as they are"
+        )
 
 
 class ZOStrategy(Strategy):
@@ -73,7 +95,7 @@ class ZOStrategy(Strategy):
         accelerator: Any = None,
         checkpoint_io: Any = None,
         precision_plugin: Any = None,
-        **overrides: Any,
+        **overrides: Unpack[Overrides],
     ) -> None:
         super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
         base = recipe if isinstance(recipe, ZOConfig) else named_recipe(recipe)
@@ -81,7 +103,7 @@ class ZOStrategy(Strategy):
         self.recipe_name = recipe if isinstance(recipe, str) else "custom"
         self.shaping = self.config.build_shaping()
         self._shaping_state = self.shaping.init()
-        self.seed: int | None = self.config.seed
+        self.seed: int | None = None
         self.zo_step = 0
         """Optimizer steps taken: the step of the next perturbation's key."""
         self.last_record: StepRecord | None = None
@@ -95,25 +117,25 @@ class ZOStrategy(Strategy):
 
     def _forget(self) -> None:
         """Drop what belongs to one fit."""
-        self._views: dict[int, tuple[Optimizer, View]] = {}
+        self._searches: dict[int, _Search] = {}
         self._window: list[Estimate] = []
         self._isolation: Isolation | None = None
-        self._per_example: bool | None = None
         self._inside_closure = False
         self._closure_loss: Tensor | None = None
         self._warned: set[str] = set()
+        self._resumed_rng: dict[str, Any] | None = None
 
     # ---- one device ----------------------------------------------------------------------------------------------------
 
     global_rank = local_rank = node_rank = 0
     world_size = 1
     is_distributed = False
-    is_global_zero = True  # type: ignore[assignment]
+    is_global_zero = True
 
     @property
     def parallel_devices(self) -> list[torch.device]:
-        """The devices that the Trainer assigned; exactly one."""
-        return self._parallel_devices
+        """Set by the Trainer: exactly one. Reads as empty, so that the next Trainer of the same object may set it again."""
+        return []
 
     @parallel_devices.setter
     def parallel_devices(self, devices: list[torch.device] | None) -> None:
@@ -161,65 +183,62 @@ class ZOStrategy(Strategy):
     def setup(self, trainer: pl.Trainer) -> None:
         self._forget()
         super().setup(trainer)
-        if self.seed is None:
-            self.seed = torch.initial_seed() & 0xFFFFFFFFFFFFFFFF
         if trainer.state.fn != "fit":
             return
+        self.seed = (torch.initial_seed() if self.config.seed is None else self.config.seed) & 0xFFFFFFFFFFFFFFFF
         module = self.lightning_module
         assert module is not None
         self._isolation = Isolation(module, self.root_device)
         self.estimator = self.config.build_estimator(self._compute_dtype())
         # gradient clipping goes through the precision plugin's parameters: give it the projected gradients
         self._projected = nn.Parameter(torch.zeros(1, dtype=torch.float64), requires_grad=False)
-        plugin = self.precision_plugin
-        plugin.main_params = lambda optimizer: [self._projected]  # type: ignore[method-assign, assignment]
+        self.precision_plugin.main_params = self._clipped_parameters  # type: ignore[method-assign]
+
+    def _clipped_parameters(self, optimizer: Optimizer) -> Iterator[nn.Parameter]:
+        yield self._projected
 
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
         super().setup_optimizers(trainer)
-        if self.config.optimizer == "sgd":
-            self.optimizers = [self._as_sgd(o) for o in self.optimizers]
+        if not all(optimizer.param_groups for optimizer in self.optimizers):
+            raise MisconfigurationException(
+                "configure_optimizers returned None, so there is nothing to train; return an optimizer (under ZOStrategy "
+                "torch.optim.SGD needs no memory)"
+            )
         if self.config.lr is not None:
             for optimizer in self.optimizers:
                 self._override_lr(optimizer, self.config.lr)
         for optimizer in self.optimizers:
             self._advise(optimizer)
 
-    def _as_sgd(self, optimizer: Optimizer) -> Optimizer:
-        """Plain SGD over the same groups; the module's schedulers move over to it."""
-        if is_plain_sgd(optimizer):
-            return optimizer
-        groups = [{k: g[k] for k in ("params", "lr", "weight_decay", "initial_lr") if k in g} for g in optimizer.param_groups]
-        sgd = SGD(groups, lr=float(groups[0]["lr"]))
-        for config in self.lr_scheduler_configs:
-            if config.scheduler.optimizer is optimizer:
-                config.scheduler.optimizer = sgd
-        return sgd
+    def _plain_sgd(self, optimizer: Optimizer) -> bool:
+        return self.config.optimizer == "sgd" or is_plain_sgd(optimizer)
 
     def _override_lr(self, optimizer: Optimizer, lr: float) -> None:
-        first = optimizer.param_groups[0]
-        base = float(first.get("initial_lr", first["lr"]))
-        if base == 0.0 and any(float(g.get("initial_lr", g["lr"])) for g in optimizer.param_groups):
+        base = _base_lr(optimizer.param_groups[0])
+        if base == 0.0:
             raise MisconfigurationException(
                 "`ZOStrategy(lr=...)` scales all learning rates by the first group's, which is 0; set them in the module"
             )
         for group in optimizer.param_groups:
-            for name in _LR_KEYS:
-                if isinstance(group.get(name), (int, float)):
-                    group[name] = group[name] * (lr / base) if base else lr
-        for config in self.lr_scheduler_configs:
-            scheduler = config.scheduler
-            if scheduler.optimizer is optimizer and isinstance(getattr(scheduler, "base_lrs", None), list):
-                scheduler.base_lrs = [b * (lr / base) if base else lr for b in scheduler.base_lrs]
+            for name in _LR_KEYS & set(group):
+                group[name] = group[name] * (lr / base)
+        for scheduler in _flattened(config.scheduler for config in self.lr_scheduler_configs):
+            if scheduler.optimizer is optimizer:
+                for name in _SCHEDULED_LRS & set(vars(scheduler)):
+                    value = getattr(scheduler, name)
+                    many = isinstance(value, (list, tuple))
+                    setattr(scheduler, name, [v * (lr / base) for v in value] if many else value * (lr / base))
 
     def _advise(self, optimizer: Optimizer) -> None:
         name = type(optimizer).__name__
-        if not is_plain_sgd(optimizer):
+        plain = self._plain_sgd(optimizer)
+        if not plain:
             rank_zero_warn(
                 f"ZOStrategy steps through the module's {name}, which keeps state for every trained weight; "
                 "ZOStrategy(optimizer='sgd') keeps none and needs the memory of inference"
             )
-        lr = float(optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"]))
-        if self.config.normalize and is_plain_sgd(optimizer) and not 1e-5 <= lr <= 1e-2 and lr != 0:
+        lr = _base_lr(optimizer.param_groups[0])
+        if self.config.normalize and plain and not 1e-5 <= lr <= 1e-2 and lr != 0:
             rank_zero_warn(
                 f"with normalised steps the learning rate is the RMS change per weight and step; lr={lr:g} is far from what "
                 "trains (3e-4 to 2e-3 for a pretrained model). Set it with ZOStrategy(lr=...)"
@@ -239,16 +258,20 @@ class ZOStrategy(Strategy):
         return largest if largest in (torch.float64, torch.float32, torch.bfloat16, torch.float16) else torch.float32
 
     def view(self, optimizer: Optimizer) -> View:
-        """What this optimizer's steps search."""
-        if id(optimizer) not in self._views:
-            self._views[id(optimizer)] = (optimizer, self._build_view(optimizer))
-        return self._views[id(optimizer)][1]
+        """What this optimizer's steps search; known from its first step on."""
+        return self._searches[id(optimizer)].view
 
-    def _build_view(self, optimizer: Optimizer) -> View:
+    def _search(self, optimizer: Optimizer, forward: Callable[[Any], Any], batch: Any) -> _Search:
+        if id(optimizer) not in self._searches:
+            self._searches[id(optimizer)] = self._new_search(optimizer, forward, batch)
+        return self._searches[id(optimizer)]
+
+    def _new_search(self, optimizer: Optimizer, forward: Callable[[Any], Any], batch: Any) -> _Search:
         module, config = self.lightning_module, self.config
         assert module is not None
+        assert self._isolation is not None
 
-        def build(structure: Any) -> View:
+        def build(structure: Structure) -> View:
             return build_view(
                 module,
                 [p for g in optimizer.param_groups for p in g["params"]],
@@ -259,40 +282,51 @@ class ZOStrategy(Strategy):
             )
 
         view = build("dense" if config.structure == "auto" else config.structure)
-        if config.structure == "auto" and self._per_example and config.estimator == "per_example":
+        examples = Examples(losses=False, repeats=False)
+        if isinstance(self.estimator, PerExampleSPSA) and config.structure != "dense":
             try:
                 rank1 = build("rank1")
             except ValueError:  # no linear layers
                 rank1 = view
-            if rank1.per_example and rank1.numel >= 0.9 * view.numel:
-                view = rank1
-        trainable = sum(p.numel() for p in module.parameters())
-        kind = type(view.leaves[0]).__name__.removesuffix("Leaf").lower()
-        rank_zero_info(
-            f"ZO: {self.estimator!r} on {len(view.leaves)} {kind} leaves, {view.numel:,} of {trainable:,} weights "
-            f"(select={config.select!r}); the rest stay as they are"
-        )
-        return view
+            if config.structure == "rank1" or rank1.numel >= 0.9 * view.numel:
+                with self._muted():
+                    examples = inspect_step(forward, batch, rank1, self._isolation, isinstance(module, ZOMixin))
+                view = rank1 if examples.losses else view
+        search = _Search(optimizer, view, examples)
+        rank_zero_info(search.describe(self.estimator, config.select, sum(p.numel() for p in module.parameters())))
+        return search
 
     # ---- one step ------------------------------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         module = self.lightning_module
         assert module is not None
+        self._resume_rng(module.trainer)
         if not module.automatic_optimization:  # the probes run inside opt.step(closure=...)
             with torch.no_grad():
                 return super().training_step(*args, **kwargs)
 
+        if isinstance(args[0], Iterator):
+            raise MisconfigurationException(
+                "training_step(self, dataloader_iter) draws its own batches, so the probes of a step would see different ones; "
+                "under ZOStrategy take the batch as the argument"
+            )
         if isinstance(module, ZOMixin):
-            forward, batch = self._module_objective, args[0]
+            forward: Callable[[Any], Any] = self._module_objective
         else:
-            forward, batch = lambda _: super(ZOStrategy, self).training_step(*args, **kwargs), args[0]
-        out, estimate = self._estimate(forward, batch, self.optimizers[0])
+            forward = lambda _: super(ZOStrategy, self).training_step(*args, **kwargs)  # noqa: E731
+        out, estimate = self._estimate(forward, args[0], self.optimizers[0])
         if estimate is None:
             return None
         # Lightning wants a tensor for its loops and progress bar; the doubles stay in the estimate
         loss = torch.tensor(estimate.loss, dtype=torch.float32, device=self.root_device)
         return {**out, "loss": loss} if isinstance(out, Mapping) else loss
+
+    def _resume_rng(self, trainer: pl.Trainer) -> None:
+        """In the middle of an epoch the data loader, which draws a seed when it starts, has moved the generator since."""
+        if self._resumed_rng is not None and trainer.fit_loop.epoch_loop.batch_progress.current.ready > 1:
+            set_rng_state(self._resumed_rng, self.root_device)
+        self._resumed_rng = None
 
     def _module_objective(self, batch: Any) -> Any:
         with self.precision_plugin.train_step_context():
@@ -301,18 +335,15 @@ class ZOStrategy(Strategy):
     @torch.no_grad()
     def _estimate(self, forward: Callable[[Any], Any], batch: Any, optimizer: Optimizer) -> tuple[Any, Estimate | None]:
         """Run the probes; (output of the first one, the estimate), and None for a micro-batch that is skipped."""
-        assert self._isolation is not None and self.seed is not None
-        if self._per_example is None:
-            wanted = isinstance(self.lightning_module, ZOMixin) and self.config.estimator == "per_example"
-            with self._muted():
-                self._per_example = wanted and gives_per_example(forward, batch, self._isolation)
-        examples = batch_examples(batch) if self._per_example else None
-        view = self.view(optimizer)
+        assert self._isolation is not None
+        assert self.seed is not None
+        search = self._search(optimizer, forward, batch)
+        examples = batch_examples(batch) if search.examples.losses else None
         seen = sum(len(e.terms) for e in self._window)
         with self._isolation.step() as probes:
-            objective = BatchObjective(forward, batch, probes, examples, self._muted)
+            objective = BatchObjective(forward, batch, probes, examples, search.examples.repeats, self._muted)
             try:
-                estimate = zo_step(objective, view, self.estimator, Key(self.seed, self.zo_step, seen))
+                estimate = zo_step(objective, search.view, self.estimator, Key(self.seed, self.zo_step, seen))
             except SkipStep:
                 return None, None
         self._warn_coarse(objective.dtype, estimate)
@@ -332,18 +363,20 @@ class ZOStrategy(Strategy):
     def _warn_coarse(self, dtype: torch.dtype | None, estimate: Estimate) -> None:
         if dtype in (torch.float16, torch.bfloat16):
             self._warn_once(
+                "coarse",
                 f"the loss is {dtype}, whose steps are coarse beside the difference of two probes; compute it in float32 "
-                "(loss_fn(logits.float(), y))"
+                "(loss_fn(logits.float(), y))",
             )
         if estimate.terms and estimate.ties == len(estimate.terms) and len(estimate.terms) == 1:
             self._warn_once(
+                "tie",
                 "both probes gave exactly the same loss, so this step has no gradient: the objective is too coarse for eps "
-                f"({self.estimator.eps:g}), or it does not depend on the trained weights"
+                f"({self.estimator.eps:g}), or it does not depend on the trained weights",
             )
 
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
+    def _warn_once(self, topic: str, message: str) -> None:
+        if topic not in self._warned:
+            self._warned.add(topic)
             rank_zero_warn(message)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -409,16 +442,19 @@ class ZOStrategy(Strategy):
         self.precision_plugin._after_closure(module, optimizer)
         assert self._projected.grad is not None
         clipped = self._projected.grad.tolist()
-        record, self._shaping_state = finish(
-            window, clipped, self.shaping, self._shaping_state, optimizer, self.zo_step
-        )
+        record, self._shaping_state = finish(window, clipped, self.shaping, self._shaping_state, optimizer, self.zo_step)
         self.last_record, self.last_stats = record, None
         if record.skipped:
             self._count_skip(record)
         else:
             self._skips = 0
             self.last_stats = apply_update(
-                optimizer, self.view(optimizer), record.terms, Key(self.seed, self.zo_step), measure=self.measure_update
+                optimizer,
+                self.view(optimizer),
+                record.terms,
+                Key(self.seed, self.zo_step),
+                as_sgd=self._plain_sgd(optimizer),
+                measure=self.measure_update,
             )
         optimizer._opt_called = True  # type: ignore[attr-defined]  # a skipped step is no mistake of the scheduler's
         self.zo_step += 1
@@ -426,11 +462,11 @@ class ZOStrategy(Strategy):
     def _count_skip(self, record: StepRecord) -> None:
         if record.raw:
             self._skips += 1
-            self._warn_once(f"step {record.step} skipped: {record.skipped}; the weights are as before")
+            self._warn_once("skip", f"step {record.step} skipped: {record.skipped}; the weights are as before")
         if self._skips >= self.config.max_skips:
             raise RuntimeError(
-                f"{self._skips} steps in a row had no finite projected gradient (last: {record.skipped}). The weights are those "
-                "of the last finite step. Lower lr or eps, or look at the loss; ZOStrategy(max_skips=...) sets this limit"
+                f"{self._skips} steps in a row had no finite projected gradient (last: {record.skipped}). The weights are "
+                "those of the last finite step. Lower lr or eps, or look at the loss; ZOStrategy(max_skips=...) sets this limit"
             )
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------------
@@ -457,17 +493,31 @@ class ZOStrategy(Strategy):
         self._shaping_state = state_from(state["shaping"], self.shaping)
         self.seed, self.zo_step = state["seed"], state["zo_step"]
         set_rng_state(state["rng"], self.root_device)
+        self._resumed_rng = state["rng"]
 
     def teardown(self) -> None:
         self.precision_plugin.__dict__.pop("main_params", None)
-        for _, view in self._views.values():
-            view.release()
+        for search in self._searches.values():
+            search.view.release()
         super().teardown()
+
+
+def _base_lr(group: Mapping[str, Any]) -> float:
+    """The learning rate that a group's schedule is built on: OneCycleLR's highest one, else the first."""
+    return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
+
+
+def _flattened(schedulers: Iterable[LRScheduler]) -> Iterator[LRScheduler]:
+    """The schedulers, and those inside SequentialLR and ChainedScheduler."""
+    for scheduler in schedulers:
+        yield scheduler
+        yield from _flattened(getattr(scheduler, "_schedulers", ()))
 
 
 # Lightning allows a compiled LightningModule only under strategies it knows; this is a single device to it
 SingleDeviceStrategy.register(ZOStrategy)
-if "zo" not in StrategyRegistry.available_strategies():
-    StrategyRegistry.register("zo", ZOStrategy, description="zeroth-order training: forward passes only")
+for _name in ("zo", "zolightning.zostrategy"):  # the second is what `--trainer.strategy=zolightning.ZOStrategy` comes in as
+    if _name not in StrategyRegistry.available_strategies():
+        StrategyRegistry.register(_name, ZOStrategy, description="zeroth-order training: forward passes only")
 
 __all__ = ["ZOStrategy"]

@@ -12,6 +12,10 @@ class SkipStep(Exception):
     """The user's step returned None: this micro-batch gives no estimate."""
 
 
+class PerExampleError(ValueError):
+    """The model reads a weight in a way that no direction of its own can reach for each example."""
+
+
 class Key(NamedTuple):
     """The name of one perturbation: its noise is a pure function of this key, the leaf and the element.
 
@@ -34,7 +38,10 @@ class Term(NamedTuple):
 
 
 class Stencil(NamedTuple):
-    r"""Where a directional derivative is probed: :math:`z\cdot\nabla f \approx \sum_i w_i f(\theta + o_i\,\epsilon z)/\epsilon`."""
+    r"""Where a directional derivative is probed.
+
+    .. math:: z \cdot \nabla f \approx \frac1\epsilon \sum_i w_i f(\theta + o_i\,\epsilon z)
+    """
 
     offsets: tuple[float, ...]
     weights: tuple[float, ...]
@@ -55,7 +62,11 @@ class Objective(Protocol):
 
     @property
     def examples(self) -> int | None:
-        """How many examples the micro-batch holds, or None when the module has no per-example objective."""
+        """How many examples the micro-batch holds, or None when they have no losses of their own."""
+
+    @property
+    def repeats(self) -> bool:
+        """Whether ``copies`` may be more than 1: the module takes a batch of any size, and treats its copies alike."""
 
 
 class Estimate(NamedTuple):
@@ -80,7 +91,7 @@ class Estimate(NamedTuple):
     @property
     def loss(self) -> float:
         """Mean loss over the probes, to second order in eps the loss at the unperturbed weights."""
-        return math.fsum(self.losses) / len(self.losses) if self.losses else math.nan
+        return sum(self.losses) / len(self.losses) if self.losses else math.nan  # fsum raises on inf - inf
 
     @property
     def finite(self) -> bool:

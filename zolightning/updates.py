@@ -31,7 +31,13 @@ class UpdateStats(NamedTuple):
 
 @torch.no_grad()
 def apply_update(
-    optimizer: Optimizer, view: View, terms: Sequence[Term], key: Key, *, measure: bool = False
+    optimizer: Optimizer,
+    view: View,
+    terms: Sequence[Term],
+    key: Key,
+    *,
+    as_sgd: bool = False,
+    measure: bool = False,
 ) -> UpdateStats | None:
     r"""One optimizer step on :math:`\hat g = \sum_k c_k z_k`, with lr and weight decay read from the parameter groups now.
 
@@ -44,20 +50,21 @@ def apply_update(
         view: the leaves; parameters of the optimizer outside it are left alone.
         terms: (key, coefficient) pairs of the estimate.
         key: names the rounding bits of this step.
+        as_sgd: take plain SGD steps whatever the optimizer: of it only the groups' lr, weight decay and direction count.
         measure: also return :class:`UpdateStats`.
     """
     leaves = {id(leaf.parameter): leaf for leaf in view.leaves}
     before = [_sample(leaf).clone() for leaf in view.leaves] if measure else []
-    plain = is_plain_sgd(optimizer)
+    plain = as_sgd or is_plain_sgd(optimizer)
     for group in optimizer.param_groups:
         for parameter in list(group["params"]):
             leaf = leaves.get(id(parameter))
             if leaf is None or not parameter.requires_grad:
                 continue
             if plain:
-                sign = -1.0 if group["maximize"] else 1.0
+                sign = -1.0 if group.get("maximize") else 1.0
                 signed = [Term(t.key, sign * t.coefficient) for t in terms]
-                leaf.sgd_(signed, float(group["lr"]), float(group["weight_decay"]), key)
+                leaf.sgd_(signed, float(group["lr"]), float(group.get("weight_decay", 0.0)), key)
             else:
                 _step_alone(optimizer, group, leaf, terms, key)
     # the fast path does not call optimizer.step(), which is what schedulers check for
@@ -77,6 +84,7 @@ def _step_alone(optimizer: Optimizer, group: dict[str, Any], leaf: Leaf, terms: 
     try:
         if wide != stored.dtype:
             parameter.data = stored.to(wide)  # the optimizer's state for it is created, and stays, in float32
+            _widen(optimizer.state.get(parameter, {}), stored.dtype)
         parameter.grad = leaf.gradient(terms)
         with _only(optimizer, group, parameter):
             optimizer.step()
@@ -84,8 +92,7 @@ def _step_alone(optimizer: Optimizer, group: dict[str, Any], leaf: Leaf, terms: 
     finally:
         parameter.grad, parameter.data = None, stored
     if wide != stored.dtype:
-        for (start, piece), (_, value) in zip(pieces(stored), pieces(updated), strict=True):
-            stochastic_round_(piece, value, key, leaf.index, start)
+        stochastic_round_(stored, updated, key, leaf.index, 0)
 
 
 @contextmanager
@@ -97,6 +104,13 @@ def _only(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Ite
         yield
     finally:
         group["params"], optimizer.param_groups = members, groups
+
+
+def _widen(state: dict[str, Any], narrow: torch.dtype) -> None:
+    """State that an optimizer makes in its constructor (Adagrad) has the dtype of the stored weights."""
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.dtype == narrow:
+            state[name] = value.to(working_dtype(narrow))
 
 
 def widened_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
@@ -111,8 +125,11 @@ def widened_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
 
 
 def _sample(leaf: Leaf) -> Tensor:
-    _, first = next(pieces(leaf.parameter.detach()))
-    return first.reshape(-1)[:_SAMPLE].float()
+    weight = leaf.parameter.detach()
+    wide = working_dtype(weight.dtype)
+    for _, first in pieces(weight):
+        return first.reshape(-1)[:_SAMPLE].to(wide)
+    return weight.reshape(-1).to(wide)  # empty
 
 
 def _compare(before: Sequence[Tensor], view: View) -> UpdateStats:

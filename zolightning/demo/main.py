@@ -50,8 +50,8 @@ def demo(
         label: column of the labels.
         template: the prompt; {text} stands for the text.
         verbalizers: the next word for each label, labels in sorted order; each must be one token.
-        methods: which to run: zero-shot, zo, mezo, adamw, checkpointed, lora. Default: all.
-        seeds: runs of each ZO method. Default: the profile's.
+        methods: which to run: zero-shot, zo, spsa, mezo, adamw, checkpointed, lora. Default: all.
+        seeds: runs of each ZO method. Default: the profile's; 'full' runs the default recipe three times.
         precision: the Trainer's.
         max_length: longest prompt in tokens.
         threads: CPU threads. Default: PyTorch's.
@@ -61,7 +61,7 @@ def demo(
         offline: never fetch; use what is cached.
     """
     chosen = PROFILES[profile]
-    runs = plan(select_methods(chosen, methods), chosen.seeds if seeds is None else seeds)
+    runs = plan(select_methods(chosen, methods), seeds)
     folder = Path(out)
     task = Task(
         model=model,
@@ -103,11 +103,11 @@ def demo(
     say(f"\npicture: {image}\ncompare the runs: mlflow ui --backend-store-uri {store}")
 
 
-def plan(methods: Sequence[Method], seeds: int) -> list[tuple[Method, int]]:
-    """Which runs there are: ZO methods once for each seed, the others once."""
-    if seeds < 1:
+def plan(methods: Sequence[Method], seeds: int | None = None) -> list[tuple[Method, int]]:
+    """Which runs there are; ``seeds`` replaces the number of runs of the ZO methods."""
+    if seeds is not None and seeds < 1:
         raise ValueError(f"`seeds` must be >= 1, got {seeds}")
-    return [(method, seed) for method in methods for seed in range(seeds if method.zeroth_order else 1)]
+    return [(m, s) for m in methods for s in range(seeds if seeds and m.zeroth_order else m.seeds)]
 
 
 def prepare(task: Task) -> None:

@@ -36,6 +36,9 @@ class Method:
     batch_size: int = 16
     """Examples a step."""
 
+    seeds: int = 1
+    """Runs, each with a seed of its own."""
+
     decay: bool = False
     """Whether the learning rate falls to zero along a cosine."""
 
@@ -73,12 +76,12 @@ class Method:
 
 
 ZERO_SHOT = Method("zero-shot", "zero-shot")
-ZO = Method("zo", "ZO (default recipe)", recipe="default", lr=1.5e-3, batch_size=32, decay=True)
-SPSA = Method("spsa", "ZO (dense SPSA, unchanged module)", recipe="spsa", lr=5e-4, batch_size=32, decay=True)
+ZO = Method("zo", "ZO (default recipe)", recipe="default", lr=2e-3, batch_size=32, decay=True)
+SPSA = Method("spsa", "ZO (dense SPSA)", recipe="spsa", lr=1e-3, batch_size=32, decay=True)
 MEZO = Method("mezo", "ZO (MeZO, paper recipe)", recipe="mezo")
 ADAMW = Method("adamw", "backprop AdamW", lr=2e-5)
-CHECKPOINTED = Method("checkpointed", "backprop AdamW + checkpointing", lr=2e-5, checkpointing=True)
-LORA = Method("lora", "backprop LoRA + AdamW", lr=5e-4, lora=True)
+CHECKPOINTED = Method("checkpointed", "backprop AdamW, checkpointed", lr=2e-5, checkpointing=True)
+LORA = Method("lora", "backprop AdamW on LoRA", lr=5e-4, lora=True)
 
 
 @dataclass(frozen=True)
@@ -97,24 +100,20 @@ class Profile:
     validations: int
     """How often a run looks at the validation examples."""
 
-    seeds: int
-    """Runs of each ZO method; backprop and zero-shot run once."""
 
-
-def _profile(zo: int, mezo: int, backprop: int, **sizes: int) -> Profile:
-    methods = (
+def _methods(zo: int, spsa: int, mezo: int, backprop: int, seeds: int) -> tuple[Method, ...]:
+    return (
         ZERO_SHOT,
-        replace(ZO, steps=zo),
-        replace(SPSA, steps=zo),
+        replace(ZO, steps=zo, seeds=seeds),
+        replace(SPSA, steps=spsa),
         replace(MEZO, steps=mezo),
         *(replace(m, steps=backprop) for m in (ADAMW, CHECKPOINTED, LORA)),
     )
-    return Profile(methods, **sizes)
 
 
 PROFILES = {
-    "quick": _profile(zo=60, mezo=40, backprop=20, validation=100, test=300, validations=3, seeds=1),
-    "full": _profile(zo=300, mezo=300, backprop=100, validation=400, test=1000, validations=6, seeds=3),
+    "quick": Profile(_methods(zo=50, spsa=30, mezo=20, backprop=15, seeds=1), validation=100, test=300, validations=3),
+    "full": Profile(_methods(zo=200, spsa=200, mezo=200, backprop=60, seeds=3), validation=200, test=1000, validations=5),
 }
 
 

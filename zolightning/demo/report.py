@@ -83,7 +83,7 @@ def picture(results: Sequence[Result], path: Path) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.2), layout="constrained")
     for i, runs in enumerate(groups(results)):
         colour, title = COLOURS[i % len(COLOURS)], runs[0].title
         trained = [r for r in runs if r.history]
@@ -110,8 +110,8 @@ def picture(results: Sequence[Result], path: Path) -> Path:
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False, fontsize=8)
-    right.legend(frameon=False, fontsize=8, loc="lower right")
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..noise import Distribution, noise_sum, perturb, perturb_rows, pieces, sgd_, stochastic_round_, working_dtype
-from ..types import Key, Term
+from ..types import Key, PerExampleError, Term
 
 HEAD_BLOCK = 1 << 23  # elements of a weight built at once: a vocabulary-sized head goes through in row blocks
 
@@ -54,7 +55,7 @@ class Leaf(ABC):
         """out = cast(W[rows] + Σ_k c_k z_k): ``out`` is contiguous and holds whole rows from ``first_row`` on."""
         weight = self.parameter.detach()
         rows = weight[first_row : first_row + out.shape[0]] if weight.dim() else weight
-        offset = first_row * (weight[0].numel() if weight.dim() else 1)
+        offset = first_row * math.prod(weight.shape[1:])
         flat = out.view(-1)
         for start, piece in pieces(rows):
             source = piece.to(working_dtype(piece.dtype)).reshape(-1)
@@ -105,7 +106,7 @@ class Leaf(ABC):
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
 
     def rows(self, indices: Tensor, terms: Sequence[Term]) -> Tensor:
-        """(W + Σ_k c_k z_k)[indices]."""
+        """(W + Σ_k c_k z_k)[indices], negative ones counted from the end."""
         return self.perturbed(terms)[indices]
 
     def __repr__(self) -> str:
@@ -117,29 +118,33 @@ class DenseLeaf(Leaf):
 
     def noise(self, terms: Sequence[Term], start: int, length: int) -> Tensor:
         weight = self.parameter
-        dtype = working_dtype(weight.dtype)
-        return noise_sum(self.distribution, terms, self.index, start, length, weight.device, dtype)
+        total = noise_sum(self.distribution, terms, self.index, start, length, weight.device)
+        return total.to(working_dtype(weight.dtype))
 
     def perturb_into(self, out: Tensor, terms: Sequence[Term], first_row: int = 0) -> None:
         weight = self.parameter.detach()
         if not weight.is_contiguous():
-            return super().perturb_into(out, terms, first_row)
-        start = first_row * (weight[0].numel() if weight.dim() else 1)
+            super().perturb_into(out, terms, first_row)
+            return
+        start = first_row * math.prod(weight.shape[1:])
         source = weight.view(-1)[start : start + out.numel()]
         perturb(out.view(-1), source, self.distribution, terms, self.index, start)
 
     def sgd_(self, terms: Sequence[Term], lr: float, weight_decay: float, key: Key) -> None:
         weight = self.parameter.detach()
         if not weight.is_contiguous():
-            return super().sgd_(terms, lr, weight_decay, key)
+            super().sgd_(terms, lr, weight_decay, key)
+            return
         sgd_(weight.view(-1), self.distribution, terms, self.index, 0, lr, weight_decay, key)
 
     def rows(self, indices: Tensor, terms: Sequence[Term]) -> Tensor:
         weight = self.parameter.detach()
         if weight.dim() != 2 or not weight.is_contiguous():
             return super().rows(indices, terms)
-        out = torch.empty(indices.numel(), weight.shape[1], dtype=weight.dtype, device=weight.device)
-        perturb_rows(out, weight, self.distribution, terms, self.index, indices.reshape(-1))
+        rows = indices.reshape(-1).to(weight.device, torch.int64)
+        rows = torch.where(rows < 0, rows + weight.shape[0], rows)
+        out = torch.empty(rows.numel(), weight.shape[1], dtype=weight.dtype, device=weight.device)
+        perturb_rows(out, weight, self.distribution, terms, self.index, rows)
         return out.view(*indices.shape, weight.shape[1])
 
 
@@ -183,7 +188,7 @@ class Rank1Leaf(Leaf):
     def linear_each(self, x: Tensor, bias: Tensor | None, key: Key, queries: Tensor, offsets: Tensor) -> Tensor:
         """F.linear with example n of ``x`` (N, …, in) seeing W + offsets[n] · u vᵀ of query queries[n]."""
         if x.dim() < 2 or x.shape[0] != queries.numel():
-            raise ValueError(
+            raise PerExampleError(
                 f"per-example directions need the inputs of {self.name!r} to hold the {queries.numel()} examples along "
                 f"dimension 0, got shape {tuple(x.shape)}; use ZOStrategy(estimator='spsa') for this model"
             )

@@ -7,6 +7,7 @@ parametrizations. So restoring is exact by construction, also when a probe raise
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..types import Key, Term
+from ..types import Key, PerExampleError, Term
 from .leaf import Leaf, Rank1Leaf, Scratch
 
 
@@ -36,24 +37,24 @@ class PerExample(NamedTuple):
 Point = Shared | PerExample
 
 _T = torch.Tensor
-_METADATA = frozenset(
-    [
-        getattr(_T, name).__get__
-        for name in (
-            "shape dtype device layout ndim requires_grad is_leaf grad grad_fn is_cuda is_mps is_xpu is_meta is_sparse "
-            "is_quantized is_nested names itemsize nbytes _version _base retains_grad"
-        ).split()
-        if hasattr(_T, name)
-    ]
-    + [
-        getattr(_T, name)
-        for name in (
-            "size dim stride numel nelement element_size storage_offset is_contiguous is_floating_point is_complex "
-            "is_signed get_device data_ptr __len__ __hash__ requires_grad_ register_hook is_inference is_pinned"
-        ).split()
-    ]
-    + [torch.is_floating_point, torch.is_complex, torch.numel, torch.is_tensor]
+_IN_PLACE = re.compile(r"[^_].*[^_]_|_foreach_\w+_|__setitem__|__set__|__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor)__")
+_PROPERTIES = """
+    shape dtype device layout ndim requires_grad is_leaf grad grad_fn is_cuda is_mps is_xpu is_meta is_sparse is_quantized
+    is_nested names itemsize nbytes _version _base retains_grad
+"""
+_METHODS = """
+    size dim stride numel nelement element_size storage_offset is_contiguous is_floating_point is_complex is_signed get_device
+    data_ptr __len__ __hash__ requires_grad_ register_hook is_inference is_pinned
+"""
+_SETTERS = "grad requires_grad"  # of zero_grad() and toggle_optimizer() inside a closure
+_FUNCTIONS = "is_floating_point is_complex numel is_tensor"
+_METADATA: frozenset[Any] = frozenset(
+    [getattr(_T, name).__get__ for name in str.split(_PROPERTIES) if hasattr(_T, name)]
+    + [getattr(_T, name).__set__ for name in str.split(_SETTERS)]
+    + [getattr(_T, name) for name in str.split(_METHODS)]
+    + [getattr(torch, name) for name in str.split(_FUNCTIONS)]
 )
+"""What can be asked of a weight without reading it."""
 
 
 class Probe(TorchFunctionMode):
@@ -77,37 +78,40 @@ class Probe(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is F.linear:
             return self._linear(*args, **kwargs)
-        if self._writes_leaf(func, args):
-            raise RuntimeError(
-                f"`{func.__name__}` writes to the trained parameter {self._leaves[id(args[0])].name!r} inside the training "
-                "step; a ZO probe evaluates the loss at perturbed weights, which are read-only. Move the write out of "
-                "training_step, or leave this parameter out with ZOStrategy(select=...)."
-            )
-        if isinstance(self._point, Shared):
-            if func is F.embedding and len(args) == 2 and id(args[1]) in self._leaves and not kwargs.get("max_norm"):
-                return self._leaves[id(args[1])].rows(args[0], self._point.terms)
-            if func is _T.__getitem__ and _is_row_index(args[1]) and id(args[0]) in self._leaves:
-                return self._leaves[id(args[0])].rows(args[1], self._point.terms)
+        if func is F.embedding:
+            return self._embedding(*args, **kwargs)
+        self._refuse_write(func, args, kwargs)
+        if func is _T.__getitem__ and isinstance(self._point, Shared):
+            leaf = self._leaves.get(id(args[0]))
+            if leaf is not None and _is_row_index(args[1]):
+                return leaf.rows(args[1], self._point.terms)
+        return self._elsewhere(func, args, kwargs)
+
+    def _elsewhere(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Give the perturbed tensor in the place of each parameter."""
         return func(*self._substitute(args), **{k: self._substitute(v) for k, v in kwargs.items()})
 
     def _reads_leaf(self, values: Iterable[Any]) -> bool:
         leaves = self._leaves
-        for value in values:
-            if id(value) in leaves or (isinstance(value, (list, tuple)) and self._reads_leaf(value)):
-                return True
-        return False
+        return any(id(v) in leaves or (isinstance(v, (list, tuple)) and self._reads_leaf(v)) for v in values)
 
-    def _writes_leaf(self, func: Any, args: Sequence[Any]) -> bool:
+    def _refuse_write(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         name = getattr(func, "__name__", "")
-        in_place = (name.endswith("_") and not name.startswith("__")) or name in ("__setitem__", "__set__")
-        return in_place and bool(args) and id(args[0]) in self._leaves
+        targets = [kwargs["out"]] if "out" in kwargs else [*args, *kwargs.values()][:1] if _IN_PLACE.fullmatch(name) else []
+        if self._reads_leaf(targets):
+            names = [leaf.name for leaf in self._leaves.values() if any(_is_or_holds(t, leaf.parameter) for t in targets)]
+            raise RuntimeError(
+                f"`{name}` writes to the trained parameter {names[0]!r} inside the training step; a ZO probe evaluates the "
+                "loss at perturbed weights, which are read-only. Move the write out of training_step, or leave this "
+                "parameter out with ZOStrategy(select=...)."
+            )
 
     def _substitute(self, value: Any) -> Any:
         leaf = self._leaves.get(id(value))
         if leaf is not None:
             if isinstance(self._point, Shared):
                 return leaf.perturbed(self._point.terms)
-            raise ValueError(
+            raise PerExampleError(
                 f"per-example directions reach a weight only through a linear layer, but {leaf.name!r} is read in another "
                 "way; leave it out with ZOStrategy(select=...), or use ZOStrategy(estimator='spsa')"
             )
@@ -116,18 +120,45 @@ class Probe(TorchFunctionMode):
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         return value
 
-    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         leaf = self._leaves.get(id(weight))
-        if bias is not None:
-            bias = self._substitute(bias)
-        if leaf is None:
-            return F.linear(self._substitute(input), weight, bias)
+        if leaf is None or weight.dim() != 2 or not weight.numel():
+            return self._elsewhere(F.linear, (input, weight, bias), {})
+        input, bias = self._substitute(input), self._substitute(bias)
         if isinstance(self._point, Shared):
+            if torch.is_grad_enabled():  # autograd would keep the scratch
+                return F.linear(input, leaf.perturbed(self._point.terms), bias)
             return leaf.linear(input, bias, self._point.terms, self._scratch)
         if not isinstance(leaf, Rank1Leaf):
             raise TypeError(f"per-example directions need rank-1 leaves, {leaf.name!r} is dense")
         return leaf.linear_each(input, bias, *self._point)
 
+    def _embedding(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        leaf = self._leaves.get(id(weight))
+        if leaf is None or max_norm is not None or not isinstance(self._point, Shared) or _outside(input, weight.shape[0]):
+            return self._elsewhere(F.embedding, (input, weight, padding_idx, max_norm, *args), kwargs)
+        return leaf.rows(input, self._point.terms)  # the other arguments matter to the backward pass alone
+
 
 def _is_row_index(index: Any) -> bool:
     return isinstance(index, Tensor) and index.dtype == torch.int64
+
+
+def _outside(indices: Tensor, rows: int) -> bool:
+    """Whether an index is out of range: F.embedding shall say so. Not asked on a device that it would stall."""
+    if indices.device.type != "cpu" or not indices.numel():
+        return False
+    low, high = indices.aminmax()
+    return bool(low < 0) or bool(high >= rows)
+
+
+def _is_or_holds(target: Any, parameter: Tensor) -> bool:
+    return target is parameter or (isinstance(target, (list, tuple)) and any(_is_or_holds(t, parameter) for t in target))

@@ -78,6 +78,7 @@ class View:
     def _swap(self, terms: Sequence[Term]) -> Iterator[None]:
         """Compiled code reads ``.data``: point it at perturbed copies, and back, whatever happens."""
         stored = [leaf.parameter.data for leaf in self._swapped]
+        torch.clear_autocast_cache()  # which knows a weight by its Parameter object
         try:
             for leaf in self._swapped:
                 leaf.parameter.data = leaf.perturbed(terms)
@@ -85,11 +86,12 @@ class View:
         finally:
             for leaf, data in zip(self._swapped, stored, strict=True):
                 leaf.parameter.data = data
+            torch.clear_autocast_cache()
 
     def check(self) -> None:
         """Raise RuntimeError when a parameter was replaced since the view was made."""
         for leaf, (owner, attribute) in zip(self.leaves, self._owners, strict=True):
-            if owner._parameters.get(attribute) is not leaf.parameter:
+            if getattr(owner, attribute, None) is not leaf.parameter:
                 raise RuntimeError(
                     f"the parameter {leaf.name!r} was replaced or re-parameterised after training started; ZO would go on "
                     "updating the old tensor. Change the module in `configure_model` or `setup`, before `fit` builds "

@@ -1,0 +1,134 @@
+"""Small modules, batches and trainers that the tests of the core share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.utils.data import DataLoader
+
+from zolightning import ZOConfig, ZOMixin, ZOStrategy
+
+PLAIN = ZOConfig(estimator="spsa", eps=1e-3, select="all", structure="dense", normalize=False, seed=7)
+"""Textbook two-point SPSA: what tests/reference.py does."""
+
+Loss = Callable[[nn.Module, Any], Any]
+
+
+def mse(net: nn.Module, batch: Any) -> Tensor:
+    x, y = batch
+    return F.mse_loss(net(x).double(), y.double())
+
+
+class Task(pl.LightningModule):
+    """A net, a loss, and whatever optimizer and scheduler a test wants."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        loss: Loss = mse,
+        optimizer: Callable[[list[Any]], Optimizer] | None = None,
+        scheduler: Callable[[Optimizer], Any] | None = None,
+        interval: str = "step",
+    ) -> None:
+        super().__init__()
+        self.net, self.loss = net, loss
+        self.make_optimizer = optimizer or (lambda parameters: SGD(parameters, lr=1e-2))
+        self.make_scheduler, self.interval = scheduler, interval
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.loss(self.net, batch)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(list(self.parameters()))
+        if self.make_scheduler is None:
+            return optimizer
+        return [optimizer], [{"scheduler": self.make_scheduler(optimizer), "interval": self.interval}]
+
+
+class PerExampleTask(ZOMixin, Task):
+    """The same with a loss per example."""
+
+    def zo_objective(self, batch: Any) -> Any:
+        return self.loss(self.net, batch)
+
+
+def per_example_mse(net: nn.Module, batch: Any) -> Tensor:
+    x, y = batch
+    return (net(x).double() - y.double()).square().mean(-1)
+
+
+def mlp(inputs: int = 4, hidden: int = 8, outputs: int = 3) -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, outputs))
+
+
+def batches(count: int = 20, size: int = 5, inputs: int = 4, outputs: int = 3, seed: int = 2) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(size, inputs, generator=generator), torch.randn(size, outputs, generator=generator)) for _ in range(count)
+    ]
+
+
+def loader(items: Sequence[Any], shuffle: bool = False) -> DataLoader[Any]:
+    """Each item is a batch, passed on as it is."""
+    return DataLoader(items, batch_size=None, shuffle=shuffle, collate_fn=lambda item: item)  # type: ignore[arg-type]
+
+
+def quiet_trainer(strategy: Any = None, **settings: Any) -> pl.Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return pl.Trainer(
+        **{"accelerator": "cpu", "max_epochs": 1, **quiet, **({} if strategy is None else {"strategy": strategy}), **settings}
+    )
+
+
+def fit(module: pl.LightningModule, items: Iterable[Any], strategy: Any = PLAIN, **settings: Any) -> pl.Trainer:
+    """Train one epoch on the items; a ZOConfig makes a ZOStrategy. Returns the trainer."""
+    trainer = quiet_trainer(ZOStrategy(strategy) if isinstance(strategy, ZOConfig) else strategy, **settings)
+    trainer.fit(module, loader(list(items)))
+    return trainer
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor], tolerance: float | None = None) -> None:
+    """Bit for bit, or within an absolute tolerance."""
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        if tolerance is None:
+            assert torch.equal(value, right[name]), f"{name} differs by {(value - right[name]).abs().max()}"
+        else:
+            torch.testing.assert_close(value, right[name], rtol=0, atol=tolerance)
+
+
+def tiny_causal_lm(kind: str) -> nn.Module:
+    """Llama or GPT-2 with a tied head, two layers of width 16, in training mode."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    if kind == "llama":
+        llama = LlamaConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            tie_word_embeddings=True,
+        )  # fmt: skip
+        return LlamaForCausalLM(llama).train()
+    gpt2 = GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
+    gpt2.resid_pdrop = gpt2.embd_pdrop = gpt2.attn_pdrop = 0.0
+    return GPT2LMHeadModel(gpt2).train()
+
+
+def token_batches(count: int = 20, size: int = 2, length: int = 6) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(0, 32, (size, length), generator=generator) for _ in range(count)]
+
+
+def lm_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    logits = model(input_ids=ids).logits[:, :-1].double()
+    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))

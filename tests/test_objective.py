@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from zolightning.isolation import Isolation
+from zolightning.noise import Rademacher
+from zolightning.objective import BatchObjective, Examples, inspect_step, loss_value
+from zolightning.space import build_view
+from zolightning.types import SkipStep
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        0.5, np.float32(0.5), np.float64(0.5), torch.tensor(0.5), torch.tensor([0.5]), torch.tensor([[0.5]]),
+        torch.tensor([0.25, 0.75]), torch.tensor(0.5).bfloat16(), {"loss": torch.tensor(0.5), "x": 1}, {"loss": 0.5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_losses(out: Any) -> None:
+    value = loss_value(out)
+    assert value == 0.5
+    assert type(value) is float
+
+
+def test_integers_and_truth_values() -> None:
+    assert loss_value(3) == 3.0
+    assert loss_value(torch.tensor([True, False])) == 0.5
+    assert loss_value(torch.tensor(7)) == 7.0
+
+
+def test_doubles_are_kept() -> None:
+    assert loss_value(torch.tensor(1.0 + 1e-12, dtype=torch.float64)) == 1.0 + 1e-12
+
+
+def test_mean_of_a_half_precision_vector_is_taken_in_double() -> None:
+    values = torch.full((3000,), 0.1).bfloat16()
+    assert loss_value(values) == pytest.approx(float(values[0]), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("out", "error", "message"),
+    [
+        ("0.5", TypeError, "must be a number.*got str"),
+        ([0.5], TypeError, "got list"),
+        (object(), TypeError, "got object"),
+        (1j, TypeError, "got complex"),
+        (torch.ones(2, 2), ValueError, r"got torch.float32 of shape \(2, 2\)"),
+        (torch.empty(0), ValueError, r"shape \(0,\)"),
+        (torch.tensor(1j), ValueError, "real tensor.*complex64"),
+        ({"Loss": 1.0, "acc": 2.0}, ValueError, r"without 'loss'; its keys are \['Loss', 'acc'\]"),
+        ({"loss": "x"}, TypeError, "got str"),
+    ],
+    ids=str,
+)
+def test_bad_losses(out: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        loss_value(out)
+
+
+@pytest.mark.parametrize("out", [None, {"loss": None}])
+def test_none_skips(out: Any) -> None:
+    with pytest.raises(SkipStep):
+        loss_value(out)
+
+
+def test_first_output_is_kept_and_later_forwards_run_in_the_extra_context() -> None:
+    entered = []
+
+    @contextmanager
+    def extra() -> Any:
+        entered.append(len(outputs))
+        yield
+
+    outputs: list[int] = []
+
+    def forward(batch: Any) -> Any:
+        outputs.append(batch)
+        return {"loss": torch.tensor(float(len(outputs))), "n": len(outputs)}
+
+    with Isolation(nn.Module(), CPU).step() as probes:
+        objective = BatchObjective(forward, 7, probes, extra=extra)
+        assert [objective(), objective(), objective()] == [1.0, 2.0, 3.0]
+    assert objective.first["n"] == 1
+    assert objective.dtype == torch.float32
+    assert entered == [1, 2]
+
+
+def inspected(step: Callable[[Any], Any], batch: Any, net: nn.Module | None = None, repeatable: bool = True) -> Examples:
+    net = net or nn.Linear(2, 4, bias=False)
+    view = build_view(net, net.parameters(), Rademacher(), structure="rank1")
+    with torch.no_grad():
+        return inspect_step(lambda b: step(net(b["x"])), batch, view, Isolation(net, CPU), repeatable)
+
+
+BATCH = {"x": torch.randn(3, 2)}
+
+
+@pytest.mark.parametrize(
+    ("step", "losses"),
+    [
+        (lambda y: y.square().sum(-1), True),
+        (lambda y: {"loss": y.square().sum(-1)}, True),
+        (lambda y: F.mse_loss(y, torch.ones_like(y)), True),
+        (lambda y: y.square().mean(), False),
+        (lambda y: y, False),
+        (lambda y: 1.0, False),
+        (lambda y: None, False),
+    ],
+)
+def test_a_step_is_asked_for_its_examples(step: Callable[[Any], Any], losses: bool) -> None:
+    assert inspected(step, BATCH) == Examples(losses, losses)
+    assert inspected(step, BATCH, repeatable=False) == Examples(losses, False)
+
+
+def test_dropout_would_differ_between_copies() -> None:
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 4, bias=False))
+    state = torch.get_rng_state()
+    assert inspected(lambda y: y.square().sum(-1), BATCH, net) == Examples(True, False)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_layer_that_mixes_examples_is_noticed() -> None:
+    net = nn.Linear(2, 4, bias=False)
+    view = build_view(net, net.parameters(), Rademacher(), structure="rank1")
+    with torch.no_grad():
+        found = inspect_step(lambda b: net(b["x"].repeat(2, 1)).sum(-1), BATCH, view, Isolation(net, CPU), True)
+    assert found == Examples(False, False)

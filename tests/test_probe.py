@@ -1,0 +1,326 @@
+"""Whatever way a module reads its weights, a probe gives what a deep copy with perturbed weights gives."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from helpers import assert_same, mlp, tiny_causal_lm, weights
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+from zolightning.noise import Distribution, Gaussian, Rademacher
+from zolightning.space import View, build_view
+from zolightning.space.leaf import HEAD_BLOCK, DenseLeaf
+from zolightning.types import Key, Term
+
+IDS = torch.tensor([[0, 3, 3], [5, 1, 6]])
+X = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Calls(nn.Module):
+    """A net whose forward is a function of (self, input)."""
+
+    def __init__(self, call: Callable[..., Tensor], input: Tensor, **children: Any) -> None:
+        super().__init__()
+        for name, child in children.items():
+            setattr(self, name, child)
+        self._call, self.input = call, input
+
+    def forward(self) -> Tensor:
+        return self._call(self, self.input)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight.tril()
+
+
+def with_custom_parametrization() -> nn.Module:
+    layer = nn.Linear(8, 8)
+    parametrize.register_parametrization(layer, "weight", Doubled())
+    return layer
+
+
+def odd_layouts() -> Calls:
+    weight = nn.Parameter(torch.empty_strided((8, 6), (1, 8)).normal_())
+    sliced = nn.Parameter(torch.empty_strided((8, 6), (12, 2)).normal_())
+    assert not weight.is_contiguous()
+    assert not sliced.is_contiguous()
+    return Calls(
+        lambda m, x: F.linear(x @ m.weight, m.sliced) * m.scalar + F.embedding(IDS, m.sliced).sum(), X, weight=weight,
+        sliced=sliced, scalar=nn.Parameter(torch.tensor(0.7)), empty=nn.Parameter(torch.empty(0, 3)),
+    )  # fmt: skip
+
+
+def functional_call(module: Calls, x: Tensor) -> Tensor:
+    return torch.func.functional_call(module.layer, dict(module.layer.named_parameters()), (x,))
+
+
+def gpt2_conv1d() -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    return Conv1D(5, 8)
+
+
+def tied_head(module: Calls, ids: Tensor) -> Tensor:
+    """Only some rows of a tied head, as candidate scoring reads them."""
+    return F.linear(module.embedding(ids), module.embedding.weight[torch.tensor([6, 0, -1])])
+
+
+def recurrent(kind: type[nn.RNNBase]) -> Calls:
+    return Calls(lambda m, x: m.rnn(x)[0], X, rnn=kind(8, 5, num_layers=2, batch_first=True, bidirectional=True))
+
+
+def attention(need_weights: bool) -> Calls:
+    return Calls(
+        lambda m, x: m.attention(x, x, x, need_weights=need_weights)[0],
+        X,
+        attention=nn.MultiheadAttention(8, 2, batch_first=True),
+    )
+
+
+def layer(module: nn.Module, x: Tensor = X) -> Calls:
+    return Calls(lambda m, x: m.layer(x), x, layer=module)
+
+
+def matrix(call: Callable[..., Tensor], *shape: int, x: Tensor = X) -> Calls:
+    """A function of the parameter and the input."""
+    return Calls(lambda m, x: call(m.weight, x), x, weight=nn.Parameter(torch.randn(shape)))
+
+
+def matrices(call: Callable[..., Any]) -> Calls:
+    """A function of a list of parameters and the input."""
+    return Calls(lambda m, x: call(m.weights, x), X, weights=nn.ParameterList([torch.randn(8, 3), torch.randn(8, 3)]))
+
+
+def linear(call: Callable[..., Tensor]) -> Calls:
+    """A function of a layer's weight and bias and the input."""
+    return Calls(lambda m, x: call(m.layer.weight, m.layer.bias, x), X, layer=nn.Linear(8, 8))
+
+
+READS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": lambda: layer(mlp(8)),
+    "odd layouts": odd_layouts,
+    "channels last": lambda: layer(nn.Conv2d(1, 3, 2).to(memory_format=torch.channels_last), X[:, None]),
+    "attention": lambda: attention(True),
+    "fused attention": lambda: attention(False),
+    "encoder layer": lambda: layer(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)),
+    "encoder layer, eval": lambda: layer(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()),
+    "lstm": lambda: recurrent(nn.LSTM),
+    "gru": lambda: recurrent(nn.GRU),
+    "weight norm": lambda: layer(parametrizations.weight_norm(nn.Linear(8, 4))),
+    "orthogonal": lambda: layer(parametrizations.orthogonal(nn.Linear(8, 8))),
+    "own parametrization": lambda: layer(with_custom_parametrization()),
+    "tied head": lambda: Calls(tied_head, IDS, embedding=nn.Embedding(7, 8)),
+    "transposed": lambda: matrix(lambda w, x: x[..., :5] @ w.T + w.t().sum(), 4, 5),
+    "parameter list": lambda: matrices(lambda ws, x: sum(x @ w for w in ws)),
+    "stacked": lambda: matrices(lambda ws, x: x @ torch.stack(list(ws)).sum(0)),
+    "conv1d of gpt2": lambda: layer(gpt2_conv1d()),
+    "padding index": lambda: layer(nn.Embedding(7, 4, padding_idx=3), IDS),
+    "max norm of a copy": lambda: matrix(lambda w, x: F.embedding(x, w.clone(), max_norm=1.0), 7, 4, x=IDS),
+    "embedding bag": lambda: layer(nn.EmbeddingBag(7, 4, mode="mean"), IDS),
+    "rows, int32": lambda: matrix(lambda w, x: F.embedding(x.int(), w), 7, 4, x=IDS),
+    "no rows": lambda: matrix(lambda w, x: w[x[:, :0]].sum(), 7, 4, x=IDS),
+    "rows of a cube": lambda: matrix(lambda w, x: w[x], 7, 4, 2, x=IDS),
+    "one row": lambda: matrix(lambda w, x: w[2] * w[-1, 1:3].sum(), 7, 4),
+    "functional call": lambda: Calls(functional_call, X, layer=nn.Linear(8, 3)),
+    "vmap": lambda: Calls(lambda m, x: torch.vmap(m.layer)(x), X, layer=nn.Linear(8, 3)),
+    "vector weight": lambda: matrix(lambda w, x: F.linear(x, w), 8),
+    "empty linear": lambda: layer(nn.Linear(8, 0)),
+    "bias as input": lambda: linear(lambda w, b, x: F.linear(b, w, b)),
+    "keywords": lambda: linear(lambda w, b, x: F.linear(input=x, weight=w, bias=b)),
+    "detached": lambda: matrix(lambda w, x: x @ w.detach() + w.data.norm(), 8, 3),
+    "layer, group, batch norm": lambda: layer(nn.Sequential(nn.LayerNorm(8), nn.GroupNorm(2, 6), nn.BatchNorm1d(6))),
+    "bilinear": lambda: Calls(lambda m, x: m.layer(x, x), X, layer=nn.Bilinear(8, 8, 3)),
+}
+
+
+def probed(net: nn.Module, view: View, key: Key, offset: float) -> Tensor:
+    with torch.no_grad(), view.along(key, offset):
+        return net()
+
+
+@pytest.mark.parametrize("noise", [Rademacher(), Gaussian()], ids=repr)
+@pytest.mark.parametrize("name", READS)
+def test_reads(name: str, noise: Distribution) -> None:
+    torch.manual_seed(4)
+    net = READS[name]()
+    view = build_view(net, net.parameters(), noise)
+    before, key = weights(net), Key(5, 6, 7)
+    plain = copy.deepcopy(net)
+    zs = reference.directions(net, key, noise)
+    for offset in (0.1, -0.1):
+        results: list[Tensor] = []
+        reference.loss_at(net, lambda twin, results=results: results.append(twin()) or torch.zeros(()), zs, offset)  # type: ignore[func-returns-value]
+        torch.testing.assert_close(probed(net, view, key, offset), results[0], rtol=1e-6, atol=1e-6)
+    assert results[0].numel() == 0 or name == "no rows" or not torch.equal(results[0], plain())
+    assert_same(weights(net), before)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_autocast_rounds_the_perturbed_weight_once(kind: str) -> None:
+    model, noise, key = tiny_causal_lm(kind), Gaussian(), Key(1, 2, 3)
+    view = build_view(model, model.parameters(), noise)
+
+    def logits(m: nn.Module) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return m(input_ids=IDS).logits
+
+    results: list[Tensor] = []
+    zs = reference.directions(model, key, noise)
+    reference.loss_at(model, lambda twin: results.append(logits(twin)) or torch.zeros(()), zs, 0.05)  # type: ignore[func-returns-value]
+    with torch.no_grad(), view.along(key, 0.05):
+        assert torch.equal(logits(model), results[0])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_large_head_goes_in_row_blocks(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Calls(lambda m, x: m.layer(x), X, layer=nn.Linear(8, 37, bias=bias))
+    view, key = build_view(net, net.parameters(), Rademacher()), Key(1, 2)
+    whole = probed(net, view, key, 0.1)
+    monkeypatch.setattr("zolightning.space.leaf.HEAD_BLOCK", 50)
+    torch.testing.assert_close(probed(net, view, key, 0.1), whole, rtol=1e-6, atol=1e-6)
+    assert HEAD_BLOCK > 50
+
+
+def test_embedding_reads_only_the_rows_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nn.Embedding passes all of F.embedding's arguments by position."""
+    net = Calls(lambda m, x: m.layer(x), IDS, layer=nn.Embedding(7, 4, padding_idx=0))
+    view = build_view(net, net.parameters(), Rademacher())
+
+    def whole(*_: Any) -> Any:
+        raise AssertionError("the whole embedding was perturbed")
+
+    expected = probed(net, view, Key(1, 2), 0.1)
+    monkeypatch.setattr(DenseLeaf, "perturbed", whole)
+    assert torch.equal(probed(net, view, Key(1, 2), 0.1), expected)
+
+
+@pytest.mark.parametrize("bad", [-1, 7])
+def test_token_out_of_range(bad: int) -> None:
+    net = Calls(lambda m, x: m.layer(x), torch.tensor([0, bad]), layer=nn.Embedding(7, 4))
+    with pytest.raises(IndexError, match="out of range"):
+        probed(net, build_view(net, net.parameters(), Rademacher()), Key(1, 2), 0.1)
+
+
+def test_enable_grad_inside_a_probe() -> None:
+    """A step that differentiates by its input (a physics residual) gets the gradient at the perturbed weights."""
+
+    def residual(module: Calls, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.clone().requires_grad_()
+            return torch.autograd.grad(module.net(x).square().sum(), x)[0]
+
+    net, key, noise = Calls(residual, X, net=mlp(8)), Key(3, 4), Gaussian()
+    results: list[Tensor] = []
+    zs = reference.directions(net, key, noise)
+    reference.loss_at(net, lambda twin: results.append(twin()) or torch.zeros(()), zs, 0.1)  # type: ignore[func-returns-value]
+    assert torch.equal(probed(net, build_view(net, net.parameters(), noise), key, 0.1), results[0])
+
+
+def test_metadata_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking a weight for its shape or dtype builds nothing."""
+    net = mlp()
+    view = build_view(net, net.parameters(), Rademacher())
+    monkeypatch.setattr(DenseLeaf, "perturbed", lambda *_: pytest.fail("a perturbed weight was built"))
+    with view.along(Key(0, 0), 1.0):
+        w = net[0].weight
+        assert (tuple(w.shape), w.dtype, w.device.type, w.numel(), w.size(0), w.dim(), len(w)) == (
+            (8, 4),
+            torch.float32,
+            "cpu",
+            32,
+            8,
+            2,
+            8,
+        )
+        assert w.requires_grad
+        assert w.grad is None
+        assert w.is_floating_point()
+        assert w.is_contiguous()
+        assert isinstance(hash(w), int)
+
+
+def add_in_place(w: Tensor) -> Any:
+    return w.__iadd__(1.0)
+
+
+def set_item(w: Tensor) -> None:
+    w[0] = 0.0
+
+
+def set_data(w: Tensor) -> None:
+    w.data = torch.zeros_like(w)
+
+
+WRITES: dict[str, Callable[[Tensor], Any]] = {
+    "mul_": lambda w: w.mul_(2),
+    "copy_": lambda w: w.copy_(torch.zeros_like(w)),
+    "setitem": set_item,
+    "iadd": add_in_place,
+    "data": set_data,
+    "init": lambda w: nn.init.normal_(w),
+    "foreach": lambda w: torch._foreach_mul_([w], 2.0),
+    "out": lambda w: torch.add(w, 1.0, out=w),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_writing_to_a_weight_is_refused(write: str) -> None:
+    net = mlp()
+    view, before = build_view(net, net.parameters(), Rademacher()), weights(net)
+    with (
+        torch.no_grad(),
+        view.along(Key(0, 0), 0.1),
+        pytest.raises(RuntimeError, match=r"writes to the trained parameter '0.weight'"),
+    ):
+        WRITES[write](net[0].weight)
+    assert_same(weights(net), before)
+
+
+def test_gradient_bookkeeping_is_not_a_write() -> None:
+    net = mlp()
+    with build_view(net, net.parameters(), Rademacher()).along(Key(0, 0), 0.1):
+        net[0].weight.grad = None
+        net[0].weight.requires_grad_(True)
+        net[0].weight.requires_grad = True
+        net.zero_grad()
+
+
+def test_only_selected_weights_are_perturbed() -> None:
+    net = mlp()
+    view, stored = build_view(net, net[2].parameters(), Rademacher()), weights(net)
+    with torch.no_grad(), view.along(Key(0, 0), 0.1):
+        assert torch.equal(net[0].weight + 0, stored["0.weight"])
+        torch.testing.assert_close((net[2].weight - stored["2.weight"]).abs(), torch.full((3, 8), 0.1))
+
+
+@pytest.mark.parametrize("kind", ["dense", "rank1"])
+def test_noise_does_not_depend_on_what_else_is_trained(kind: Any) -> None:
+    net = mlp()
+    every = build_view(net, net.parameters(), Gaussian(), structure=kind)
+    last = build_view(net, net[2].parameters(), Gaussian(), structure=kind)
+    terms = [Term(Key(3, 4, 5), 1.0)]
+    whole = {leaf.name: leaf.gradient(terms) for leaf in every.leaves}
+    assert torch.equal(last.leaves[0].gradient(terms), whole["2.weight"])
+    assert len({tuple(z.flatten()[:12].tolist()) for z in whole.values() if z.numel() >= 12}) == sum(
+        z.numel() >= 12 for z in whole.values()
+    )
+
+
+def test_repeated_probes_use_the_scratch_safely() -> None:
+    """Two linear layers share one scratch buffer, and outputs live on after it is used again."""
+    net = Calls(lambda m, x: m.b(m.a(x)), X, a=nn.Linear(8, 16), b=nn.Linear(16, 2))
+    view = build_view(net, net.parameters(), Rademacher())
+    first = probed(net, view, Key(0, 0), 0.1)
+    kept = first.clone()
+    probed(net, view, Key(0, 1), 0.1)
+    assert torch.equal(first, kept)
+    view.release()
+    assert torch.equal(probed(net, view, Key(0, 0), 0.1), kept)

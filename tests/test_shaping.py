@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zolightning.shaping import Chain, Clip, Normalize, Shaping, state_from
+
+numbers = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=8)
+
+
+@given(numbers, st.floats(1e-3, 1e3))
+def test_clip(values: list[float], limit: float) -> None:
+    shaped, state = Clip(limit)(values, {})
+    assert all(abs(v) <= limit for v in shaped)
+    assert [v for v in shaped if abs(v) < limit] == [v for v in values if abs(v) < limit]
+    assert state == {}
+
+
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=8), st.floats(0.1, 10.0))
+def test_normalize_does_not_depend_on_the_scale_of_the_loss(values: list[float], scale: float) -> None:
+    link = Normalize()
+    plain, _ = link(values, link.init())
+    scaled, _ = link([v * scale for v in values], link.init())
+    assert scaled == pytest.approx(plain, rel=1e-6, abs=1e-9)
+
+
+def test_first_step_has_unit_size() -> None:
+    """sqrt(n)·g/rms(g): the mean of n terms c_k z_k has RMS 1, since independent directions add in quadrature."""
+    link = Normalize()
+    shaped, _ = link([3.0, -4.0], link.init())
+    assert math.fsum(v * v for v in shaped) / len(shaped) ** 2 == pytest.approx(1.0)
+
+
+def test_normalize_is_bias_corrected() -> None:
+    link, state = Normalize(0.5), Normalize(0.5).init()
+    _, state = link([1.0], state)
+    shaped, state = link([3.0], state)
+    assert shaped == pytest.approx([3.0 / math.sqrt((0.25 * 1 + 0.5 * 9) / 0.75)])
+    assert state["decay"] == 0.25
+
+
+def test_all_ties_make_no_step_and_no_error() -> None:
+    link = Normalize()
+    shaped, state = link([0.0, 0.0], link.init())
+    assert shaped == [0.0, 0.0]
+    shaped, _ = link([1.0], state)
+    assert all(map(math.isfinite, shaped))
+
+
+def test_floor_bounds_the_step() -> None:
+    link = Normalize(floor=10.0)
+    assert link([1.0], link.init())[0] == pytest.approx([0.1])
+
+
+def test_chain_applies_in_order_with_states_apart() -> None:
+    chain = Chain(Clip(1.0), Normalize(0.5), Normalize(0.9))
+    shaped, state = chain([5.0], chain.init())
+    assert shaped == pytest.approx([1.0])
+    assert set(state) == {"1.second_moment", "1.decay", "2.second_moment", "2.decay"}
+    assert (state["1.decay"], state["2.decay"]) == (0.5, 0.9)
+    assert repr(chain) == "Chain(Clip(limit=1.0), Normalize(beta=0.5, floor=0.0), Normalize(beta=0.9, floor=0.0))"
+
+
+def test_state_is_not_written_to() -> None:
+    chain = Chain(Normalize())
+    state = chain.init()
+    chain([1.0], state)
+    assert state == chain.init()
+
+
+@pytest.mark.parametrize("shaping", [Chain(), Chain(Clip(1.0), Normalize())], ids=repr)
+def test_state_from_a_checkpoint(shaping: Shaping) -> None:
+    _, state = shaping([1.0, 2.0], shaping.init())
+    assert state_from(dict(state), shaping) == state
+
+
+def test_state_of_another_recipe() -> None:
+    with pytest.raises(ValueError, match="resume with the recipe that wrote it"):
+        state_from({"0.decay": 1.0}, Chain(Clip(1.0)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Clip(0.0), "limit"),
+        (lambda: Clip(math.nan), "limit"),
+        (lambda: Normalize(1.0), "beta"),
+        (lambda: Normalize(-0.1), "beta"),
+        (lambda: Normalize(0.5, -1.0), "floor"),
+        (lambda: Normalize(0.5, math.nan), "floor"),
+    ],
+)
+def test_bad_settings(make: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()  # type: ignore[operator]

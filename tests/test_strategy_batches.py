@@ -1,0 +1,195 @@
+"""Per-example directions: batches of every shape are repeated, and hopeless cases say so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import PerExampleTask, batches, fit, mlp, per_example_mse
+from torch import Tensor, nn
+from torch.optim import SGD
+from transformers import BatchEncoding
+
+from zolightning import ZOStrategy
+from zolightning.estimators import SPSA, PerExampleSPSA
+from zolightning.objective import batch_examples, repeat_batch
+from zolightning.space import DenseLeaf, Rank1Leaf
+
+
+@dataclass
+class Pair:
+    x: Tensor
+    y: Tensor
+    name: str = "pair"
+
+
+class Named(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+def fields(batch: Any) -> tuple[Tensor, Tensor]:
+    if isinstance(batch, (dict, BatchEncoding)):
+        return batch["x"], batch["y"]
+    return (batch.x, batch.y) if hasattr(batch, "x") else (batch[0], batch[1])
+
+
+SHAPES = {
+    "tuple": lambda x, y: (x, y),
+    "list": lambda x, y: [x, y],
+    "dict": lambda x, y: {"x": x, "y": y, "scale": torch.tensor(1.0), "names": list("abcde")},
+    "named tuple": lambda x, y: Named(x, y),
+    "dataclass": Pair,
+    "batch encoding": lambda x, y: BatchEncoding({"x": x, "y": y}),
+}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_batches_are_repeated(kind: str) -> None:
+    sizes: list[int] = []
+
+    def loss(net: nn.Module, batch: Any) -> Tensor:
+        x, y = fields(batch)
+        sizes.append(len(x))
+        if isinstance(batch, dict):
+            assert len(batch["names"]) == len(x)
+            assert batch["scale"].dim() == 0
+        assert type(batch) is type(SHAPES[kind](x, y))
+        return per_example_mse(net, (x, y))
+
+    strategy = ZOStrategy(select="all", eps=1e-2, seed=1)
+    net = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Tanh(), nn.Linear(8, 3, bias=False))
+    fit(PerExampleTask(net, loss, lambda p: SGD(p, lr=1e-3)), [SHAPES[kind](x, y) for x, y in batches(3)], strategy)
+    assert sizes == [5, 10, 10, 10, 10]  # two looks at what the step gives, then both probes of a step in one forward
+    assert len(strategy.last_record.terms) == 5  # type: ignore[union-attr]
+
+
+def test_repetition_goes_example_by_example() -> None:
+    batch = {"x": torch.arange(2), "y": [torch.eye(2)], "text": ["a", "b"], "other": ("p", "q", "r"), "n": 2}
+    assert batch_examples(batch) == 2
+    twice = repeat_batch(batch, 2, 2)
+    assert twice["x"].tolist() == [0, 1, 0, 1]
+    assert torch.equal(twice["y"][0], torch.eye(2).repeat(2, 1))
+    assert twice["text"] == ["a", "b", "a", "b"]
+    assert twice["other"] == ("p", "q", "r")
+    assert twice["n"] == 2
+    assert batch_examples(["a", "b"]) is None
+    assert batch_examples(torch.tensor(1.0)) is None
+
+
+@pytest.mark.parametrize("estimator", ["per_example", PerExampleSPSA(1e-2)], ids=str)
+def test_rank1_where_linear_layers_hold_nearly_all(estimator: Any) -> None:
+    """Biases are under a tenth here, and stay as they are."""
+    net = nn.Sequential(nn.Linear(4, 40), nn.Tanh(), nn.Linear(40, 3))
+    strategy = ZOStrategy(estimator=estimator, select="re:2", eps=1e-2)
+    fit(PerExampleTask(net, per_example_mse, lambda p: SGD(p, lr=1e-3)), batches(1), strategy)
+    view = strategy.view(strategy.optimizers[0])
+    assert [type(leaf) for leaf in view.leaves] == [Rank1Leaf]
+
+
+@pytest.mark.parametrize(
+    ("net", "why"),
+    [
+        (nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)), "a third of the weights is no matrix"),
+        (nn.Conv1d(5, 5, 1), "no linear layer"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_dense_otherwise(net: nn.Module, why: str) -> None:
+    strategy = ZOStrategy(select="all", eps=1e-2)
+
+    def loss(net: nn.Module, batch: Any) -> Tensor:
+        return net(batch[0]).square().mean(-1)
+
+    fit(PerExampleTask(net, loss), batches(2), strategy)
+    assert {type(leaf) for leaf in strategy.view(strategy.optimizers[0]).leaves} == {DenseLeaf}
+    assert len(strategy.last_record.terms) == 1  # type: ignore[union-attr]
+
+
+def test_spsa_takes_the_mean_of_per_example_losses() -> None:
+    strategy = ZOStrategy(estimator=SPSA(1e-2), select="all", normalize=False)
+    fit(PerExampleTask(mlp(), per_example_mse), batches(1), strategy)
+    assert strategy.last_record.forwards == 2  # type: ignore[union-attr]
+    assert strategy.estimator.eps == 1e-2
+
+
+def test_compiled_layers_get_one_direction() -> None:
+    net = nn.Sequential(nn.Linear(4, 3, bias=False))
+    net[0].compile(backend="eager")
+    strategy = ZOStrategy(select="all", eps=1e-2)
+    fit(PerExampleTask(net, per_example_mse), batches(1), strategy)
+    assert len(strategy.last_record.terms) == 1  # type: ignore[union-attr]
+
+
+def flat(net: nn.Module, batch: Any) -> Tensor:
+    """The layer sees no dimension of examples."""
+    x, y = batch
+    return (net(x.reshape(2, -1, 4)).reshape(-1, 3) - y).square().mean(-1)
+
+
+def regularised(net: nn.Module, batch: Any) -> Tensor:
+    """The weight is read outside its layer."""
+    return per_example_mse(net, batch) + net[0].weight.norm()  # type: ignore[index]
+
+
+@pytest.mark.parametrize("loss", [flat, regularised])
+def test_steps_that_cannot_have_a_direction_for_each_example_get_one(loss: Any) -> None:
+    net = nn.Sequential(nn.Linear(4, 3, bias=False))
+    strategy = ZOStrategy(select="all", eps=1e-2)
+    fit(PerExampleTask(net, loss), batches(2, size=4), strategy)
+    assert len(strategy.last_record.terms) == 1  # type: ignore[union-attr]
+
+
+def test_objective_that_does_not_take_a_repeated_batch() -> None:
+    """Two forwards of the batch as it is, instead of one of its repetition."""
+    sizes: list[int] = []
+
+    def fixed(net: nn.Module, batch: Any) -> Tensor:
+        sizes.append(len(batch[0]))
+        return per_example_mse(net, batch)[:5]
+
+    net = nn.Sequential(nn.Linear(4, 3, bias=False))
+    strategy = ZOStrategy(select="all", eps=1e-2)
+    fit(PerExampleTask(net, fixed), batches(1), strategy)
+    assert sizes == [5, 10, 5, 5]
+    assert len(strategy.last_record.terms) == 5  # type: ignore[union-attr]
+
+
+def test_objective_that_changes_its_mind() -> None:
+    calls: list[int] = []
+
+    def moody(net: nn.Module, batch: Any) -> Tensor:
+        calls.append(1)
+        losses = per_example_mse(net, batch)
+        return losses if len(calls) < 4 else losses.sum()
+
+    net = nn.Sequential(nn.Linear(4, 3, bias=False))
+    with pytest.raises(ValueError, match=r"a loss for each example at first.*ZOStrategy\(estimator='spsa'\)"):
+        fit(PerExampleTask(net, moody), batches(3), ZOStrategy(select="all", eps=1e-2))
+
+
+def test_skipped_first_batch() -> None:
+    def loss(net: nn.Module, batch: Any) -> Tensor | None:
+        return None if batch[0] is first[0] else per_example_mse(net, batch)
+
+    items = batches(2)
+    first = items[0]
+    strategy = ZOStrategy(select="all", eps=1e-2)
+    fit(PerExampleTask(nn.Sequential(nn.Linear(4, 3, bias=False)), loss), items, strategy)
+    assert strategy.zo_step == 2
+    assert not strategy.last_record.skipped  # type: ignore[union-attr]
+
+
+def test_sequences() -> None:
+    """(B, T, d) inputs: a direction for an example, not for a token."""
+    net = nn.Sequential(nn.Linear(4, 3, bias=False))
+
+    def loss(net: nn.Module, batch: Any) -> Tensor:
+        return F.softplus(net(batch)).mean((1, 2))
+
+    strategy = ZOStrategy(select="all", eps=1e-2)
+    fit(PerExampleTask(net, loss), [torch.randn(3, 7, 4)], strategy)
+    assert len(strategy.last_record.terms) == 3  # type: ignore[union-attr]
