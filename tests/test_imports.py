@@ -19,13 +19,13 @@ LAYERS = [
     {"noise"},
     {"space"},
     {"estimators", "shaping", "updates", "isolation", "losses"},
-    {"step", "objective", "config", "mixin"},
-    {"recipes"},
+    {"step", "objective", "config", "mixin", "rates"},
+    {"recipes", "one_device"},
     {"strategy"},
 ]
 """The core, lowest first: a file imports from lower layers only, and what is not listed stands above all of them."""
 
-LIGHTNING = {"_lightning", "strategy", "monitor", "cli", "tracking", "demo", "bench"}
+LIGHTNING = {"_lightning", "one_device", "strategy", "monitor", "cli", "tracking", "demo", "bench"}
 
 
 def module_of(path: Path) -> str:

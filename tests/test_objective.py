@@ -115,12 +115,16 @@ BATCH = {"x": torch.randn(3, 2)}
         (lambda y: y.square().mean(), False),
         (lambda y: y, False),
         (lambda y: 1.0, False),
-        (lambda y: None, False),
     ],
 )
 def test_a_step_is_asked_for_its_examples(step: Callable[[Any], Any], losses: bool) -> None:
     assert inspected(step, BATCH) == Examples(losses, losses)
     assert inspected(step, BATCH, repeatable=False) == Examples(losses, False)
+
+
+def test_a_skipped_batch_settles_nothing() -> None:
+    with pytest.raises(SkipStep):
+        inspected(lambda y: None, BATCH)
 
 
 def test_dropout_would_differ_between_copies() -> None:

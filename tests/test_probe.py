@@ -14,6 +14,7 @@ from helpers import assert_same, mlp, tiny_causal_lm, weights
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
+from zolightning.memory import MemoryMeter
 from zolightning.noise import Distribution, Gaussian, Rademacher
 from zolightning.space import View, build_view
 from zolightning.space.leaf import HEAD_BLOCK, DenseLeaf
@@ -187,6 +188,17 @@ def test_large_head_goes_in_row_blocks(bias: bool, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("zolightning.space.leaf.HEAD_BLOCK", 50)
     torch.testing.assert_close(probed(net, view, key, 0.1), whole, rtol=1e-6, atol=1e-6)
     assert HEAD_BLOCK > 50
+
+
+def test_strided_input_does_not_copy_the_weight() -> None:
+    """F.linear of a slice, with a weight that needs no gradient, is a batched product over copies of that weight."""
+    net = nn.Linear(1024, 1024)
+    view, hidden = build_view(net, net.parameters(), Rademacher()), torch.randn(64, 2, 1024)
+    meter = MemoryMeter(net, torch.device("cpu"))
+    before = meter.peak()
+    with torch.no_grad(), view.along(Key(1, 2), 1e-2):
+        net(hidden[:, -1:])
+    assert meter.peak() - before < 16 * 1024 * 1024 * 4
 
 
 def test_embedding_reads_only_the_rows_in_use(monkeypatch: pytest.MonkeyPatch) -> None:

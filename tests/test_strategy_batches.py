@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import PerExampleTask, batches, fit, mlp, per_example_mse
+from helpers import PerExampleTask, Task, batches, fit, mlp, per_example_mse
 from torch import Tensor, nn
 from torch.optim import SGD
 from transformers import BatchEncoding
@@ -63,8 +64,20 @@ def test_batches_are_repeated(kind: str) -> None:
     strategy = ZOStrategy(select="all", eps=1e-2, seed=1)
     net = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Tanh(), nn.Linear(8, 3, bias=False))
     fit(PerExampleTask(net, loss, lambda p: SGD(p, lr=1e-3)), [SHAPES[kind](x, y) for x, y in batches(3)], strategy)
-    assert sizes == [5, 10, 10, 10, 10]  # two looks at what the step gives, then both probes of a step in one forward
+    assert sizes == [5, 5, 10, 10, 10, 10]  # three looks at what the step gives, then both probes of a step in one forward
     assert len(strategy.last_record.terms) == 5  # type: ignore[union-attr]
+
+
+def test_two_forwards_on_request() -> None:
+    sizes: list[int] = []
+
+    def loss(net: nn.Module, batch: Any) -> Tensor:
+        sizes.append(len(batch[0]))
+        return per_example_mse(net, batch)
+
+    net = nn.Sequential(nn.Linear(4, 3, bias=False))
+    fit(PerExampleTask(net, loss), batches(1), ZOStrategy(select="all", eps=1e-2, one_batch=False))
+    assert sizes == [5, 5, 5, 5]
 
 
 def test_repetition_goes_example_by_example() -> None:
@@ -135,7 +148,13 @@ def regularised(net: nn.Module, batch: Any) -> Tensor:
     return per_example_mse(net, batch) + net[0].weight.norm()  # type: ignore[index]
 
 
-@pytest.mark.parametrize("loss", [flat, regularised])
+def normalised(net: nn.Module, batch: Any) -> Tensor:
+    """Batch normalisation: every example moves the others."""
+    x, y = batch
+    return (nn.functional.batch_norm(net(x), None, None, training=True) - y).square().mean(-1)
+
+
+@pytest.mark.parametrize("loss", [flat, regularised, normalised])
 def test_steps_that_cannot_have_a_direction_for_each_example_get_one(loss: Any) -> None:
     net = nn.Sequential(nn.Linear(4, 3, bias=False))
     strategy = ZOStrategy(select="all", eps=1e-2)
@@ -154,7 +173,7 @@ def test_objective_that_does_not_take_a_repeated_batch() -> None:
     net = nn.Sequential(nn.Linear(4, 3, bias=False))
     strategy = ZOStrategy(select="all", eps=1e-2)
     fit(PerExampleTask(net, fixed), batches(1), strategy)
-    assert sizes == [5, 10, 5, 5]
+    assert sizes == [5, 5, 10, 5, 5]
     assert len(strategy.last_record.terms) == 5  # type: ignore[union-attr]
 
 
@@ -193,3 +212,34 @@ def test_sequences() -> None:
     strategy = ZOStrategy(select="all", eps=1e-2)
     fit(PerExampleTask(net, loss), [torch.randn(3, 7, 4)], strategy)
     assert len(strategy.last_record.terms) == 3  # type: ignore[union-attr]
+
+
+def mean_mse(net: nn.Module, batch: Any) -> Tensor:
+    return nn.functional.mse_loss(net(batch[0]).double(), batch[1].double())
+
+
+def tokens(net: nn.Module, batch: Any) -> Tensor:
+    """As OPT does: layers see the tokens of all examples in one long row."""
+    x, y = batch
+    return nn.functional.mse_loss(net(x.reshape(-1, 4)).view(*x.shape[:2], 3).double(), y.double())
+
+
+@pytest.mark.parametrize("kind", ["examples", "tokens"])
+def test_unchanged_module_gets_a_direction_for_each_example(kind: str) -> None:
+    """Its mean loss is split, in two forwards; the trajectory is that of a module that gives the losses itself."""
+    torch.manual_seed(0)
+    shape = (5,) if kind == "examples" else (5, 6)
+    items = [(torch.randn(*shape, 4), torch.randn(*shape, 3)) for _ in range(6)]
+    ours = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Tanh(), nn.Linear(8, 3, bias=False))
+    twin = copy.deepcopy(ours)
+    strategy = ZOStrategy(select="all", eps=1e-2, seed=1)
+    fit(Task(ours, mean_mse if kind == "examples" else tokens, lambda p: SGD(p, lr=1e-2)), items, strategy)
+    assert len(strategy.last_record.terms) == 5  # type: ignore[union-attr]
+    assert strategy.last_record.forwards == 2  # type: ignore[union-attr]
+
+    def losses(net: nn.Module, batch: Any) -> Tensor:
+        return (net(batch[0]).double() - batch[1].double()).square().flatten(1).mean(-1)
+
+    fit(PerExampleTask(twin, losses, lambda p: SGD(p, lr=1e-2)), items, ZOStrategy(select="all", eps=1e-2, seed=1))
+    for a, b in zip(ours.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)

@@ -13,7 +13,6 @@ import torch
 from helpers import PLAIN, Task, assert_same, batches, fit, loader, mlp, mse, quiet_trainer, weights
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.tuner import Tuner
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import (
     ChainedScheduler,
@@ -138,7 +137,7 @@ def test_lr_override_of_a_tensor() -> None:
 
 
 def test_lr_override_of_nothing() -> None:
-    with pytest.raises(MisconfigurationException, match="first group's, which is 0"):
+    with pytest.raises(ValueError, match="first group's, which is 0"):
         fit(Task(mlp(), optimizer=lambda p: SGD(p, lr=0.0)), batches(1), ZOStrategy(PLAIN, lr=2e-3))
 
 

@@ -47,6 +47,10 @@ class ZOConfig:
     """'dense': z of the weight's shape. 'rank1': z = u vᵀ on the matrices of linear layers. 'auto': 'rank1' for
     'per_example' where it can run and linear layers hold nearly all selected weights, else 'dense'."""
 
+    one_batch: bool = True
+    """Run both probes of per-example directions in one batch of twice the size, where the module gives its losses by
+    ``zo_objective``: faster at small batches. False: two forwards, with the activation memory of inference."""
+
     normalize: bool = True
     """Divide g by its running RMS, so that lr is the RMS change per weight and step. False: the paper's plain lr."""
 
@@ -123,6 +127,7 @@ class Overrides(TypedDict, total=False):
         noise: 'rademacher', 'gaussian', or a Distribution.
         select: 'all', 'middle', 'first:K', 'last:K', 'blocks:I-J', 're:PATTERN', or a function (name, parameter) -> bool.
         structure: 'dense' or 'rank1' perturbations of a matrix; 'auto': 'rank1' where it can run.
+        one_batch: Both probes of per-example directions in one batch of twice the size, where the module allows it.
         normalize: Divide g by its running RMS, so that lr is the RMS change per weight and step.
         normalize_beta: Decay of that running RMS, in [0, 1).
         clip: Largest |g| before normalising, > 0; null: no clip.
@@ -138,6 +143,7 @@ class Overrides(TypedDict, total=False):
     noise: str | Distribution
     select: Select
     structure: Literal["auto", "dense", "rank1"]
+    one_batch: bool
     normalize: bool
     normalize_beta: float
     clip: float | None

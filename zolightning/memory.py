@@ -30,7 +30,7 @@ def _peak_rss() -> int:
         if found:
             return int(found[1]) * 1024
     if os.name == "nt":
-        return int(psutil.Process().memory_info().peak_wset)
+        return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -51,8 +51,6 @@ class BatchObjective:
         batch = self._batch if copies == 1 else repeat_batch(self._batch, self.examples, copies)
         with LossSplitter(self.examples * copies) as splitter:
             out = self._run(batch)
-        if out is None:
-            raise SkipStep
         losses = example_losses(out, self.examples * copies, splitter)
         if losses is None:
             got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
@@ -129,6 +127,9 @@ def repeat_batch(batch: Any, examples: int, copies: int) -> Any:
     return batch
 
 
+_FAR = 0.05  # a perturbation that no loss can fail to notice
+
+
 class Examples(NamedTuple):
     """What a step can say of its examples.
 
@@ -142,7 +143,7 @@ class Examples(NamedTuple):
 
 
 def inspect_step(forward: Callable[[Any], Any], batch: Any, view: View, isolation: Isolation, repeatable: bool) -> Examples:
-    """Try the step once with a direction for each example, of length zero, and leave no trace.
+    """Try the step with a direction for each example, and leave no trace.
 
     Args:
         forward: batch → the user's output.
@@ -155,26 +156,39 @@ def inspect_step(forward: Callable[[Any], Any], batch: Any, view: View, isolatio
     if examples is None or not view.per_example:
         return Examples(False, False)
 
-    def losses(copies: int) -> Tensor | None:
+    def losses(copies: int, offsets: Tensor) -> Tensor | None:
         count = examples * copies
-        with view.along_each(Key(0, 0), torch.arange(count), torch.zeros(count)), LossSplitter(count) as splitter:
+        with (
+            isolation.dry(),
+            view.along_each(Key(0, 0), torch.arange(count), offsets),
+            LossSplitter(count) as splitter,
+        ):
             return example_losses(forward(repeat_batch(batch, examples, copies)), count, splitter)
 
-    with isolation.dry():
-        try:
-            single = losses(1)
-        except PerExampleError:
-            return Examples(False, False)
-    if single is None or not repeatable:
-        return Examples(single is not None, False)
-    with isolation.dry():
-        double = losses(2)
-    alike = double is not None and torch.allclose(double[:examples], double[examples:], rtol=1e-2, atol=1e-3)
-    return Examples(True, alike)
+    try:
+        plain = losses(1, torch.zeros(examples))
+        moved = losses(1, torch.arange(examples).eq(0) * _FAR)
+    except PerExampleError:
+        return Examples(False, False)
+    if plain is None or moved is None or not _close(plain[1:], moved[1:]):
+        return Examples(False, False)  # moving one example moves others: they have no losses of their own
+    if not repeatable:
+        return Examples(True, False)
+    double = losses(2, torch.zeros(2 * examples))
+    return Examples(True, double is not None and _close(double[:examples], double[examples:]))
+
+
+def _close(left: Tensor, right: Tensor) -> bool:
+    return torch.allclose(left, right, rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
 def example_losses(out: Any, examples: int, splitter: LossSplitter) -> Tensor | None:
-    """(examples,) in float64 on the CPU: what the step returned, or what the mean it returned was taken over."""
+    """(examples,) in float64 on the CPU: what the step returned, or what the mean it returned was taken over; else None.
+
+    Raises SkipStep when it returned None.
+    """
+    if out is None:
+        raise SkipStep
     loss = out.get("loss") if isinstance(out, Mapping) else out
     losses = loss if isinstance(loss, Tensor) and loss.shape == (examples,) else splitter.losses(out)
     return None if losses is None else losses.detach().double().cpu()

@@ -8,21 +8,19 @@ optimizer (``updates``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import Unpack
 
 from ._lightning import (
     MisconfigurationException,
     Precision,
     SingleDeviceStrategy,
-    Strategy,
     StrategyRegistry,
     _ResultCollection,
     pl,
@@ -34,16 +32,16 @@ from .estimators import Estimator, PerExampleSPSA
 from .isolation import Isolation, rng_state, set_rng_state
 from .mixin import ZOMixin
 from .objective import BatchObjective, Examples, batch_examples, inspect_step
+from .one_device import OneDeviceStrategy
+from .rates import base_lr, override_lr
 from .recipes import recipe as named_recipe
-from .shaping import state_from
+from .shaping import State, state_from
 from .space import Select, Structure, View, build_view
 from .step import finish, merge, zo_step
 from .types import Estimate, Key, SkipStep, StepRecord
 from .updates import UpdateStats, apply_update, is_plain_sgd, widened_state
 
 _CHECKPOINT_KEY = "zolightning"
-_LR_KEYS = {"lr", "initial_lr", "max_lr", "min_lr"}  # of a parameter group
-_SCHEDULED_LRS = {"base_lrs", "max_lrs", "min_lrs", "eta_min", "_last_lr"}  # of a scheduler
 
 
 class _Muted(_ResultCollection):
@@ -71,7 +69,7 @@ class _Search(NamedTuple):
         )
 
 
-class ZOStrategy(Strategy):
+class ZOStrategy(OneDeviceStrategy):
     """Zeroth-order training on one device: no backward pass, the memory of inference.
 
     Args:
@@ -97,12 +95,12 @@ class ZOStrategy(Strategy):
         precision_plugin: Any = None,
         **overrides: Unpack[Overrides],
     ) -> None:
-        super().__init__(accelerator=accelerator, checkpoint_io=checkpoint_io, precision_plugin=precision_plugin)
+        super().__init__(accelerator, checkpoint_io, precision_plugin)
         base = recipe if isinstance(recipe, ZOConfig) else named_recipe(recipe)
         self.config = base.override(**overrides)
         self.recipe_name = recipe if isinstance(recipe, str) else "custom"
         self.shaping = self.config.build_shaping()
-        self._shaping_state = self.shaping.init()
+        self._shaping_states: dict[int, State] = {}
         self.seed: int | None = None
         self.zo_step = 0
         """Optimizer steps taken: the step of the next perturbation's key."""
@@ -111,8 +109,6 @@ class ZOStrategy(Strategy):
         self.measure_update = False
         """Set by whoever wants ``last_stats`` of the next step."""
         self._skips = 0
-        self._parallel_devices: list[torch.device] = []
-        self._num_nodes = 1
         self._forget()
 
     def _forget(self) -> None:
@@ -124,59 +120,6 @@ class ZOStrategy(Strategy):
         self._closure_loss: Tensor | None = None
         self._warned: set[str] = set()
         self._resumed_rng: dict[str, Any] | None = None
-
-    # ---- one device ----------------------------------------------------------------------------------------------------
-
-    global_rank = local_rank = node_rank = 0
-    world_size = 1
-    is_distributed = False
-    is_global_zero = True
-
-    @property
-    def parallel_devices(self) -> list[torch.device]:
-        """Set by the Trainer: exactly one. Reads as empty, so that the next Trainer of the same object may set it again."""
-        return []
-
-    @parallel_devices.setter
-    def parallel_devices(self, devices: list[torch.device] | None) -> None:
-        self._parallel_devices = devices or []
-        self._one_device_only()
-
-    @property
-    def num_nodes(self) -> int:
-        return self._num_nodes
-
-    @num_nodes.setter
-    def num_nodes(self, number: int) -> None:
-        self._num_nodes = number
-        self._one_device_only()
-
-    def _one_device_only(self) -> None:
-        if len(self._parallel_devices) > 1 or self._num_nodes > 1:
-            raise MisconfigurationException(
-                f"ZOStrategy trains on one device, got devices={len(self._parallel_devices)}, num_nodes={self._num_nodes}; "
-                "use Trainer(devices=1)"
-            )
-
-    @property
-    def root_device(self) -> torch.device:
-        return self._parallel_devices[0] if self._parallel_devices else torch.device("cpu")
-
-    def model_to_device(self) -> None:
-        assert self.model is not None
-        self.model.to(self.root_device)
-
-    def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        return tensor
-
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        return tensor
-
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return obj
 
     # ---- set up --------------------------------------------------------------------------------------------------------
 
@@ -204,30 +147,13 @@ class ZOStrategy(Strategy):
                 "configure_optimizers returned None, so there is nothing to train; return an optimizer (under ZOStrategy "
                 "torch.optim.SGD needs no memory)"
             )
-        if self.config.lr is not None:
-            for optimizer in self.optimizers:
-                self._override_lr(optimizer, self.config.lr)
         for optimizer in self.optimizers:
+            if self.config.lr is not None:
+                override_lr(optimizer, [c.scheduler for c in self.lr_scheduler_configs], self.config.lr)
             self._advise(optimizer)
 
     def _plain_sgd(self, optimizer: Optimizer) -> bool:
         return self.config.optimizer == "sgd" or is_plain_sgd(optimizer)
-
-    def _override_lr(self, optimizer: Optimizer, lr: float) -> None:
-        base = _base_lr(optimizer.param_groups[0])
-        if base == 0.0:
-            raise MisconfigurationException(
-                "`ZOStrategy(lr=...)` scales all learning rates by the first group's, which is 0; set them in the module"
-            )
-        for group in optimizer.param_groups:
-            for name in _LR_KEYS & set(group):
-                group[name] = group[name] * (lr / base)
-        for scheduler in _flattened(config.scheduler for config in self.lr_scheduler_configs):
-            if scheduler.optimizer is optimizer:
-                for name in _SCHEDULED_LRS & set(vars(scheduler)):
-                    value = getattr(scheduler, name)
-                    many = isinstance(value, (list, tuple))
-                    setattr(scheduler, name, [v * (lr / base) for v in value] if many else value * (lr / base))
 
     def _advise(self, optimizer: Optimizer) -> None:
         name = type(optimizer).__name__
@@ -237,7 +163,7 @@ class ZOStrategy(Strategy):
                 f"ZOStrategy steps through the module's {name}, which keeps state for every trained weight; "
                 "ZOStrategy(optimizer='sgd') keeps none and needs the memory of inference"
             )
-        lr = _base_lr(optimizer.param_groups[0])
+        lr = base_lr(optimizer.param_groups[0])
         if self.config.normalize and plain and not 1e-5 <= lr <= 1e-2 and lr != 0:
             rank_zero_warn(
                 f"with normalised steps the learning rate is the RMS change per weight and step; lr={lr:g} is far from what "
@@ -289,8 +215,9 @@ class ZOStrategy(Strategy):
             except ValueError:  # no linear layers
                 rank1 = view
             if config.structure == "rank1" or rank1.numel >= 0.9 * view.numel:
+                repeatable = config.one_batch and isinstance(module, ZOMixin)
                 with self._muted():
-                    examples = inspect_step(forward, batch, rank1, self._isolation, isinstance(module, ZOMixin))
+                    examples = inspect_step(forward, batch, rank1, self._isolation, repeatable)
                 view = rank1 if examples.losses else view
         search = _Search(optimizer, view, examples)
         rank_zero_info(search.describe(self.estimator, config.select, sum(p.numel() for p in module.parameters())))
@@ -337,15 +264,15 @@ class ZOStrategy(Strategy):
         """Run the probes; (output of the first one, the estimate), and None for a micro-batch that is skipped."""
         assert self._isolation is not None
         assert self.seed is not None
-        search = self._search(optimizer, forward, batch)
-        examples = batch_examples(batch) if search.examples.losses else None
         seen = sum(len(e.terms) for e in self._window)
-        with self._isolation.step() as probes:
-            objective = BatchObjective(forward, batch, probes, examples, search.examples.repeats, self._muted)
-            try:
+        try:
+            search = self._search(optimizer, forward, batch)
+            examples = batch_examples(batch) if search.examples.losses else None
+            with self._isolation.step() as probes:
+                objective = BatchObjective(forward, batch, probes, examples, search.examples.repeats, self._muted)
                 estimate = zo_step(objective, search.view, self.estimator, Key(self.seed, self.zo_step, seen))
-            except SkipStep:
-                return None, None
+        except SkipStep:
+            return None, None
         self._warn_coarse(objective.dtype, estimate)
         self._window.append(estimate)
         return objective.first, estimate
@@ -404,11 +331,7 @@ class ZOStrategy(Strategy):
     ) -> Any:
         module = self.lightning_module
         assert module is not None
-        if module.automatic_optimization:
-            out = closure()
-            loss = out
-        else:
-            loss = self._manual_estimate(optimizer, closure)
+        loss = closure() if module.automatic_optimization else self._manual_estimate(optimizer, closure)
         self._update(optimizer, module)
         return loss
 
@@ -442,7 +365,9 @@ class ZOStrategy(Strategy):
         self.precision_plugin._after_closure(module, optimizer)
         assert self._projected.grad is not None
         clipped = self._projected.grad.tolist()
-        record, self._shaping_state = finish(window, clipped, self.shaping, self._shaping_state, optimizer, self.zo_step)
+        place = [id(o) for o in self.optimizers].index(id(optimizer))
+        state = self._shaping_states.get(place) or self.shaping.init()
+        record, self._shaping_states[place] = finish(window, clipped, self.shaping, state, optimizer, self.zo_step)
         self.last_record, self.last_stats = record, None
         if record.skipped:
             self._count_skip(record)
@@ -476,7 +401,7 @@ class ZOStrategy(Strategy):
             checkpoint[_CHECKPOINT_KEY] = {
                 "seed": self.seed,
                 "zo_step": self.zo_step,
-                "shaping": dict(self._shaping_state),
+                "shaping": {place: dict(state) for place, state in self._shaping_states.items()},
                 "config": self.config.to_dict(),
                 "rng": rng_state(self.root_device),
             }
@@ -490,7 +415,7 @@ class ZOStrategy(Strategy):
         if state is None:
             rank_zero_warn("the checkpoint was not written under ZOStrategy: perturbations start again from step 0")
             return
-        self._shaping_state = state_from(state["shaping"], self.shaping)
+        self._shaping_states = {place: state_from(saved, self.shaping) for place, saved in state["shaping"].items()}
         self.seed, self.zo_step = state["seed"], state["zo_step"]
         set_rng_state(state["rng"], self.root_device)
         self._resumed_rng = state["rng"]
@@ -500,18 +425,6 @@ class ZOStrategy(Strategy):
         for search in self._searches.values():
             search.view.release()
         super().teardown()
-
-
-def _base_lr(group: Mapping[str, Any]) -> float:
-    """The learning rate that a group's schedule is built on: OneCycleLR's highest one, else the first."""
-    return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
-
-
-def _flattened(schedulers: Iterable[LRScheduler]) -> Iterator[LRScheduler]:
-    """The schedulers, and those inside SequentialLR and ChainedScheduler."""
-    for scheduler in schedulers:
-        yield scheduler
-        yield from _flattened(getattr(scheduler, "_schedulers", ()))
 
 
 # Lightning allows a compiled LightningModule only under strategies it knows; this is a single device to it

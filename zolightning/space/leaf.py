@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..noise import Distribution, noise_sum, perturb, perturb_rows, pieces, sgd_, stochastic_round_, working_dtype
 from ..types import Key, PerExampleError, Term
 
-HEAD_BLOCK = 1 << 23  # elements of a weight built at once: a vocabulary-sized head goes through in row blocks
+HEAD_BLOCK = 1 << 21  # elements of a weight built at once: a vocabulary-sized head goes through in row blocks
 
 
 class Scratch:
@@ -96,6 +96,7 @@ class Leaf(ABC):
         dtype = weight.dtype
         if torch.is_autocast_enabled(weight.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(weight.device.type)  # round once, as casting the perturbed weight would
+        x = x.contiguous()  # torch copies a weight without gradient once per example for a strided input
         rows = weight.shape[0] if weight.numel() <= HEAD_BLOCK else max(1, HEAD_BLOCK // weight.shape[1])
         blocks = []
         for row in range(0, weight.shape[0], rows):
@@ -186,14 +187,18 @@ class Rank1Leaf(Leaf):
         return out
 
     def linear_each(self, x: Tensor, bias: Tensor | None, key: Key, queries: Tensor, offsets: Tensor) -> Tensor:
-        """F.linear with example n of ``x`` (N, …, in) seeing W + offsets[n] · u vᵀ of query queries[n]."""
-        if x.dim() < 2 or x.shape[0] != queries.numel():
+        """F.linear with example n of ``x`` seeing W + offsets[n] · u vᵀ of query queries[n].
+
+        ``x`` is (N, …, in), or (N·T, in) where the model has flattened its examples' tokens.
+        """
+        count = queries.numel()
+        if x.dim() < 2 or (x.shape[0] != count and (x.dim() > 2 or x.shape[0] % count)):
             raise PerExampleError(
-                f"per-example directions need the inputs of {self.name!r} to hold the {queries.numel()} examples along "
-                f"dimension 0, got shape {tuple(x.shape)}; use ZOStrategy(estimator='spsa') for this model"
+                f"per-example directions need the inputs of {self.name!r} to hold the {count} examples along dimension 0, "
+                f"got shape {tuple(x.shape)}; use ZOStrategy(estimator='spsa') for this model"
             )
         out = F.linear(x, self.parameter, bias)
-        flat_x, flat_out = x.reshape(x.shape[0], -1, x.shape[-1]), out.view(x.shape[0], -1, out.shape[-1])
+        flat_x, flat_out = x.reshape(count, -1, x.shape[-1]), out.view(count, -1, out.shape[-1])
         self._add_rank1(flat_out, flat_x, key, queries, offsets)
         return out
 
