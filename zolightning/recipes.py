@@ -5,14 +5,14 @@ from __future__ import annotations
 from .config import ZOConfig, _one_of
 
 DEFAULT = ZOConfig()
-"""Rank-1 directions per example on the middle blocks, normalised steps: what trained best per second on the demo task.
+"""Rank-1 directions per example on the middle blocks, normalised steps: what trained best on the demo task.
 
-A module without a per-example objective (``ZOMixin``) gets dense two-point SPSA on the same blocks.
+A step whose examples have no losses of their own gets dense two-point SPSA on the same blocks.
 """
 
 SPSA = ZOConfig(estimator="spsa", structure="dense")
-"""Dense two-point SPSA with ±1 noise on the middle blocks, normalised steps: what :data:`DEFAULT` comes to for a module
-without a per-example objective."""
+"""Dense two-point SPSA with ±1 noise on the middle blocks, normalised steps: what :data:`DEFAULT` comes to where
+examples have no losses of their own."""
 
 MEZO = ZOConfig(
     estimator="spsa",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import sys
 from pathlib import Path
 from typing import Literal
+
+from ..console import say
 
 
 def bench(
@@ -109,9 +110,3 @@ def _output(option: str, name: str) -> Path:
         raise ValueError(f"`{option}={name}` is a folder; give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def say(line: str) -> None:
-    """Progress and results go to standard output."""
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()

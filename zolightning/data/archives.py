@@ -41,18 +41,14 @@ def read_tar_member(archive: Path | bytes, member: str) -> bytes:
             raise FileNotFoundError(f"{_name(archive)} holds no member {member!r}") from None
         stream = bundle.extractfile(info) if info.isreg() else None
         if stream is None:
-            raise ValueError(
-                f"{_name(archive)}: member {member!r} is not a regular file; refusing to read it"
-            )
+            raise ValueError(f"{_name(archive)}: member {member!r} is not a regular file; refusing to read it")
         return stream.read()
 
 
 def _check_name(archive: Path | bytes, member: str) -> None:
     path = PurePosixPath(member)
     if not member or path.is_absolute() or ".." in path.parts or "\\" in member or ":" in member:
-        raise ValueError(
-            f"{_name(archive)}: unsafe member name {member!r}; allowed are relative paths without '..'"
-        )
+        raise ValueError(f"{_name(archive)}: unsafe member name {member!r}; allowed are relative paths without '..'")
 
 
 def _name(archive: Path | bytes) -> str:

@@ -61,9 +61,7 @@ def load_causal_lm(
     return model, tokenizer
 
 
-def _load(
-    source: str, dtype: torch.dtype, local: bool, trusted: bool
-) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+def _load(source: str, dtype: torch.dtype, local: bool, trusted: bool) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=trusted)
@@ -125,9 +123,7 @@ def read_gguf(path: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
     Raises ImportError without the `gguf` package.
     """
     if importlib.util.find_spec("gguf") is None:
-        raise ImportError(
-            f"reading {path.name} needs the gguf package, which is not installed; run `pip install gguf`"
-        )
+        raise ImportError(f"reading {path.name} needs the gguf package, which is not installed; run `pip install gguf`")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)

@@ -26,9 +26,7 @@ def pip_download(artifact: Artifact, folder: Path, part: Path) -> Path:
     # pip runs an sdist's setup.py to read its metadata. Hashes are only checked before that when they
     # are given in a requirements file, so the pinned hash decides what code may run.
     requirements = folder / "requirements.txt"
-    requirements.write_text(
-        f"{artifact.distribution}=={artifact.version} --hash=sha256:{artifact.sha256}\n", encoding="utf-8"
-    )
+    requirements.write_text(f"{artifact.distribution}=={artifact.version} --hash=sha256:{artifact.sha256}\n", encoding="utf-8")
     # No pip cache: the file is kept in our own, and once is enough.
     command = [sys.executable, "-m", "pip", "download", "--no-input", "--no-cache-dir"]
     command += ["--progress-bar", "off", "--retries", "3"]

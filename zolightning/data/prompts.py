@@ -46,9 +46,7 @@ class Encoded(NamedTuple):
     label: int
 
 
-def verbalizer_ids(
-    tokenizer: "PreTrainedTokenizerBase", prompt: PromptTemplate, label_names: Sequence[str]
-) -> Tensor:
+def verbalizer_ids(tokenizer: "PreTrainedTokenizerBase", prompt: PromptTemplate, label_names: Sequence[str]) -> Tensor:
     """Return the token id of each verbalizer, int64 of shape (labels,), in the order of `label_names`.
 
     Raises ValueError unless there is one verbalizer per label and each, put after the prompt, adds
@@ -65,9 +63,7 @@ def verbalizer_ids(
     before = _tokens(tokenizer, [stem])[0]
     ids = [_added_token(tokenizer, before, stem, word) for word in prompt.verbalizers]
     if len(set(ids)) < len(ids):
-        raise ValueError(
-            f"verbalizers {prompt.verbalizers!r} share a token ({ids}); choose words that differ"
-        )
+        raise ValueError(f"verbalizers {prompt.verbalizers!r} share a token ({ids}); choose words that differ")
     return torch.tensor(ids)
 
 
@@ -100,9 +96,7 @@ def collate(items: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
     width = max(len(item.input_ids) for item in items)
     gaps = [width - len(item.input_ids) for item in items]
     return {
-        "input_ids": torch.tensor(
-            [[pad_id] * gap + item.input_ids for gap, item in zip(gaps, items, strict=True)]
-        ),
+        "input_ids": torch.tensor([[pad_id] * gap + item.input_ids for gap, item in zip(gaps, items, strict=True)]),
         "attention_mask": torch.tensor([[0] * gap + [1] * (width - gap) for gap in gaps]),
         "labels": torch.tensor([item.label for item in items]),
     }

@@ -43,9 +43,7 @@ def read_table(
     if path.is_dir():
         return _read_folder(path, text, label)
     if min(validation, test) < 0 or validation + test >= 1:
-        raise ValueError(
-            f"validation={validation} and test={test} must be shares of at least 0 that sum to less than 1"
-        )
+        raise ValueError(f"validation={validation} and test={test} must be shares of at least 0 that sum to less than 1")
     rows = _read_rows(path, text, label)
     names = _label_names(path, rows)
     kept = distinct(rows, lambda row: row.text)
@@ -53,9 +51,7 @@ def read_table(
         logger.warning("%s: dropped %d rows whose text occurs earlier in it", path, len(rows) - len(kept))
     random.Random(seed).shuffle(kept)
     by_class = [[Example(row.text, i) for row in kept if row.label == name] for i, name in enumerate(names)]
-    held = [
-        _held(path, name, len(group), validation, test) for name, group in zip(names, by_class, strict=True)
-    ]
+    held = [_held(path, name, len(group), validation, test) for name, group in zip(names, by_class, strict=True)]
     return split_classes(by_class, held, names, seed)
 
 
@@ -121,9 +117,7 @@ def _read_rows(path: Path, text: str, label: str) -> list[_Row]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
     if not rows:
-        raise ValueError(
-            f"{path}: no rows; columns {text!r} and {label!r} with at least two labels are needed"
-        )
+        raise ValueError(f"{path}: no rows; columns {text!r} and {label!r} with at least two labels are needed")
     return rows
 
 
@@ -131,9 +125,7 @@ def _row(record: dict[str, Any], where: str, line: int, text: str, label: str) -
     for column in (text, label):
         if column not in record:
             found = ", ".join(map(repr, record)) or "none"
-            raise ValueError(
-                f"{where}: no column {column!r}; found {found}; name the right column or rename it"
-            )
+            raise ValueError(f"{where}: no column {column!r}; found {found}; name the right column or rename it")
     content, tag = record[text], record[label]
     if content is None or (isinstance(content, str) and not content.strip()):
         raise ValueError(f"{where}: blank text in column {text!r}; fill it in or remove the row")
@@ -167,9 +159,7 @@ def _jsonl_records(stream: TextIO, path: Path) -> Iterator[tuple[int, dict[str, 
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number}: malformed JSON: {error}; put one object per line"
-            ) from error
+            raise ValueError(f"{path}, line {number}: malformed JSON: {error}; put one object per line") from error
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {number}: expected a JSON object, got {type(record).__name__}")
         yield number, record

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from ..console import say
 from ..data import SMOLLM2, VADER, fetch, load_causal_lm
 from ..tracking import DEFAULT_STORE, prepare_store
 from .methods import PROFILES, Method, select_methods
@@ -123,9 +123,3 @@ def prepare(task: Task) -> None:
         f"{len(found.train):,} texts to train on, {len(found.validation):,} to validate, {len(found.test):,} to test; "
         f"labels {', '.join(found.label_names)}; {torch.get_num_threads()} CPU threads"
     )
-
-
-def say(line: str) -> None:
-    """The demo talks to a person: progress and results go to standard output."""
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()

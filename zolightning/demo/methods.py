@@ -76,8 +76,8 @@ class Method:
 
 
 ZERO_SHOT = Method("zero-shot", "zero-shot")
-ZO = Method("zo", "ZO (default recipe)", recipe="default", lr=2e-3, batch_size=32, decay=True)
-SPSA = Method("spsa", "ZO (dense SPSA)", recipe="spsa", lr=1e-3, batch_size=32, decay=True)
+ZO = Method("zo", "ZO (default recipe)", recipe="default", lr=2e-3, decay=True)
+SPSA = Method("spsa", "ZO (dense SPSA)", recipe="spsa", lr=1e-3, decay=True)
 MEZO = Method("mezo", "ZO (MeZO, paper recipe)", recipe="mezo")
 ADAMW = Method("adamw", "backprop AdamW", lr=2e-5)
 CHECKPOINTED = Method("checkpointed", "backprop AdamW, checkpointed", lr=2e-5, checkpointing=True)
@@ -101,19 +101,23 @@ class Profile:
     """How often a run looks at the validation examples."""
 
 
-def _methods(zo: int, spsa: int, mezo: int, backprop: int, seeds: int) -> tuple[Method, ...]:
+def _methods(zo: int, other_zo: int, backprop: int, batch_size: int, seeds: int) -> tuple[Method, ...]:
     return (
         ZERO_SHOT,
-        replace(ZO, steps=zo, seeds=seeds),
-        replace(SPSA, steps=spsa),
-        replace(MEZO, steps=mezo),
+        replace(ZO, steps=zo, batch_size=batch_size, seeds=seeds),
+        replace(SPSA, steps=other_zo, batch_size=batch_size),
+        replace(MEZO, steps=other_zo),
         *(replace(m, steps=backprop) for m in (ADAMW, CHECKPOINTED, LORA)),
     )
 
 
 PROFILES = {
-    "quick": Profile(_methods(zo=50, spsa=30, mezo=20, backprop=15, seeds=1), validation=100, test=300, validations=3),
-    "full": Profile(_methods(zo=200, spsa=200, mezo=200, backprop=60, seeds=3), validation=200, test=1000, validations=5),
+    "quick": Profile(
+        _methods(zo=50, other_zo=15, backprop=12, batch_size=16, seeds=1), validation=100, test=300, validations=3
+    ),
+    "full": Profile(
+        _methods(zo=200, other_zo=100, backprop=40, batch_size=32, seeds=3), validation=200, test=1000, validations=5
+    ),
 }
 
 
