@@ -34,11 +34,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the batches and the perturbations (default: 0)")
     args = parser.parse_args()
 
-    texts, prompt = film_snippets(validation=200), PromptTemplate()
+    texts, prompt = film_snippets(), PromptTemplate()
     for name, (lr, overrides) in SETTINGS.items():
         L.seed_everything(args.seed, verbose=False)
         model, tokenizer = load_causal_lm()
-        train, validation = (encode(tokenizer, part, prompt) for part in (texts.train, texts.validation))
+        train, validation = (encode(tokenizer, part, prompt) for part in (texts.train[:6000], texts.validation[:200]))
         data = PromptData(train, validation, [], tokenizer.pad_token_id, args.batch_size, args.seed)
         candidates = verbalizer_ids(tokenizer, prompt, texts.label_names)
         module = PromptClassifier(model, candidates, lambda p, lr=lr: torch.optim.SGD(p, lr=lr), decay_steps=args.steps)

@@ -167,7 +167,7 @@ class ZOStrategy(OneDeviceStrategy):
         if self.config.normalize and plain and not 1e-5 <= lr <= 1e-2 and lr != 0:
             rank_zero_warn(
                 f"with normalised steps the learning rate is the RMS change per weight and step; lr={lr:g} is far from what "
-                "trains (3e-4 to 2e-3 for a pretrained model). Set it with ZOStrategy(lr=...)"
+                "trains (3e-4 to 3e-3 for a pretrained model). Set it with ZOStrategy(lr=...)"
             )
 
     def _compute_dtype(self) -> torch.dtype:
