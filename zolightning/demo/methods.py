@@ -113,7 +113,7 @@ def _methods(zo: int, other_zo: int, backprop: int, batch_size: int, seeds: int)
 
 PROFILES = {
     "quick": Profile(
-        _methods(zo=50, other_zo=15, backprop=12, batch_size=16, seeds=1), validation=100, test=300, validations=3
+        _methods(zo=90, other_zo=15, backprop=12, batch_size=16, seeds=1), validation=100, test=300, validations=3
     ),
     "full": Profile(
         _methods(zo=200, other_zo=100, backprop=40, batch_size=32, seeds=3), validation=200, test=1000, validations=5
