@@ -64,7 +64,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def train(store: str, name: str, strategy: Any, optimizer: Any, **settings: Any) -> tuple[Any, Regression, ZOMonitor]:
-    logger, monitor, module = mlflow_logger(name, store=store), ZOMonitor(), Regression(optimizer)
+    logger, monitor, module = mlflow_logger(name, store=store), ZOMonitor(min_seconds=0), Regression(optimizer)
     trainer = pl.Trainer(
         strategy=strategy,
         max_epochs=1,
@@ -132,7 +132,7 @@ def test_not_a_number_reaches_the_store_at_its_step(store: str) -> None:
         max_epochs=1,
         accelerator="cpu",
         logger=logger,
-        callbacks=[ZOMonitor()],
+        callbacks=[ZOMonitor(min_seconds=0)],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -176,9 +176,29 @@ def test_a_store_that_goes_away_does_not_end_training(tmp_path: Path) -> None:
     assert trainer.global_step == STEPS
 
 
-def test_every_n_steps_is_checked() -> None:
+def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="must be >= 1, got 0"):
         ZOMonitor(every_n_steps=0)
+    with pytest.raises(ValueError, match="must be >= 0, got -1"):
+        ZOMonitor(min_seconds=-1)
+
+
+def test_fast_steps_are_not_all_logged_but_the_last_is(store: str) -> None:
+    logger = mlflow_logger("fast", store=store)
+    trainer = pl.Trainer(
+        strategy=ZOStrategy(PLAIN),
+        max_epochs=1,
+        accelerator="cpu",
+        logger=logger,
+        callbacks=[ZOMonitor(min_seconds=3600)],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Regression(torch.optim.SGD), loader(batches(STEPS, SIZE)))
+    run = MlflowClient(store).get_run(logger.run_id)
+    assert [s for s, _ in history(store, run, "train/loss")] == [1, STEPS]
+    assert run.data.metrics["forward_passes"] == 2 * STEPS
 
 
 def test_memory_meter_sees_what_is_allocated() -> None:

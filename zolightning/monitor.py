@@ -33,12 +33,15 @@ class ZOMonitor(Callback):
     Args:
         method: the run's name in comparisons; None: the strategy's.
         every_n_steps: log every so many optimizer steps, >= 1.
+        min_seconds: and at most this often, >= 0, so that fast steps are not slowed down: a row costs a few milliseconds.
     """
 
-    def __init__(self, method: str | None = None, every_n_steps: int = 1) -> None:
+    def __init__(self, method: str | None = None, every_n_steps: int = 1, min_seconds: float = 0.1) -> None:
         if every_n_steps < 1:
             raise ValueError(f"`ZOMonitor(every_n_steps=...)` must be >= 1, got {every_n_steps}")
-        self.method, self.every_n_steps = method, every_n_steps
+        if not min_seconds >= 0:
+            raise ValueError(f"`ZOMonitor(min_seconds=...)` must be >= 0, got {min_seconds}")
+        self.method, self.every_n_steps, self.min_seconds = method, every_n_steps, min_seconds
         self.forward_passes = self.examples_seen = self.tokens_seen = self.skipped_steps = 0
         self.train_seconds = 0.0
         self._buffer: MetricBuffer | None = None
@@ -59,6 +62,7 @@ class ZOMonitor(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.meter = MemoryMeter(pl_module, trainer.strategy.root_device)
         self._last_step = trainer.global_step
+        self._logged = -math.inf
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         self._started = time.perf_counter()
@@ -81,7 +85,11 @@ class ZOMonitor(Callback):
         if record is not None:
             self.forward_passes += record.forwards
             self.skipped_steps += bool(record.skipped)
-        if trainer.global_step % self.every_n_steps == 0:
+        last = trainer.global_step == trainer.max_steps or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        skipped = record is not None and bool(record.skipped)
+        due = trainer.global_step % self.every_n_steps == 0 and time.monotonic() - self._logged >= self.min_seconds
+        if due or last or skipped:
+            self._logged = time.monotonic()
             self._log(trainer, pl_module, record, outputs)
 
     def _log(self, trainer: pl.Trainer, module: pl.LightningModule, record: StepRecord | None, outputs: Any) -> None:
