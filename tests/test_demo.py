@@ -7,13 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from mlflow import MlflowClient
 from test_data_model import save_tiny
 
+from zolightning import ZOStrategy
+from zolightning.data import Example, PromptTemplate, encode, load_causal_lm
 from zolightning.demo.main import plan
 from zolightning.demo.methods import PROFILES, select_methods
+from zolightning.demo.module import PromptClassifier, PromptData
 from zolightning.demo.report import markdown_table, text_table, write
 from zolightning.demo.run import Result
 
@@ -57,6 +61,28 @@ def test_unknown_method_and_seeds() -> None:
         select_methods(PROFILES["quick"], ["zo", "sgd"])
     with pytest.raises(ValueError, match="`seeds` must be >= 1, got 0"):
         plan((), 0)
+
+
+def test_first_look_at_a_model_may_be_a_probe(tmp_path: Path) -> None:
+    """Without a validation before it: the check of the model's head must not be taken for the user's step."""
+    save_tiny(tmp_path)
+    model, tokenizer = load_causal_lm(str(tmp_path), offline=True)
+    items = encode(tokenizer, [Example(f"film {i}", i % 2) for i in range(8)], PromptTemplate())
+    strategy = ZOStrategy(seed=0, select="re:proj")
+    trainer = pl.Trainer(
+        strategy=strategy,
+        max_steps=1,
+        limit_val_batches=0,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = PromptClassifier(model, torch.tensor([5, 6]), lambda p: torch.optim.SGD(p, lr=1e-3))
+    trainer.fit(module, PromptData(items, items, items, tokenizer.pad_token_id, batch_size=4))
+    assert strategy.last_record is not None
+    assert len(strategy.last_record.terms) == 4
 
 
 def command(*args: str) -> subprocess.CompletedProcess[str]:

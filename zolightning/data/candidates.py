@@ -73,7 +73,8 @@ def _has_plain_head(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def _agrees(model: nn.Module, batch: Mapping[str, Tensor], candidate_ids: Tensor) -> bool:
-    with _evaluating(model):
+    # a function mode that is active now, such as a probe of perturbed weights, is not the model's doing
+    with _evaluating(model), torch._C.DisableTorchFunction():
         try:
             rows = _row_logits(model, batch, candidate_ids)
         except (AttributeError, NotImplementedError, RuntimeError, TypeError):
