@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import PLAIN, batches, loader, mlp
+from helpers import PLAIN, batches, loader, mlp, quiet_trainer
 from mlflow import MlflowClient
 from torch import Tensor, nn
 
@@ -65,17 +65,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def train(store: str, name: str, strategy: Any, optimizer: Any, **settings: Any) -> tuple[Any, Regression, ZOMonitor]:
     logger, monitor, module = mlflow_logger(name, store=store), ZOMonitor(min_seconds=0), Regression(optimizer)
-    trainer = pl.Trainer(
-        strategy=strategy,
-        max_epochs=1,
-        accelerator="cpu",
-        logger=logger,
-        callbacks=[monitor],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **settings,
-    )
+    trainer = quiet_trainer(strategy=strategy, logger=logger, callbacks=[monitor], **settings)
     trainer.fit(module, loader(batches(STEPS, SIZE)))
     client = MlflowClient(store)
     return client.get_run(logger.run_id), module, monitor
@@ -127,16 +117,7 @@ def test_not_a_number_reaches_the_store_at_its_step(store: str) -> None:
             return super().training_step(batch, batch_idx) * (float("nan") if batch_idx == 3 else 1.0)
 
     logger = mlflow_logger("nan", store=store)
-    trainer = pl.Trainer(
-        strategy=ZOStrategy(PLAIN),
-        max_epochs=1,
-        accelerator="cpu",
-        logger=logger,
-        callbacks=[ZOMonitor(min_seconds=0)],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(strategy=ZOStrategy(PLAIN), logger=logger, callbacks=[ZOMonitor(min_seconds=0)])
     with pytest.warns(match="step 3 skipped"):
         trainer.fit(Broken(torch.optim.SGD), loader(batches(6, SIZE)))
     run = MlflowClient(store).get_run(logger.run_id)
@@ -161,16 +142,7 @@ def test_a_store_that_goes_away_does_not_end_training(tmp_path: Path) -> None:
             logger.experiment.log_batch = refuse
 
     module = Regression(torch.optim.SGD)
-    trainer = pl.Trainer(
-        strategy=ZOStrategy(PLAIN),
-        max_epochs=1,
-        accelerator="cpu",
-        logger=logger,
-        callbacks=[ZOMonitor(), Unplugged()],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(strategy=ZOStrategy(PLAIN), logger=logger, callbacks=[ZOMonitor(), Unplugged()])
     with pytest.warns(match="MLflow did not take"):
         trainer.fit(module, loader(batches(STEPS, SIZE)))
     assert trainer.global_step == STEPS
@@ -185,16 +157,7 @@ def test_settings_are_checked() -> None:
 
 def test_fast_steps_are_not_all_logged_but_the_last_is(store: str) -> None:
     logger = mlflow_logger("fast", store=store)
-    trainer = pl.Trainer(
-        strategy=ZOStrategy(PLAIN),
-        max_epochs=1,
-        accelerator="cpu",
-        logger=logger,
-        callbacks=[ZOMonitor(min_seconds=3600)],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(strategy=ZOStrategy(PLAIN), logger=logger, callbacks=[ZOMonitor(min_seconds=3600)])
     trainer.fit(Regression(torch.optim.SGD), loader(batches(STEPS, SIZE)))
     run = MlflowClient(store).get_run(logger.run_id)
     assert [s for s, _ in history(store, run, "train/loss")] == [1, STEPS]

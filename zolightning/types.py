@@ -97,9 +97,6 @@ class Estimate(NamedTuple):
     def finite(self) -> bool:
         return all(map(math.isfinite, self.coefficients))
 
-    def with_coefficients(self, coefficients: tuple[float, ...]) -> Estimate:
-        return self._replace(terms=tuple(Term(t.key, c) for t, c in zip(self.terms, coefficients, strict=True)))
-
 
 class StepRecord(NamedTuple):
     """What one optimizer step did: enough to log it, and, with the base weights, to redo it.
