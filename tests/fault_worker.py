@@ -35,6 +35,7 @@ from zolightning import strategy as strategy_module
 from zolightning.ledger import Recorder
 from zolightning.ledger import base as base_module
 from zolightning.ledger.writer import LedgerWriter
+from zolightning.run_ledger import RunLedger
 from zolightning.space import DenseLeaf, Leaf
 
 PHASES = ("starting", "probing", "recording", "updating", "saving", "ending")
@@ -190,7 +191,7 @@ def watch(progress: Progress, module: nn.Module) -> None:
     Recorder.step = within("recording", Recorder.step)  # type: ignore[method-assign]
     strategy_module.apply_update = within("updating", strategy_module.apply_update)
     ZOStrategy.save_checkpoint = within("saving", ZOStrategy.save_checkpoint)  # type: ignore[method-assign]
-    ZOStrategy._end_ledger = within("ending", ZOStrategy._end_ledger)  # type: ignore[method-assign]
+    RunLedger.close = within("ending", RunLedger.close)  # type: ignore[method-assign]
     ZOStrategy.training_step = within("probing", ZOStrategy.training_step)  # type: ignore[method-assign]
 
 

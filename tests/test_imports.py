@@ -20,12 +20,13 @@ LAYERS = [
     {"space"},
     {"estimators", "shaping", "updates", "isolation", "losses", "uninterrupted"},
     {"step", "objective", "config", "mixin", "rates", "ledger"},
-    {"recipes", "one_device", "ledger_io"},
+    {"recipes", "one_device", "ledger_io", "search"},
+    {"run_ledger"},
     {"strategy"},
 ]
 """The core, lowest first: a file imports from lower layers only, and what is not listed stands above all of them."""
 
-LIGHTNING = {"_lightning", "one_device", "ledger_io", "strategy", "monitor", "cli", "tracking", "demo", "bench"}
+LIGHTNING = {"_lightning", "one_device", "ledger_io", "run_ledger", "strategy", "monitor", "cli", "tracking", "demo", "bench"}
 
 
 def module_of(path: Path) -> str:

@@ -3,17 +3,15 @@
 The path of one step: :meth:`ZOStrategy.training_step` runs all probes (``estimators``) through the view of the weights
 (``space``); :meth:`ZOStrategy.backward` fires Lightning's hooks and nothing else; :meth:`ZOStrategy.optimizer_step` clips
 and shapes the projected gradients (``step``, ``shaping``), makes the record, and applies it through the user's
-optimizer (``updates``).
+optimizer (``updates``). What is searched is found in ``search``; the record goes into the ``run_ledger``.
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +19,6 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from ._lightning import (
-    Callback,
     DoublePrecision,
     MisconfigurationException,
     Precision,
@@ -33,17 +30,18 @@ from ._lightning import (
     rank_zero_warn,
 )
 from .config import Overrides, ZOConfig
-from .estimators import Estimator, PerExampleSPSA
 from .isolation import Isolation, rng_state, set_rng_state
-from .ledger import Claim, LedgerError, Position, Recorder
-from .ledger_io import STATE, claim_ledger, keeps_positions, lean
+from .ledger import LedgerError, Position, Recorder
+from .ledger_io import STATE, keeps_positions, lean
 from .mixin import ZOMixin
-from .objective import BatchObjective, Examples, batch_examples, inspect_step
+from .objective import BatchObjective, batch_examples
 from .one_device import OneDeviceStrategy
 from .rates import base_lr, override_lr
 from .recipes import recipe as named_recipe
+from .run_ledger import RunLedger
+from .search import Search, compute_dtype, new_search, trainable
 from .shaping import State, state_from
-from .space import Select, Structure, View, build_view, expose_scales
+from .space import View, expose_scales
 from .step import finish, merge, zo_step
 from .types import Estimate, Key, SkipStep, StepRecord
 from .uninterrupted import uninterrupted
@@ -55,36 +53,6 @@ class _Muted(_ResultCollection):
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         pass
-
-
-class _BeforeTheEnd(Callback):
-    """Notes what training led to before other callbacks put other weights, an average of them, into the module."""
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        strategy = trainer.strategy
-        if isinstance(strategy, ZOStrategy) and strategy._recorder is not None:
-            strategy._recorder.end()
-
-
-class _Search(NamedTuple):
-    """What the steps of one optimizer search."""
-
-    optimizer: Optimizer
-    view: View
-    examples: Examples
-    trainable: tuple[int, ...]
-    """Ids of the optimizer's parameters that were trainable."""
-
-    def describe(self, estimator: Estimator, select: Select, weights: int) -> str:
-        """One line for the user when training starts."""
-        kinds = Counter(re.sub("(?<=.)([A-Z])", r" \1", type(leaf).__name__).lower() for leaf in self.view.leaves)
-        leaves = " and ".join(f"{count} {kind.replace('leaf', 'leaves')}" for kind, count in kinds.items())
-        direction = "a direction for each example" if self.examples.losses else "a direction for the batch"
-        probes = ", both probes in one batch" if self.examples.repeats else ""
-        return (
-            f"ZO: {estimator!r}, {direction}{probes}; {leaves}, {self.view.numel:,} of "
-            f"{weights:,} weights (select={select!r}); the rest stay as they are"
-        )
 
 
 class ZOStrategy(OneDeviceStrategy):
@@ -135,16 +103,14 @@ class ZOStrategy(OneDeviceStrategy):
 
     def _forget(self) -> None:
         """Drop what belongs to one fit."""
-        self._searches: dict[int, _Search] = {}
+        self._searches: dict[int, Search] = {}
         self._window: list[Estimate] = []
         self._isolation: Isolation | None = None
         self._inside_closure = False
         self._closure_loss: Tensor | None = None
         self._warned: set[str] = set()
         self._resumed_rng: dict[str, Any] | None = None
-        self._claim: Claim | None = None
-        self._recorder: Recorder | None = None
-        self._resumed: Position | None = None
+        self._ledger: RunLedger | None = None
 
     # ---- set up --------------------------------------------------------------------------------------------------------
 
@@ -157,13 +123,15 @@ class ZOStrategy(OneDeviceStrategy):
         module = self.lightning_module
         assert module is not None
         self._isolation = Isolation(module, self.root_device)
-        self.estimator = self.config.build_estimator(self._compute_dtype())
+        precision = str(getattr(self.precision_plugin, "precision", ""))
+        self.estimator = self.config.build_estimator(compute_dtype(module, precision))
         # gradient clipping goes through the precision plugin's parameters: give it the projected gradients
         self._projected = nn.Parameter(torch.zeros(1, dtype=torch.float64), requires_grad=False)
         self.precision_plugin.main_params = self._clipped_parameters  # type: ignore[method-assign]
-        self._claim = claim_ledger(trainer, self.ledger)
-        if self._claim is not None and not any(isinstance(c, _BeforeTheEnd) for c in trainer.callbacks):  # type: ignore[attr-defined]
-            trainer.callbacks.insert(0, _BeforeTheEnd())  # type: ignore[attr-defined]
+        settings = {"recipe": self.recipe_name, **self.config.to_dict()}
+        self._ledger = RunLedger(trainer, self.ledger, settings, keeps_positions(self.checkpoint_io))
+        others = [c for c in trainer.callbacks if not isinstance(c, RunLedger)]  # type: ignore[attr-defined]
+        trainer.callbacks[:] = [self._ledger, *others]  # type: ignore[attr-defined]
 
     def model_to_device(self) -> None:
         super().model_to_device()
@@ -210,62 +178,19 @@ class ZOStrategy(OneDeviceStrategy):
                 "trains (3e-4 to 3e-3 for a pretrained model). Set it with ZOStrategy(lr=...)"
             )
 
-    def _compute_dtype(self) -> torch.dtype:
-        """The dtype that the forward's matrix products run in."""
-        precision = str(getattr(self.precision_plugin, "precision", ""))
-        if precision in ("bf16-mixed", "16-mixed"):
-            return torch.bfloat16 if precision == "bf16-mixed" else torch.float16
-        assert self.lightning_module is not None
-        sizes: dict[torch.dtype, int] = {}
-        for parameter in self.lightning_module.parameters():
-            if parameter.dtype.is_floating_point:
-                sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
-        largest = max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
-        return largest if largest in (torch.float64, torch.float32, torch.bfloat16, torch.float16) else torch.float32
-
     def view(self, optimizer: Optimizer) -> View:
         """What this optimizer's steps search now; known from its first step on."""
         return self._searches[id(optimizer)].view
 
-    def _search(self, optimizer: Optimizer, forward: Callable[[Any], Any], batch: Any) -> _Search:
-        trainable = tuple(id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
+    def _search(self, optimizer: Optimizer, forward: Callable[[Any], Any], batch: Any) -> Search:
         search = self._searches.get(id(optimizer))
-        if search is None or search.trainable != trainable:  # something was frozen, unfrozen or added
-            search = self._searches[id(optimizer)] = self._new_search(optimizer, forward, batch, trainable)
-        return search
-
-    def _new_search(
-        self, optimizer: Optimizer, forward: Callable[[Any], Any], batch: Any, trainable: tuple[int, ...]
-    ) -> _Search:
-        module, config = self.lightning_module, self.config
-        assert module is not None
-        assert self._isolation is not None
-
-        def build(structure: Structure) -> View:
-            return build_view(
-                module,
-                [p for g in optimizer.param_groups for p in g["params"]],
-                config.build_distribution(),
-                select_spec=config.select,
-                structure=structure,
-                scales=config.scales,
-                compiled=getattr(module, "_compiler_ctx", None) is not None,
-            )
-
-        view = build("dense" if config.structure == "auto" else config.structure)
-        examples = Examples(losses=False, repeats=False)
-        if isinstance(self.estimator, PerExampleSPSA) and config.structure != "dense":
-            try:
-                rank1 = build("rank1")
-            except ValueError:  # no linear layers
-                rank1 = view
-            if config.structure == "rank1" or rank1.numel >= 0.9 * view.numel:
-                repeatable = config.one_batch and isinstance(module, ZOMixin)
-                with self._muted():
-                    examples = inspect_step(forward, batch, rank1, self._isolation, repeatable)
-                view = rank1 if examples.losses else view
-        search = _Search(optimizer, view, examples, trainable)
-        rank_zero_info(search.describe(self.estimator, config.select, sum(p.numel() for p in module.parameters())))
+        if search is None or search.trainable != trainable(optimizer):  # something was frozen, unfrozen or added
+            module, config = self.lightning_module, self.config
+            assert module is not None
+            assert self._isolation is not None
+            search = new_search(module, optimizer, config, self.estimator, forward, batch, self._isolation, self._muted)
+            rank_zero_info(search.describe(self.estimator, config.select, sum(p.numel() for p in module.parameters())))
+            self._searches[id(optimizer)] = search
         return search
 
     # ---- one step ------------------------------------------------------------------------------------------------------
@@ -430,10 +355,10 @@ class ZOStrategy(OneDeviceStrategy):
     def _apply(self, place: int, optimizer: Optimizer, record: StepRecord) -> None:
         """Into the ledger first, then into the weights."""
         leaves, plain = self.view(optimizer).leaves, self._plain_sgd(optimizer)
-        recorder = self._open_ledger()
+        assert self._ledger is not None and self.lightning_module is not None and self.seed is not None
+        recorder = self._ledger.open(self.lightning_module, self.seed, self.zo_step)
         if recorder is not None:
             recorder.step(place, optimizer, leaves, plain, record)
-        assert self.seed is not None
         key = Key(self.seed, record.step)
         self.last_stats = apply_update(optimizer, leaves, record.terms, key, as_sgd=plain, measure=self.measure_update)
         if recorder is not None:
@@ -442,35 +367,11 @@ class ZOStrategy(OneDeviceStrategy):
     @property
     def ledger_path(self) -> Path | None:
         """Where this fit's replay ledger goes; None when it keeps none, and between fits."""
-        return None if self._claim is None else self._claim.path
+        return None if self._ledger is None else self._ledger.path
 
-    def _open_ledger(self) -> Recorder | None:
-        """The ledger, begun when the first step is about to change the weights."""
-        if self._recorder is None and self._claim is not None:
-            assert self.lightning_module is not None and self.seed is not None
-            try:
-                self._recorder = Recorder(
-                    self._claim,
-                    self.lightning_module,
-                    seed=self.seed,
-                    step=self.zo_step,
-                    settings={"recipe": self.recipe_name, **self.config.to_dict()},
-                    resumed=self._resumed,
-                    keep_base=keeps_positions(self.checkpoint_io),
-                )
-            except OSError as error:
-                if self.ledger is not True:
-                    raise
-                rank_zero_warn(f"this run keeps no replay ledger: {error}")
-                self._end_ledger()
-        return self._recorder
-
-    def _end_ledger(self) -> None:
-        if self._recorder is not None:
-            self._recorder.close()
-        elif self._claim is not None:
-            self._claim.release()
-        self._claim = None
+    @property
+    def _recorder(self) -> Recorder | None:
+        return None if self._ledger is None else self._ledger.recorder
 
     def _count_skip(self, record: StepRecord) -> None:
         if record.raw:
@@ -522,10 +423,8 @@ class ZOStrategy(OneDeviceStrategy):
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        if self._recorder is not None:  # a tuner's trial is over, and the weights go back to where it began
-            self._end_ledger()
-            self._recorder = None
-            self._claim = claim_ledger(self.lightning_module.trainer, self.ledger)  # type: ignore[union-attr]
+        if self._ledger is not None:  # a tuner's trial may be over, and the weights go back to where it began
+            self._ledger.restart(self.lightning_module.trainer)  # type: ignore[union-attr]
         if isinstance(self.precision_plugin, DoublePrecision):  # else Lightning loads float64 weights into float32 ones
             assert self.lightning_module is not None
             self.precision_plugin.convert_module(self.lightning_module)
@@ -544,10 +443,12 @@ class ZOStrategy(OneDeviceStrategy):
         set_rng_state(state["rng"], self.root_device)
         self._resumed_rng = state["rng"]
         position = state.get("ledger")
-        self._resumed = None if position is None else Position(**position)
+        if self._ledger is not None:
+            self._ledger.resumed = None if position is None else Position(**position)
 
     def teardown(self) -> None:
-        self._end_ledger()
+        if self._ledger is not None:
+            self._ledger.close()
         self.precision_plugin.__dict__.pop("main_params", None)
         for search in self._searches.values():
             search.view.release()

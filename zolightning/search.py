@@ -1,0 +1,110 @@
+"""What the steps of one optimizer search: found at its first step, from the module, the settings and the first batch."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from .config import ZOConfig
+from .estimators import Estimator, PerExampleSPSA
+from .isolation import Isolation
+from .mixin import ZOMixin
+from .objective import Examples, inspect_step
+from .space import Select, Structure, View, build_view
+
+
+class Search(NamedTuple):
+    """The view of an optimizer's parameters, and what a step can say of its examples."""
+
+    optimizer: Optimizer
+    view: View
+    examples: Examples
+    trainable: tuple[int, ...]
+    """Ids of the optimizer's parameters that were trainable."""
+
+    def describe(self, estimator: Estimator, select: Select, weights: int) -> str:
+        """One line for the user when training starts."""
+        kinds = Counter(re.sub("(?<=.)([A-Z])", r" \1", type(leaf).__name__).lower() for leaf in self.view.leaves)
+        leaves = " and ".join(f"{count} {kind.replace('leaf', 'leaves')}" for kind, count in kinds.items())
+        direction = "a direction for each example" if self.examples.losses else "a direction for the batch"
+        probes = ", both probes in one batch" if self.examples.repeats else ""
+        return (
+            f"ZO: {estimator!r}, {direction}{probes}; {leaves}, {self.view.numel:,} of "
+            f"{weights:,} weights (select={select!r}); the rest stay as they are"
+        )
+
+
+def trainable(optimizer: Optimizer) -> tuple[int, ...]:
+    """Ids of the optimizer's parameters that are trainable now."""
+    return tuple(id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
+
+
+def new_search(
+    module: nn.Module,
+    optimizer: Optimizer,
+    config: ZOConfig,
+    estimator: Estimator,
+    forward: Callable[[Any], Any],
+    batch: Any,
+    isolation: Isolation,
+    muted: Callable[[], AbstractContextManager[Any]],
+) -> Search:
+    """Choose the leaves, and try on the first batch whether its examples have losses of their own.
+
+    Args:
+        module: the whole LightningModule.
+        optimizer: whose parameters are searched.
+        config: the settings.
+        estimator: built from them.
+        forward: batch → what the user's step returns.
+        batch: the first micro-batch.
+        isolation: of the module.
+        muted: context in which the step logs nothing.
+
+    Raises:
+        ValueError: there is nothing to train, or not in this way; see :func:`~zolightning.space.build_view`.
+    """
+
+    def build(structure: Structure) -> View:
+        return build_view(
+            module,
+            [p for g in optimizer.param_groups for p in g["params"]],
+            config.build_distribution(),
+            select_spec=config.select,
+            structure=structure,
+            scales=config.scales,
+            compiled=getattr(module, "_compiler_ctx", None) is not None,
+        )
+
+    view = build("dense" if config.structure == "auto" else config.structure)
+    examples = Examples(losses=False, repeats=False)
+    if isinstance(estimator, PerExampleSPSA) and config.structure != "dense":
+        try:
+            rank1 = build("rank1")
+        except ValueError:  # no linear layers
+            rank1 = view
+        if config.structure == "rank1" or rank1.numel >= 0.9 * view.numel:
+            repeatable = config.one_batch and isinstance(module, ZOMixin)
+            with muted():
+                examples = inspect_step(forward, batch, rank1, isolation, repeatable)
+            view = rank1 if examples.losses else view
+    return Search(optimizer, view, examples, trainable(optimizer))
+
+
+def compute_dtype(module: nn.Module, precision: str) -> torch.dtype:
+    """The dtype that the forward's matrix products run in, under Lightning's ``precision``."""
+    if precision in ("bf16-mixed", "16-mixed"):
+        return torch.bfloat16 if precision == "bf16-mixed" else torch.float16
+    sizes: dict[torch.dtype, int] = {}
+    for parameter in module.parameters():
+        if parameter.dtype.is_floating_point:
+            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    largest = max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+    return largest if largest in (torch.float64, torch.float32, torch.bfloat16, torch.float16) else torch.float32
