@@ -51,6 +51,16 @@ def test_all_ties_make_no_step_and_no_error() -> None:
     assert all(map(math.isfinite, shaped))
 
 
+def test_steps_of_nothing_but_ties_leave_the_size_of_the_others_alone() -> None:
+    link = Normalize()
+    rare, steady = link.init(), link.init()
+    for _ in range(30):
+        for _ in range(9):
+            rare = link([0.0, 0.0], rare).state
+        (wanted, steady, _), (shaped, rare, _) = link([0.0, 2.0], steady), link([0.0, 2.0], rare)
+        assert shaped == wanted == pytest.approx([0.0, 2.0])
+
+
 def test_floor_bounds_the_step() -> None:
     link = Normalize(floor=10.0)
     assert link([1.0], link.init()).values == pytest.approx([0.1])

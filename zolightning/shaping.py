@@ -63,7 +63,8 @@ class Normalize(Shaping):
               c_k = \sqrt n\, g_k / \sqrt{v / (1 - \beta^t)}
 
     With unit-variance noise the mean of :math:`c_k z_k` then has RMS about 1, whatever the loss's scale, the number of
-    weights or of queries. One scalar of optimizer state, after MEAZO.
+    weights or of queries. One scalar of optimizer state, after MEAZO. A step of nothing but ties (all g = 0) says nothing of
+    the scale of g and leaves v as it is: with a coarse objective the steps that count keep their size.
 
     Args:
         beta: decay of the second moment, in [0, 1).
@@ -82,11 +83,13 @@ class Normalize(Shaping):
 
     def __call__(self, values: Sequence[float], state: State) -> Shaped:
         n = len(values)
+        if not any(values):
+            return Shaped([0.0] * n, state)
         mean_square = math.fsum(v * v for v in values) / n
         second = self.beta * state["second_moment"] + (1 - self.beta) * mean_square
         decay = self.beta * state["decay"]
         rms = max(math.sqrt(second / (1 - decay)), self.floor)
-        scale = math.sqrt(n) / rms if rms > 0 else 0.0  # nothing but ties so far: no step
+        scale = math.sqrt(n) / rms if rms > 0 else 0.0  # the squares of the tiniest vanish
         return Shaped([v * scale for v in values], {"second_moment": second, "decay": decay})
 
 
