@@ -18,7 +18,7 @@ LAYERS = [
     {"types", "cache", "_version"},
     {"noise"},
     {"space"},
-    {"estimators", "shaping", "updates", "isolation", "losses", "uninterrupted"},
+    {"estimators", "shaping", "updates", "isolation", "losses", "ties", "uninterrupted"},
     {"step", "objective", "config", "mixin", "rates", "ledger"},
     {"recipes", "one_device", "ledger_io", "search"},
     {"run_ledger"},

@@ -43,6 +43,7 @@ from .search import Search, compute_dtype, new_search, trainable
 from .shaping import State, state_from
 from .space import View, expose_scales
 from .step import finish, merge, zo_step
+from .ties import TieWatch
 from .types import Estimate, Key, SkipStep, StepRecord
 from .uninterrupted import uninterrupted
 from .updates import UpdateStats, apply_update, is_plain_sgd, widened_state
@@ -109,6 +110,7 @@ class ZOStrategy(OneDeviceStrategy):
         self._inside_closure = False
         self._closure_loss: Tensor | None = None
         self._warned: set[str] = set()
+        self._ties = TieWatch()
         self._resumed_rng: dict[str, Any] | None = None
         self._ledger: RunLedger | None = None
 
@@ -264,12 +266,9 @@ class ZOStrategy(OneDeviceStrategy):
                 f"the loss is {dtype}, whose steps are coarse beside the difference of two probes; compute it in float32 "
                 "(loss_fn(logits.float(), y))",
             )
-        if estimate.terms and estimate.ties == len(estimate.terms) and len(estimate.terms) == 1:
-            self._warn_once(
-                "tie",
-                "both probes gave exactly the same loss, so this step has no gradient: the objective is too coarse for eps "
-                f"({self.estimator.eps:g}), or it does not depend on the trained weights",
-            )
+        advice = self._ties(estimate.ties, len(estimate.terms), self.estimator.eps) if estimate.terms else ""
+        if advice:
+            self._warn_once("ties", advice)
 
     def _warn_once(self, topic: str, message: str) -> None:
         if topic not in self._warned:
