@@ -35,8 +35,9 @@ def _row_logits(model: nn.Module, batch: Mapping[str, Tensor], candidate_ids: Te
     last = body(**_inputs(body, batch)).last_hidden_state[:, -1]
     head = _head(model)
     rows = candidate_ids.to(head.weight.device)
-    bias = None if head.bias is None else head.bias[rows].to(last.dtype)
-    return F.linear(last, head.weight[rows].to(last.dtype), bias).float()
+    bias = None if head.bias is None else head.bias[rows].float()
+    with torch.autocast(last.device.type, enabled=False):  # a few rows in full precision: bfloat16 logits of 16 step by 1/8
+        return F.linear(last.float(), head.weight[rows].float(), bias)
 
 
 def _full_logits(model: nn.Module, batch: Mapping[str, Tensor], candidate_ids: Tensor) -> Tensor:
