@@ -1,0 +1,173 @@
+"""Scorers that are programs or servers: real ones, small."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from zolightning.objectives import CommandScorer, HttpScorer, ScorerError
+
+LENGTHS = """
+import json, sys
+for line in sys.stdin:
+    print("seen", line.strip(), file=open(sys.argv[1], "a"))
+    print(len(json.loads(line)["prediction"]), flush=True)
+"""
+
+
+def items(*texts: str) -> list[dict[str, str]]:
+    return [{"prediction": text} for text in texts]
+
+
+def program(code: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-c", code, *arguments]
+
+
+def test_command_is_asked_once_for_each_item(tmp_path: Path) -> None:
+    scorer = CommandScorer(program(LENGTHS, str(tmp_path / "log")))
+    assert scorer(items("ab", "abc", "ab")).tolist() == [2.0, 3.0, 2.0]
+    process = scorer._process
+    assert scorer(items("abc", "ä", "")).tolist() == [3.0, 1.0, 0.0]
+    assert scorer._process is process  # it goes on
+    scorer.close()
+    assert len((tmp_path / "log").read_text().splitlines()) == 4
+    assert scorer(items("ab")).dtype == torch.float64  # from memory, no program needed
+    assert scorer._process is None
+
+
+def test_command_may_answer_all_at_the_end_and_more_than_a_pipe_holds() -> None:
+    code = "import sys, json\nfor line in sys.stdin: print(json.dumps({'score': len(line), 'pad': 'x' * 9000}), flush=True)"
+    scorer = CommandScorer(program(code))
+    texts = ["y" * (1000 + i) for i in range(200)]
+    assert scorer(items(*texts)).diff().tolist() == [1.0] * 199
+    scorer.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import time; time.sleep(60)", "gave no answer within 0.5 s"),
+        ("import sys; sys.exit(3)", "ended with exit code 3 before it had answered"),
+        ("print('nan', flush=True); input()", "answered 'nan', which is not JSON"),
+        ("print('NaN', flush=True); input()", "finite number.*got nan"),
+        ("print('fine', flush=True); input()", "answered 'fine', which is not JSON"),
+        ("print('{\"x\": 1}', flush=True); input()", "finite number"),
+    ],
+)
+def test_command_errors_are_clear(code: str, message: str) -> None:
+    scorer = CommandScorer(program(code), timeout=0.5 if "sleep" in code else 30)
+    with pytest.raises(ScorerError, match=message):
+        scorer(items("a"))
+    scorer.close()
+
+
+def test_command_starts_again_after_an_error(tmp_path: Path) -> None:
+    code = "import sys, os\np = sys.argv[1]\nif not os.path.exists(p):\n open(p, 'w')\n sys.exit(1)\n"
+    scorer = CommandScorer(program(code + "for line in sys.stdin: print(1, flush=True)", str(tmp_path / "flag")))
+    with pytest.raises(ScorerError, match="exit code 1"):
+        scorer(items("a"))
+    assert scorer(items("a")).tolist() == [1.0]
+    copy = pickle.loads(pickle.dumps(scorer))
+    assert copy._process is None
+    assert copy(items("b")).tolist() == [1.0]
+    scorer.close()
+    copy.close()
+
+
+def test_command_that_does_not_exist_and_bad_settings() -> None:
+    with pytest.raises(ScorerError, match="cannot be started"):
+        CommandScorer(["no-such-program-at-all"])(items("a"))
+    with pytest.raises(ValueError, match="list of the program and its arguments, got 'wc -l'"):
+        CommandScorer("wc -l")
+    with pytest.raises(ValueError, match=r"CommandScorer\(timeout=...\)` must be .* got 0"):
+        CommandScorer(["wc"], timeout=0)
+    with pytest.raises(ValueError, match=r"HttpScorer\(cache_size=...\)` must be >= 0, got -1"):
+        HttpScorer("http://127.0.0.1", cache_size=-1)
+    with pytest.raises(ValueError, match="http:// or https://, got 'ftp://x'"):
+        HttpScorer("ftp://x")
+
+
+class Server(HTTPServer):
+    """Answers with lengths, after failing as often as it is told."""
+
+    failures = 0
+    asked = 0
+    answer: Any = None
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        self.server.asked += 1
+        found = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["items"]
+        status = 200
+        if self.server.failures:
+            self.server.failures -= 1
+            status = 503
+        scores = [len(item["prediction"]) for item in found]
+        body = json.dumps(self.server.answer if self.server.answer is not None else {"scores": scores}).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def address(server: Server) -> str:
+    return f"http://127.0.0.1:{server.server_address[1]}/score"
+
+
+def test_http_scores_are_cached_up_to_their_number(server: Server) -> None:
+    scorer = HttpScorer(address(server), cache_size=2)
+    assert scorer(items("ab", "abc", "ab")).tolist() == [2.0, 3.0, 2.0]
+    assert scorer(items("abc")).tolist() == [3.0]
+    assert server.asked == 1
+    scorer(items("x"))  # 'ab' was asked for longest ago
+    scorer(items("abc", "x"))
+    assert server.asked == 2
+    scorer(items("ab"))
+    assert server.asked == 3
+
+
+def test_http_tries_again_and_says_when_it_gives_up(server: Server) -> None:
+    server.failures = 2
+    assert HttpScorer(address(server), retries=2)(items("ab")).tolist() == [2.0]
+    server.failures = 2
+    with pytest.raises(ScorerError, match=r"failed, 1 retries included.*503"):
+        HttpScorer(address(server), retries=1)(items("ab"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"), [([1.0, 2.0], "must answer with 1 scores"), ({"x": 1}, "1 scores"), ([None], "got None")]
+)
+def test_http_answers_are_checked(server: Server, answer: Any, message: str) -> None:
+    server.answer = answer
+    with pytest.raises(ScorerError, match=message):
+        HttpScorer(address(server))(items("ab"))
+
+
+def test_http_nobody_there() -> None:
+    with pytest.raises(ScorerError, match="failed, 0 retries included"):
+        HttpScorer("http://127.0.0.1:9/", retries=0)(items("a"))

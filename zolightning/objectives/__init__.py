@@ -1,0 +1,25 @@
+"""Anything that can be scored can be trained on: what ``zo_objective`` may return."""
+
+from .classification import f1_error, hinge, margins, soft_zero_one, zero_one
+from .external import CommandScorer, ExternalScorer, HttpScorer, ScorerError
+from .metric import MetricLoss
+from .text import chrf, exact_match, normalize_answer, rouge_l, text_errors, token_f1
+
+__all__ = [
+    "CommandScorer",
+    "ExternalScorer",
+    "HttpScorer",
+    "MetricLoss",
+    "ScorerError",
+    "chrf",
+    "exact_match",
+    "f1_error",
+    "hinge",
+    "margins",
+    "normalize_answer",
+    "rouge_l",
+    "soft_zero_one",
+    "text_errors",
+    "token_f1",
+    "zero_one",
+]
