@@ -42,9 +42,9 @@ def projected_gradient(
 
 @torch.no_grad()
 def step(module: nn.Module, optimizer: Optimizer, terms: Sequence[tuple[float, Sequence[Tensor | None]]]) -> None:
-    """The optimizer's step on the dense gradient Σ c z."""
+    """The optimizer's step on the dense gradient Σ c z, which parameters without z have no part in."""
     for i, p in enumerate(module.parameters()):
-        if p.requires_grad:
+        if p.requires_grad and terms[0][1][i] is not None:
             p.grad = sum((zs[i] * c for c, zs in terms[1:]), terms[0][1][i] * terms[0][0]).to(p.dtype)  # type: ignore[union-attr, operator]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -63,8 +63,13 @@ def train(
     accumulate: int = 1,
     shape: Callable[[float], float] = lambda g: g,
     scheduler: Any = None,
+    directions: Callable[[nn.Module, Key, Distribution], list[Tensor | None]] = directions,
+    fixed: Callable[[nn.Module], list[Tensor]] | None = None,
 ) -> None:
-    """θ ← θ − lr·(mean_q shape(mean_batches g)·z + wd·θ) over the items, where the optimizer says what − means."""
+    """θ ← θ − lr·(mean_q shape(mean_batches g)·z + wd·θ) over the items, where the optimizer says what − means.
+
+    ``fixed``: masks of what a step leaves as it was, from the weights before it.
+    """
     for number, start in enumerate(range(0, len(items), accumulate)):
         window = items[start : start + accumulate]
         terms = []
@@ -72,7 +77,10 @@ def train(
             zs = directions(module, Key(seed, number, query), dist)
             gs = [projected_gradient(module, lambda net, item=item: loss(net, item), zs, eps) for item in window]
             terms.append((shape(sum(gs) / len(gs)) / queries, zs))
+        kept = [(mask, p.detach()[mask]) for mask, p in zip(fixed(module), module.parameters(), strict=True)] if fixed else []
         step(module, optimizer, terms)
+        for (mask, values), p in zip(kept, module.parameters(), strict=bool(kept)):
+            p.data[mask] = values
         if scheduler is not None:
             scheduler.step()
 

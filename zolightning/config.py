@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from .estimators import SPSA, Estimator, PerExampleSPSA
 from .noise import DISTRIBUTIONS, Distribution
 from .shaping import Chain, Clip, Normalize, Shaping
-from .space import Scales, Select
+from .space import STRUCTURES, Cycle, Scales, Select, Structure
 
 ESTIMATORS: dict[str, type[Estimator]] = {"spsa": SPSA, "per_example": PerExampleSPSA}
 
@@ -39,12 +39,17 @@ class ZOConfig:
     """'rademacher' (±1), 'gaussian', or a :class:`~zolightning.noise.Distribution`."""
 
     select: Select = "middle"
-    """Which trainable parameters are perturbed and updated: 'all', 'middle', 'first:K', 'last:K', 'blocks:I-J',
-    're:PATTERN', 'scales' (of quantised layers; 'scales:middle' and so on), or a function (name, parameter) -> bool."""
+    """Which trainable parameters are perturbed and updated: 'all', 'middle', 'first:K', 'last:K', 'blocks:I-J', 'dominant'
+    (one block, found on the first batch), 're:PATTERN', 'scales' (of quantised layers; 'scales:middle' and so on), or a
+    function (name, parameter) -> bool."""
 
-    structure: Literal["auto", "dense", "rank1"] = "auto"
-    """'dense': z of the weight's shape. 'rank1': z = u vᵀ on the matrices of linear layers. 'auto': 'rank1' for
-    'per_example' where it can run and linear layers hold nearly all selected weights, else 'dense'."""
+    cycle: Cycle | None = None
+    """Blocks of the selection that take turns, see :class:`~zolightning.space.Cycle`. None: each step trains them all."""
+
+    structure: str | Structure = "auto"
+    """'dense': z of the weight's shape. 'rank1': z = u vᵀ on the matrices of linear layers. 'sparse': dense on small weights
+    alone. 'lowrank': z = U Vᵀ, V the same for some steps. Or a :class:`~zolightning.space.Structure`, as Sparse(0.8). 'auto':
+    'rank1' for 'per_example' where it can run and linear layers hold nearly all selected weights, else 'dense'."""
 
     scales: Scales = "frozen"
     """Scales Δ of quantised layers. 'absolute': trained, probed at Δ + eps·z. 'relative': at Δ(1 + eps·z). 'frozen': as
@@ -78,7 +83,7 @@ class ZOConfig:
     def __post_init__(self) -> None:
         _one_of("estimator", self.estimator, ESTIMATORS, Estimator)
         _one_of("noise", self.noise, DISTRIBUTIONS, Distribution)
-        _one_of("structure", self.structure, ("auto", "dense", "rank1"))
+        _one_of("structure", self.structure, ("auto", *STRUCTURES), Structure)
         _one_of("optimizer", self.optimizer, ("module", "sgd"))
         _one_of("scales", self.scales, ("frozen", "absolute", "relative"))
         if isinstance(self.select, str) and self.select.startswith("scales") and self.scales == "frozen":
@@ -120,7 +125,8 @@ class ZOConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for loggers and checkpoints."""
-        return {k: v if isinstance(v, (int, float, str, type(None))) else repr(v) for k, v in asdict(self).items()}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: v if isinstance(v, (int, float, str, type(None))) else repr(v) for k, v in values.items()}
 
 
 class Overrides(TypedDict, total=False):
@@ -131,9 +137,10 @@ class Overrides(TypedDict, total=False):
         eps: Perturbation scale, > 0; null: from the dtype of the forward.
         num_queries: Directions per step, >= 1.
         noise: 'rademacher', 'gaussian', or a Distribution.
-        select: 'all', 'middle', 'first:K', 'last:K', 'blocks:I-J', 're:PATTERN', 'scales', 'scales:middle' and so on, or a
-            function (name, parameter) -> bool.
-        structure: 'dense' or 'rank1' perturbations of a matrix; 'auto': 'rank1' where it can run.
+        select: 'all', 'middle', 'first:K', 'last:K', 'blocks:I-J', 'dominant', 're:PATTERN', 'scales', 'scales:middle' and so
+            on, or a function (name, parameter) -> bool.
+        cycle: How blocks of the selection take turns; null: all at once.
+        structure: 'dense', 'rank1', 'sparse' or 'lowrank' perturbations, or a Structure; 'auto': 'rank1' where it can run.
         scales: Scales of quantised layers: 'absolute' noise, 'relative' noise, or 'frozen'.
         one_batch: Both probes of per-example directions in one batch of twice the size, where the module allows it.
         normalize: Divide g by its running RMS, so that lr is the RMS change per weight and step.
@@ -150,7 +157,8 @@ class Overrides(TypedDict, total=False):
     num_queries: int
     noise: str | Distribution
     select: Select
-    structure: Literal["auto", "dense", "rank1"]
+    cycle: Cycle | None
+    structure: str | Structure
     scales: Scales
     one_batch: bool
     normalize: bool

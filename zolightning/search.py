@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,18 @@ from .estimators import Estimator, PerExampleSPSA
 from .isolation import Isolation
 from .mixin import ZOMixin
 from .objective import Examples, inspect_step
-from .space import Select, Structure, View, build_view
+from .space import Rank1, Select, Structure, View, build_view, dominant_block, take_turns
+
+
+@dataclass
+class Calibration:
+    """What is measured once, before training begins: a resumed run goes on with it."""
+
+    dominant: str | None = None
+    """The selection that 'dominant' stands for."""
+
+    leaves: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Settings of the leaves, by name."""
 
 
 class Search(NamedTuple):
@@ -28,16 +40,20 @@ class Search(NamedTuple):
     examples: Examples
     trainable: tuple[int, ...]
     """Ids of the optimizer's parameters that were trainable."""
+    select: Select
+    """The selection; the block that 'dominant' stands for."""
 
-    def describe(self, estimator: Estimator, select: Select, weights: int) -> str:
+    def describe(self, estimator: Estimator, weights: int) -> str:
         """One line for the user when training starts."""
         kinds = Counter(re.sub("(?<=.)([A-Z])", r" \1", type(leaf).__name__).lower() for leaf in self.view.leaves)
         leaves = " and ".join(f"{count} {kind.replace('leaf', 'leaves')}" for kind, count in kinds.items())
         direction = "a direction for each example" if self.examples.losses else "a direction for the batch"
         probes = ", both probes in one batch" if self.examples.repeats else ""
+        turn = self.view.leaves[0].turn
+        turns = "" if turn is None else f"; {min(turn.cycle.blocks, turn.of)} of {turn.of} blocks in each step"
         return (
             f"ZO: {estimator!r}, {direction}{probes}; {leaves}, {self.view.numel:,} of "
-            f"{weights:,} weights (select={select!r}); the rest stay as they are"
+            f"{weights:,} weights (select={self.select!r}){turns}; the rest stay as they are"
         )
 
 
@@ -55,6 +71,7 @@ def new_search(
     batch: Any,
     isolation: Isolation,
     muted: Callable[[], AbstractContextManager[Any]],
+    calibration: Calibration,
 ) -> Search:
     """Choose the leaves, and try on the first batch whether its examples have losses of their own.
 
@@ -67,35 +84,47 @@ def new_search(
         batch: the first micro-batch.
         isolation: of the module.
         muted: context in which the step logs nothing.
+        calibration: what was measured before; gets what is measured now.
 
     Raises:
         ValueError: there is nothing to train, or not in this way; see :func:`~zolightning.space.build_view`.
     """
+    selected = config.select
+    if selected == "dominant":
+        if calibration.dominant is None:
+            with muted(), isolation.dry():
+                calibration.dominant = dominant_block(module, lambda: forward(batch))
+        selected = calibration.dominant
 
-    def build(structure: Structure) -> View:
+    def build(structure: str | Structure) -> View:
         return build_view(
             module,
             [p for g in optimizer.param_groups for p in g["params"]],
             config.build_distribution(),
-            select_spec=config.select,
+            select_spec=selected,
             structure=structure,
             scales=config.scales,
             compiled=getattr(module, "_compiler_ctx", None) is not None,
+            before=calibration.leaves,
         )
 
     view = build("dense" if config.structure == "auto" else config.structure)
     examples = Examples(losses=False, repeats=False)
-    if isinstance(estimator, PerExampleSPSA) and config.structure != "dense":
+    asked = config.structure in ("rank1", Rank1())
+    if isinstance(estimator, PerExampleSPSA) and (asked or config.structure == "auto"):
         try:
             rank1 = build("rank1")
         except ValueError:  # no linear layers
             rank1 = view
-        if config.structure == "rank1" or rank1.numel >= 0.9 * view.numel:
+        if asked or rank1.numel >= 0.9 * view.numel:
             repeatable = config.one_batch and isinstance(module, ZOMixin)
             with muted():
                 examples = inspect_step(forward, batch, rank1, isolation, repeatable)
             view = rank1 if examples.losses else view
-    return Search(optimizer, view, examples, trainable(optimizer))
+    if config.cycle is not None:  # only now: all of them were looked at
+        take_turns(module, view.leaves, config.cycle)
+    calibration.leaves.update({leaf.name: leaf.settings for leaf in view.leaves if leaf.settings})
+    return Search(optimizer, view, examples, trainable(optimizer), selected)
 
 
 def compute_dtype(module: nn.Module, precision: str) -> torch.dtype:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from .one_device import OneDeviceStrategy
 from .rates import base_lr, override_lr
 from .recipes import recipe as named_recipe
 from .run_ledger import RunLedger
-from .search import Search, compute_dtype, new_search, trainable
+from .search import Calibration, Search, compute_dtype, new_search, trainable
 from .shaping import State, state_from
 from .space import View, expose_scales
 from .step import finish, merge, zo_step
@@ -113,6 +114,7 @@ class ZOStrategy(OneDeviceStrategy):
         self._ties = TieWatch()
         self._resumed_rng: dict[str, Any] | None = None
         self._ledger: RunLedger | None = None
+        self._calibration = Calibration()
 
     # ---- set up --------------------------------------------------------------------------------------------------------
 
@@ -190,8 +192,10 @@ class ZOStrategy(OneDeviceStrategy):
             module, config = self.lightning_module, self.config
             assert module is not None
             assert self._isolation is not None
-            search = new_search(module, optimizer, config, self.estimator, forward, batch, self._isolation, self._muted)
-            rank_zero_info(search.describe(self.estimator, config.select, sum(p.numel() for p in module.parameters())))
+            search = new_search(
+                module, optimizer, config, self.estimator, forward, batch, self._isolation, self._muted, self._calibration
+            )
+            rank_zero_info(search.describe(self.estimator, sum(p.numel() for p in module.parameters())))
             self._searches[id(optimizer)] = search
         return search
 
@@ -395,6 +399,7 @@ class ZOStrategy(OneDeviceStrategy):
                 "config": self.config.to_dict(),
                 "rng": rng_state(self.root_device),
                 "ledger": position,
+                "calibration": asdict(self._calibration),
             }
         if lean_io and position is not None:
             assert self._recorder is not None and self.lightning_module is not None
@@ -441,6 +446,7 @@ class ZOStrategy(OneDeviceStrategy):
         self.seed, self.zo_step = state["seed"], state["zo_step"]
         set_rng_state(state["rng"], self.root_device)
         self._resumed_rng = state["rng"]
+        self._calibration = Calibration(**state.get("calibration", {}))
         position = state.get("ledger")
         if self._ledger is not None:
             self._ledger.resumed = None if position is None else Position(**position)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .noise import pieces, stochastic_round_, working_dtype
-from .space import Leaf
+from .space import Leaf, keep_
 from .types import Key, Term
 
 _SAMPLE = 4096  # elements of each leaf that the statistics look at
@@ -21,8 +21,8 @@ class UpdateStats(NamedTuple):
     """What an update changed. The first two are measured on request, on the first elements of each leaf.
 
     Args:
-        rms: root mean square of the realised change of a weight.
-        lost: share of the sampled weights that did not change.
+        rms: root mean square of the realised change of a trained weight.
+        lost: share of the sampled trained weights that did not change.
         negative: scales that the update made zero or negative, and that were set to the smallest one; None without scales.
         saturated: scales that are at the smallest one now; None without scales.
     """
@@ -51,14 +51,16 @@ def apply_update(
 
     Args:
         optimizer: the user's; its state is created and kept as usual.
-        leaves: what is trained; other parameters of the optimizer are left alone.
+        leaves: what is trained, of which those act whose turn it is; other parameters of the optimizer are left alone.
         terms: (key, coefficient) pairs of the estimate.
-        key: names the rounding bits of this step.
+        key: the step's; it names the rounding bits and says whose turn it is.
         as_sgd: take plain SGD steps whatever the optimizer: of it only the groups' lr, weight decay and direction count.
         measure: also measure the change of the weights.
     """
+    leaves = [leaf for leaf in leaves if leaf.active(key)]
     by_parameter = {id(leaf.parameter): leaf for leaf in leaves}
     before = [_sample(leaf).clone() for leaf in leaves] if measure else []
+    trained = [_trained(leaf, old) for leaf, old in zip(leaves, before, strict=False)]
     plain = as_sgd or is_plain_sgd(optimizer)
     for group in optimizer.param_groups:
         for parameter in list(group["params"]):
@@ -74,7 +76,7 @@ def apply_update(
     # the fast path does not call optimizer.step(), which is what schedulers check for
     optimizer._opt_called = True  # type: ignore[attr-defined]
     counts = [count for count in (leaf.project_() for leaf in leaves) if count is not None]
-    stats = _compare(before, leaves) if measure else UpdateStats()
+    stats = _compare(before, trained, leaves) if measure else UpdateStats()
     if counts:
         negative, saturated = torch.stack(counts).sum(0).tolist()
         stats = stats._replace(negative=negative, saturated=saturated)
@@ -90,6 +92,8 @@ def _step_alone(optimizer: Optimizer, group: dict[str, Any], leaf: Leaf, terms: 
     parameter = leaf.parameter
     stored = parameter.data
     wide = working_dtype(stored.dtype)
+    fixed = leaf.fixed(0, stored.numel())
+    before = None if fixed is None else stored.clone()
     try:
         if wide != stored.dtype:
             parameter.data = stored.to(wide)  # the optimizer's state for it is created, and stays, in float32
@@ -102,6 +106,8 @@ def _step_alone(optimizer: Optimizer, group: dict[str, Any], leaf: Leaf, terms: 
         parameter.grad, parameter.data = None, stored
     if wide != stored.dtype:
         stochastic_round_(stored, updated, key, leaf.index, 0)
+    if fixed is not None and before is not None:
+        keep_(stored, before, fixed)
 
 
 @contextmanager
@@ -141,6 +147,13 @@ def _sample(leaf: Leaf) -> Tensor:
     return weight.reshape(-1).to(wide)  # empty
 
 
-def _compare(before: Sequence[Tensor], leaves: Sequence[Leaf]) -> UpdateStats:
-    change = torch.cat([_sample(leaf) - old for leaf, old in zip(leaves, before, strict=True)])
-    return UpdateStats(change.double().square().mean().sqrt().item(), (change == 0).double().mean().item())
+def _trained(leaf: Leaf, sample: Tensor) -> Tensor:
+    """Which elements of the sample the coming update may change."""
+    fixed = leaf.fixed(0, sample.numel())
+    return torch.ones_like(sample, dtype=torch.bool) if fixed is None else ~fixed
+
+
+def _compare(before: Sequence[Tensor], trained: Sequence[Tensor], leaves: Sequence[Leaf]) -> UpdateStats:
+    moves = [(_sample(leaf) - old)[mask] for leaf, old, mask in zip(leaves, before, trained, strict=True)]
+    change = torch.cat(moves).double()
+    return UpdateStats(change.square().mean().sqrt().item(), (change == 0).double().mean().item())

@@ -14,7 +14,7 @@ import json
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from typing import Any, TypeAlias
 
@@ -96,6 +96,12 @@ class Method:
 
     leaves: dict[str, tuple[str, int, int]]
     """Name → (kind, index in the noise, place among the optimizer's parameters)."""
+
+    settings: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Leaf → what its kind takes beside the parameter."""
+
+    turns: dict[str, tuple[int, int, int, int, str]] = field(default_factory=dict)
+    """Leaf → (block, number of blocks, blocks a step, steps before the next, order) where blocks take turns."""
 
     unsupported: str = ""
     """Why the steps that follow cannot be replayed; empty when they can."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -189,6 +190,8 @@ class Recorder:
             distribution=leaves[0].distribution.name,
             groups=tuple(tuple(self._names[id(p)] for p in g["params"] if id(p) in trained) for g in optimizer.param_groups),
             leaves=kinds,
+            settings={leaf.name: leaf.settings for leaf in mine if leaf.settings},
+            turns={leaf.name: (*leaf.turn[:2], *astuple(leaf.turn.cycle)) for leaf in mine if leaf.turn},
             unsupported=self._meddled or self._primed[place] or _unsupported(optimizer, mine, plain),
         )
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..noise import DISTRIBUTIONS
-from ..space import LEAVES, Leaf
+from ..space import LEAVES, Cycle, Leaf, Turn
 from ..types import Key
 from ..updates import apply_update
 from .fingerprint import fingerprint
@@ -172,7 +172,11 @@ def _leaves(method: Method, parameters: Mapping[str, nn.Parameter]) -> list[Leaf
     for name, (kind, index, _) in method.leaves.items():
         if kind not in LEAVES:
             raise LedgerError(f"the ledger's leaf kind {kind!r} is unknown; there are {', '.join(LEAVES)}")
-        leaves.append(LEAVES[kind](name, index, parameters[name], noise))
+        leaf = LEAVES[kind](name, index, parameters[name], noise, **method.settings.get(name, {}))
+        if name in method.turns:
+            block, of, *cycle = method.turns[name]
+            leaf.turn = Turn(block, of, Cycle(*cycle))  # type: ignore[arg-type]
+        leaves.append(leaf)
     return leaves
 
 

@@ -1,6 +1,6 @@
 """Counter-based noise: the same bits on every device, chunking, thread count, rank and library version."""
 
-from .distributions import Distribution, Gaussian, Rademacher
+from .distributions import Distribution, Gaussian, Rademacher, permutation
 from .kernels import mixed_sum, noise_sum, outer_sum, perturb, perturb_rows, sgd_, stochastic_round_
 from .reference import pieces, working_dtype
 from .rungs import active_rung, set_rung
@@ -16,6 +16,7 @@ __all__ = [
     "mixed_sum",
     "noise_sum",
     "outer_sum",
+    "permutation",
     "perturb",
     "perturb_rows",
     "pieces",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from . import rungs
 from .philox import philox4x32, philox_key, rounding_query
 
 MAX_QUERIES = 1 << 31
+_ORDER_LEAF = (1 << 32) - 1  # no module has so many parameters
 
 
 class Distribution(ABC):
@@ -120,6 +122,13 @@ class _Uniform16(Distribution):
 def rounding_bits(key: Key, leaf: int, start: int, length: int, device: torch.device) -> Tensor:
     """16 random bits an element for stochastic rounding, as int32 of shape (length,); independent of all noise."""
     return run(_Uniform16(), key, leaf, start, length, device, rounding_query(key)).to(torch.int32)
+
+
+@lru_cache(maxsize=64)
+def permutation(key: Key, count: int) -> tuple[int, ...]:
+    """An order of 0 … count - 1 as a pure function of (seed, step), independent of all noise."""
+    words = philox4x32(torch.arange(count), _ORDER_LEAF, 0, philox_key(key))[:, 0]
+    return tuple(torch.argsort(words, stable=True).tolist())
 
 
 def _sqrt(x: Tensor) -> Tensor:

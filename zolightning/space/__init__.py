@@ -1,34 +1,54 @@
 """What is perturbed: leaves, the views that hold them, and the probes that read them perturbed."""
 
-from .build import Scales, Structure, build_view
-from .leaf import DenseLeaf, Leaf, Rank1Leaf
+from .build import Scales, build_view, take_turns
+from .dominant import dominant_block
+from .leaf import DenseLeaf, Leaf, Rank1Leaf, keep_
+from .lowrank_leaf import LowRankLeaf
 from .scale_leaf import AbsoluteScaleLeaf, RelativeScaleLeaf, ScaleLeaf
 from .scales import expose_scales
 from .select import Select, blocks, select
+from .sparse_leaf import SparseLeaf
+from .structure import STRUCTURES, Dense, LowRank, Place, Rank1, Sparse, Structure
+from .turns import Cycle, Turn
 from .view import View
 
 LEAVES: dict[str, type[Leaf]] = {
     "dense": DenseLeaf,
     "rank1": Rank1Leaf,
+    "sparse": SparseLeaf,
+    "lowrank": LowRankLeaf,
     "absolute-scale": AbsoluteScaleLeaf,
     "relative-scale": RelativeScaleLeaf,
 }
-"""The kinds by name."""
+"""The kinds by name: what a ledger calls them."""
 
 __all__ = [
     "LEAVES",
+    "STRUCTURES",
     "AbsoluteScaleLeaf",
+    "Cycle",
+    "Dense",
     "DenseLeaf",
     "Leaf",
+    "LowRank",
+    "LowRankLeaf",
+    "Place",
+    "Rank1",
     "Rank1Leaf",
     "RelativeScaleLeaf",
     "ScaleLeaf",
     "Scales",
     "Select",
+    "Sparse",
+    "SparseLeaf",
     "Structure",
+    "Turn",
     "View",
     "blocks",
     "build_view",
+    "dominant_block",
     "expose_scales",
+    "keep_",
     "select",
+    "take_turns",
 ]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from torch import nn
 
 from ..noise import Distribution
-from .leaf import DenseLeaf, Leaf, Rank1Leaf
+from .leaf import Leaf
 from .scale_leaf import AbsoluteScaleLeaf, RelativeScaleLeaf
 from .scales import refuse_codes, scaled_layers
-from .select import Select, select
+from .select import Select, blocks, select
+from .structure import STRUCTURES, Place, Rank1, Structure
+from .turns import Cycle, Turn
 from .view import View
 
-Structure = Literal["dense", "rank1"]
 Scales = Literal["frozen", "absolute", "relative"]
 
 
@@ -24,20 +26,22 @@ def build_view(
     distribution: Distribution,
     *,
     select_spec: Select = "all",
-    structure: Structure = "dense",
+    structure: str | Structure = "dense",
     scales: Scales = "frozen",
     compiled: bool = False,
+    before: Mapping[str, Mapping[str, float]] | None = None,
 ) -> View:
-    """The view of ``parameters`` that ``select_spec`` names, each a leaf of the given structure.
+    """The view of ``parameters`` that ``select_spec`` names, each the leaf that the structure makes of it.
 
     Args:
         root: the module that owns the parameters; its order of all parameters numbers the leaves.
         parameters: what the optimizer holds; those with requires_grad=False are left out.
         distribution: noise of every leaf.
         select_spec: see :func:`zolightning.space.select.select`.
-        structure: 'dense' z, or 'rank1' z = u vᵀ, which takes the weight matrices of linear layers only.
+        structure: what z is: a :class:`~zolightning.space.Structure`, or its name in STRUCTURES.
         scales: noise of the scales of quantised layers, whatever the structure; 'frozen' leaves them out.
         compiled: the root's steps themselves run as compiled code.
+        before: name → settings of leaves that a resumed run goes on with.
 
     Raises:
         ValueError: nothing to train, a parameter that is not the module's, storage shared by two Parameters, codes of a
@@ -64,14 +68,6 @@ def build_view(
     refuse_codes(root, candidates)
     _refuse_shared_storage(candidates)
     chosen = select(root, select_spec, candidates)
-    if structure == "rank1":
-        linear = _linear_weights(root)
-        chosen = {n: p for n, p in chosen.items() if id(p) in linear}
-        if not chosen:
-            raise ValueError(
-                f"structure='rank1' perturbs the weight matrices of linear layers, and `select={select_spec!r}` holds none; "
-                "use structure='dense'"
-            )
     found = {kinds[id(p)] for p in chosen.values() if id(p) in kinds}
     if scales == "absolute" and len(found) > 1:
         raise ValueError(
@@ -80,9 +76,39 @@ def build_view(
         )
 
     scale_type: type[Leaf] = RelativeScaleLeaf if scales == "relative" else AbsoluteScaleLeaf
-    leaf_type: type[Leaf] = Rank1Leaf if structure == "rank1" else DenseLeaf
-    leaves = [(scale_type if id(p) in kinds else leaf_type)(n, names[id(p)][0], p, distribution) for n, p in chosen.items()]
+    linear, before = _linear_weights(root), before or {}
+    structure = STRUCTURES[structure] if isinstance(structure, str) else structure
+    leaves: list[Leaf] = []
+    for name, parameter in chosen.items():
+        place = Place(name, names[id(parameter)][0], parameter, distribution)
+        scaled = id(parameter) in kinds
+        leaf = scale_type(*place) if scaled else structure.leaf(place, id(parameter) in linear, before.get(name, {}))
+        if leaf is not None:
+            leaves.append(leaf)
+    if not leaves:
+        raise ValueError(
+            f"structure={structure} makes a leaf of nothing that `select={select_spec!r}` holds"
+            + ("; it takes the weight matrices of linear layers alone" if isinstance(structure, Rank1) else "")
+            + ": use structure='dense'"
+        )
     return View(root, sorted(leaves, key=lambda leaf: leaf.index), compiled=compiled)
+
+
+def take_turns(root: nn.Module, leaves: Sequence[Leaf], cycle: Cycle) -> int:
+    """Give each leaf its turn; returns how many blocks there are.
+
+    Raises:
+        ValueError: the leaves are in fewer than two blocks.
+    """
+    name, _ = blocks(root)
+    inside = re.compile(rf"{re.escape(name)}\.(\d+)\.") if name else re.compile("(?!)")
+    homes = [int(match[1]) if (match := inside.match(leaf.name)) else -1 for leaf in leaves]
+    order = sorted(set(homes), key=lambda home: (home < 0, home))
+    if len(order) < 2:
+        raise ValueError(f"`cycle={cycle}` needs selected parameters in at least two blocks, found {len(order)}; leave it out")
+    for leaf, home in zip(leaves, homes, strict=True):
+        leaf.turn = Turn(order.index(home), len(order), cycle)
+    return len(order)
 
 
 def _linear_weights(root: nn.Module) -> set[int]:

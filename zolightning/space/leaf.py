@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..noise import Distribution, noise_sum, outer_sum, perturb, perturb_rows, pieces, sgd_, stochastic_round_, working_dtype
 from ..types import Key, PerExampleError, Term
+from .turns import Turn
 
 HEAD_BLOCK = 1 << 21  # elements of a weight built at once: a vocabulary-sized head goes through in row blocks
 
@@ -36,6 +37,12 @@ class Scratch:
 class Leaf(ABC):
     """A trained tensor. Subclasses say what z is; reading and updating follow from it.
 
+    A new kind of perturbation is a subclass with :meth:`noise`: probes, updates by any optimizer, low precision and exact
+    restore come with it. Override :meth:`linear`, :meth:`rows`, :meth:`perturb_into` and :meth:`sgd_` only where there is a
+    faster way to the same numbers. ``noise`` may depend on the terms' keys, the leaf, its settings and the weights as they
+    are, on nothing else. A :class:`~zolightning.space.Structure` says which parameters get it; a name in
+    :data:`~zolightning.space.LEAVES` lets the ledger replay it.
+
     Args:
         name: the parameter's name in the module, for messages and selections.
         index: its place among *all* parameters of the module: the leaf word of the noise, so that freezing one
@@ -46,10 +53,25 @@ class Leaf(ABC):
 
     def __init__(self, name: str, index: int, parameter: nn.Parameter, distribution: Distribution) -> None:
         self.name, self.index, self.parameter, self.distribution = name, index, parameter, distribution
+        self.turn: Turn | None = None
+        """Which steps it takes part in; None: all."""
 
     @abstractmethod
     def noise(self, terms: Sequence[Term], start: int, length: int) -> Tensor:
         """Σ_k c_k z_k over elements ``start … start + length``, row-major, in the leaf's working dtype."""
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """What the constructor takes beside a parameter and its place: ledgers and checkpoints keep it."""
+        return {}
+
+    def active(self, key: Key) -> bool:
+        """Whether the key's step perturbs and updates it."""
+        return self.turn is None or self.turn.now(key)
+
+    def fixed(self, start: int, length: int) -> Tensor | None:
+        """Which of these elements an update must leave as they are, as booleans; None: no element."""
+        return None
 
     def perturb_into(self, out: Tensor, terms: Sequence[Term], first_row: int = 0) -> None:
         """out = cast(W[rows] + Σ_k c_k z_k): ``out`` is contiguous and holds whole rows from ``first_row`` on."""
@@ -83,12 +105,16 @@ class Leaf(ABC):
         """
         for start, piece in pieces(self.parameter.detach()):
             step = self.noise(terms, start, piece.numel()).view(piece.shape)
+            fixed = self.fixed(start, piece.numel())
+            before = None if fixed is None else piece.clone()
             exact = piece.to(working_dtype(piece.dtype))  # the piece itself where that is its dtype
             if weight_decay:
                 step = step.add(exact, alpha=weight_decay)
             exact = exact.add_(step, alpha=-lr)
             if exact.dtype != piece.dtype:
                 stochastic_round_(piece, exact, key, self.index, start)
+            if fixed is not None and before is not None:
+                keep_(piece, before, fixed)
 
     def project_(self) -> Tensor | None:
         """After an update: move what left the allowed values back in.
@@ -219,6 +245,11 @@ class Rank1Leaf(Leaf):
         u = u * offsets.to(u.device, u.dtype)[:, None]
         inner = torch.matmul(x, v.to(x.dtype)[:, :, None])
         out.baddbmm_(inner.to(out.dtype), u.to(out.dtype)[:, None, :])
+
+
+def keep_(now: Tensor, before: Tensor, fixed: Tensor) -> None:
+    """Put the values from before back where ``fixed`` says so."""
+    now.copy_(torch.where(fixed.view(now.shape), before.to(now.dtype), now))
 
 
 def _by_step(terms: Sequence[Term]) -> list[list[Term]]:

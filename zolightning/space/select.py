@@ -16,7 +16,8 @@ _BLOCKS = re.compile(r"(?P<kind>first|last):(?P<count>\d+)|blocks:(?P<low>\d+)-(
 _USAGE = (
     "allowed: 'all', 'middle' (the middle third of the blocks), 'first:K', 'last:K', "
     "'blocks:I-J' (inclusive), 'scales' (of quantised layers), 'scales:' before any of these, "
-    "'re:PATTERN' (searched in the parameter's name), or a function (name, parameter) -> bool"
+    "'re:PATTERN' (searched in the parameter's name), 'dominant' (in ZOStrategy, which has a batch to look at), or a function "
+    "(name, parameter) -> bool"
 )
 
 

@@ -27,7 +27,6 @@ class View:
         if not leaves:
             raise ValueError("nothing to train: the view is empty; give at least one parameter with requires_grad=True")
         self.root, self.leaves = root, tuple(leaves)
-        self._by_id = {id(leaf.parameter): leaf for leaf in leaves}
         self._owners = [_owner(root, leaf) for leaf in leaves]
         self._scratch = Scratch()
         self._compiled_root = compiled
@@ -51,40 +50,42 @@ class View:
 
     @contextmanager
     def along(self, key: Key, offset: float) -> Iterator[None]:
-        """Every read of a leaf gives θ + offset · z(key)."""
+        """Every read of a leaf that is active in the key's step gives θ + offset · z(key)."""
         terms = (Term(key, offset),)
         with ExitStack() as stack:
             if self._swapped:
                 stack.enter_context(self._swap(terms))
             if not self._compiled_root:
-                stack.enter_context(self._probe(Shared(terms)))
+                stack.enter_context(self._probe(key, Shared(terms)))
             yield
 
     @contextmanager
     def along_each(self, key: Key, queries: Tensor, offsets: Tensor) -> Iterator[None]:
         """Example n of the batch reads θ + offsets[n] · z(key with query queries[n])."""
-        with self._probe(PerExample(key, queries, offsets)):
+        with self._probe(key, PerExample(key, queries, offsets)):
             yield
 
     @contextmanager
-    def _probe(self, point: Point) -> Iterator[None]:
+    def _probe(self, key: Key, point: Point) -> Iterator[None]:
+        active = {id(leaf.parameter): leaf for leaf in self.leaves if leaf.active(key)}
         with ExitStack() as stack:
             for region in self._regions:
                 stack.enter_context(_without_modes(region))
-            stack.enter_context(Probe(self._by_id, point, self._scratch))
+            stack.enter_context(Probe(active, point, self._scratch))
             yield
 
     @contextmanager
     def _swap(self, terms: Sequence[Term]) -> Iterator[None]:
         """Compiled code reads ``.data``: point it at perturbed copies, and back, whatever happens."""
-        stored = [leaf.parameter.data for leaf in self._swapped]
+        active = [leaf for leaf in self._swapped if leaf.active(terms[0].key)]
+        stored = [leaf.parameter.data for leaf in active]
         torch.clear_autocast_cache()  # which knows a weight by its Parameter object
         try:
-            for leaf in self._swapped:
+            for leaf in active:
                 leaf.parameter.data = leaf.perturbed(terms)
             yield
         finally:
-            for leaf, data in zip(self._swapped, stored, strict=True):
+            for leaf, data in zip(active, stored, strict=True):
                 leaf.parameter.data = data
             torch.clear_autocast_cache()
 
