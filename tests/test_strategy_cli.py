@@ -9,7 +9,7 @@ from helpers import Task, batches, loader, mlp
 from lightning.pytorch.cli import LightningCLI
 from torch.optim import SGD
 
-from zolightning import ZOConfig, ZOStrategy, recipes
+from zolightning import Sparse, ZOConfig, ZOStrategy, recipes
 from zolightning.config import Overrides
 
 
@@ -75,6 +75,21 @@ def test_estimator_by_class_path() -> None:
         '--trainer.strategy.init_args.estimator={"class_path": "zolightning.estimators.SPSA", "init_args": {"eps": 0.25}}',
     )
     assert repr(strategy.estimator) == "SPSA(eps=0.25, num_queries=1)"
+
+
+def test_structure_and_cycle() -> None:
+    strategy = run(
+        "--trainer.strategy=zolightning.ZOStrategy",
+        "--trainer.strategy.init_args.recipe=mezo",
+        '--trainer.strategy.init_args.structure={"class_path": "zolightning.Sparse", "init_args": {"sparsity": 0.8}}',
+    )
+    assert strategy.config == recipes.MEZO.override(structure=Sparse(0.8))
+    with pytest.raises(ValueError, match=r"cycle=Cycle\(blocks=2, .* needs selected parameters in at least two blocks"):
+        run(
+            "--trainer.strategy=zolightning.ZOStrategy",
+            "--trainer.strategy.init_args.structure=lowrank",
+            "--trainer.strategy.init_args.cycle.blocks=2",
+        )
 
 
 @pytest.mark.parametrize("option", ["eps=much", "num_queries=0", "noise=pink", "epss=1"])

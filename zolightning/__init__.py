@@ -7,12 +7,16 @@ from .ledger_io import LedgerCheckpointIO
 from .mixin import ZOMixin
 from .monitor import ZOMonitor
 from .quantize import quantize
-from .space import expose_scales
+from .space import Cycle, LowRank, Sparse, Structure, expose_scales
 from .strategy import ZOStrategy
 from .tracking import mlflow_logger
 
 __all__ = [
+    "Cycle",
     "LedgerCheckpointIO",
+    "LowRank",
+    "Sparse",
+    "Structure",
     "ZOConfig",
     "ZOMixin",
     "ZOMonitor",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .config import ZOConfig, _one_of
+from .space import Cycle, LowRank, Sparse
 
 DEFAULT = ZOConfig()
 """Rank-1 directions per example on the middle blocks, normalised steps: what trained best on the demo task.
@@ -28,6 +29,25 @@ MEZO = ZOConfig(
 
 Hyperparameters of its OPT experiments: eps 1e-3, lr 1e-6 (or 1e-7) constant, batch 16, no momentum.
 """
+
+SPARSE_MEZO = MEZO.override(structure=Sparse(0.75))
+"""Sparse-MeZO, Liu et al. 2024, arXiv:2402.15751: MeZO on the weights with |θ| ≤ h alone, h a quantile of each parameter.
+
+Sparsity 0.75 or 0.8, by task: the share left as it is. eps and lr are MeZO's; the paper tunes larger ones too.
+"""
+
+LOZO = MEZO.override(structure=LowRank(rank=1, hold=100))
+"""LOZO, Chen et al. 2024, arXiv:2410.07698: z = U Vᵀ on matrices, V the same for ν = ``hold`` steps; Gaussian z on vectors.
+
+Hyperparameters of its OPT experiments: rank 1 or 2, ν 50 or 100, eps 1e-3, lr 1e-6 or 1e-7. With rank r here z = U Vᵀ/√r, so
+its eps is ours divided by √r, and its published code, which leaves the 1/r of its estimator out, has our lr divided by r.
+"""
+
+CYCLIC = MEZO.override(cycle=Cycle())
+"""MeZO on one block after another: block-wise ZO, Zhang et al. 2024, arXiv:2402.11592; MeZO-BCD, arXiv:2501.19099."""
+
+DOMINANT = MEZO.override(select="dominant")
+"""MeZO on one block alone, the first whose activations have outliers: Dominant-Layer ZO, Yu et al. 2026, arXiv:2606.05516."""
 
 QZO = ZOConfig(estimator="spsa", structure="dense", select="scales", scales="relative", eps=2e-2, clip=100.0)
 """QZO with relative noise and normalised steps: Δ ← Δ·(1 − lr·ĝz). The learning rate is the relative change of a scale a
@@ -66,6 +86,10 @@ RECIPES: dict[str, ZOConfig] = {
     "default": DEFAULT,
     "spsa": SPSA,
     "mezo": MEZO,
+    "sparse-mezo": SPARSE_MEZO,
+    "lozo": LOZO,
+    "cyclic": CYCLIC,
+    "dominant": DOMINANT,
     "qzo": QZO,
     "qzo-paper": QZO_PAPER,
     "zeroqat": ZEROQAT,

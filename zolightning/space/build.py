@@ -13,7 +13,7 @@ from .leaf import Leaf
 from .scale_leaf import AbsoluteScaleLeaf, RelativeScaleLeaf
 from .scales import refuse_codes, scaled_layers
 from .select import Select, blocks, select
-from .structure import STRUCTURES, Place, Rank1, Structure
+from .structure import STRUCTURES, Place, Structure
 from .turns import Cycle, Turn
 from .view import View
 
@@ -87,9 +87,8 @@ def build_view(
             leaves.append(leaf)
     if not leaves:
         raise ValueError(
-            f"structure={structure} makes a leaf of nothing that `select={select_spec!r}` holds"
-            + ("; it takes the weight matrices of linear layers alone" if isinstance(structure, Rank1) else "")
-            + ": use structure='dense'"
+            f"structure={structure} takes none of the {len(chosen)} parameters that `select={select_spec!r}` holds (Rank1 "
+            "takes the weight matrices of linear layers); use structure='dense'"
         )
     return View(root, sorted(leaves, key=lambda leaf: leaf.index), compiled=compiled)
 
