@@ -26,7 +26,19 @@ LAYERS = [
 ]
 """The core, lowest first: a file imports from lower layers only, and what is not listed stands above all of them."""
 
-LIGHTNING = {"_lightning", "one_device", "ledger_io", "run_ledger", "strategy", "monitor", "cli", "tracking", "demo", "bench"}
+LIGHTNING = {
+    "_lightning",
+    "one_device",
+    "ledger_io",
+    "run_ledger",
+    "strategy",
+    "monitor",
+    "cli",
+    "tracking",
+    "demo",
+    "bench",
+    "tasks",
+}
 
 
 def module_of(path: Path) -> str:

@@ -4,6 +4,8 @@ from zolightning.cache import cache_dir
 from zolightning.data.artifacts import SMOLLM2, VADER, Artifact
 from zolightning.data.candidates import candidate_logits
 from zolightning.data.fetch import FetchError, fetch
+from zolightning.data.generation import generate_answers
+from zolightning.data.likelihood import answer_log_likelihood
 from zolightning.data.model import load_causal_lm, model_name
 from zolightning.data.prompts import Encoded, PromptTemplate, collate, encode, verbalizer_ids
 from zolightning.data.table import read_table
@@ -18,12 +20,14 @@ __all__ = [
     "FetchError",
     "PromptTemplate",
     "Splits",
+    "answer_log_likelihood",
     "cache_dir",
     "candidate_logits",
     "collate",
     "encode",
     "fetch",
     "film_snippets",
+    "generate_answers",
     "load_causal_lm",
     "model_name",
     "read_table",

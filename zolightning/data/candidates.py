@@ -22,17 +22,25 @@ def candidate_logits(model: nn.Module, batch: Mapping[str, Tensor], candidate_id
     last position. A model that does more there (scaled or capped logits, an adapter), noticed by comparing
     with its own logits on its first batch, is run in full instead.
     """
+    score = _row_logits if rows_suffice(model, batch, candidate_ids) else _full_logits
+    return score(model, batch, candidate_ids)
+
+
+def rows_suffice(model: nn.Module, batch: Mapping[str, Tensor], candidate_ids: Tensor) -> bool:
+    """Return whether the output embedding, applied to the body's last states, gives the model's own logits.
+
+    Compared on the first batch's first sequence, at `candidate_ids`, and remembered.
+    """
     if model not in _rows_suffice:
         probe = {key: batch[key][:1] for key in ("input_ids", "attention_mask")}
         _rows_suffice[model] = _has_plain_head(model) and _agrees(model, probe, candidate_ids)
     # The head is looked at each time, as an adapter may have been put on it since.
-    score = _row_logits if _rows_suffice[model] and _has_plain_head(model) else _full_logits
-    return score(model, batch, candidate_ids)
+    return _rows_suffice[model] and _has_plain_head(model)
 
 
 def _row_logits(model: nn.Module, batch: Mapping[str, Tensor], candidate_ids: Tensor) -> Tensor:
     body = _body(model)
-    last = body(**_inputs(body, batch)).last_hidden_state[:, -1]
+    last = body(**model_inputs(body, batch)).last_hidden_state[:, -1]
     head = _head(model)
     rows = candidate_ids.to(head.weight.device)
     bias = None if head.bias is None else head.bias[rows].float()
@@ -41,8 +49,8 @@ def _row_logits(model: nn.Module, batch: Mapping[str, Tensor], candidate_ids: Te
 
 
 def _full_logits(model: nn.Module, batch: Mapping[str, Tensor], candidate_ids: Tensor) -> Tensor:
-    last_only = {"logits_to_keep": 1} if _accepts(model, "logits_to_keep") else {}
-    logits: Tensor = model(**_inputs(model, batch), **last_only).logits
+    last_only = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
+    logits: Tensor = model(**model_inputs(model, batch), **last_only).logits
     return logits[:, -1, candidate_ids.to(logits.device)].float()
 
 
@@ -55,15 +63,17 @@ def _head(model: Any) -> Any:
     return model.get_output_embeddings()
 
 
-def _inputs(module: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+def model_inputs(module: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the arguments of `module` for a left-padded batch."""
     mask = batch["attention_mask"]
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": mask, "use_cache": False}
-    if _accepts(module, "position_ids"):  # counted over real tokens, so that left padding shifts nothing
+    if accepts(module, "position_ids"):  # counted over real tokens, so that left padding shifts nothing
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     return inputs
 
 
-def _accepts(module: nn.Module, argument: str) -> bool:
+def accepts(module: nn.Module, argument: str) -> bool:
+    """Return whether the module's forward takes an argument of that name."""
     return argument in inspect.signature(module.forward).parameters
 
 

@@ -1,10 +1,11 @@
-"""The user's own labelled texts, from CSV or JSONL files."""
+"""The user's own labelled texts, from CSV, JSONL or parquet files."""
 
 import csv
+import importlib.util
 import json
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -30,7 +31,7 @@ def read_table(
     validation: float = 0.1,
     test: float = 0.2,
 ) -> Splits:
-    """Return the labelled texts of a .csv or .jsonl file (UTF-8), or of a folder of such files.
+    """Return the labelled texts of a .csv, .jsonl (UTF-8) or .parquet file, or of a folder of such files.
 
     `text` and `label` name the columns. Labels are strings or whole numbers; they are numbered in sorted
     order (as numbers when all are). A file is split class by class by `seed`; `validation` and `test` are
@@ -68,7 +69,7 @@ def _held(path: Path, name: str, rows: int, validation: float, test: float) -> t
 
 
 def _read_folder(folder: Path, text: str, label: str) -> Splits:
-    files = {split: _split_file(folder, split) for split in _STEMS}
+    files = split_files(folder)
     tables = {split: _read_rows(file, text, label) for split, file in files.items()}
     names = _label_names(files["train"], tables["train"])
     splits = Splits([], [], [], names)
@@ -83,14 +84,22 @@ def _read_folder(folder: Path, text: str, label: str) -> Splits:
     return splits
 
 
-def _split_file(folder: Path, split: str) -> Path:
-    wanted = [stem + suffix for stem in _STEMS[split] for suffix in _READERS]
-    found = [folder / name for name in wanted if (folder / name).is_file()]
-    if not found:
-        raise FileNotFoundError(f"{folder} has no {split} file; add one of {', '.join(wanted)}")
-    if len(found) > 1:
-        raise ValueError(f"{folder} has several {split} files: {', '.join(f.name for f in found)}; keep one")
-    return found[0]
+def split_files(folder: Path, needed: Iterable[str] = ("train", "validation", "test")) -> dict[str, Path]:
+    """Return the folder's train, validation (or valid, dev) and test files, those that are there.
+
+    Raises FileNotFoundError for one of `needed` that is missing, ValueError for a part with several files.
+    """
+    files = {}
+    for split, stems in _STEMS.items():
+        wanted = [stem + suffix for stem in stems for suffix in SUFFIXES]
+        found = [folder / name for name in wanted if (folder / name).is_file()]
+        if len(found) > 1:
+            raise ValueError(f"{folder} has several {split} files: {', '.join(f.name for f in found)}; keep one")
+        if found:
+            files[split] = found[0]
+        elif split in needed:
+            raise FileNotFoundError(f"{folder} has no {split} file; add one of {', '.join(wanted)}")
+    return files
 
 
 def _label_names(path: Path, rows: list[_Row]) -> tuple[str, ...]:
@@ -103,19 +112,30 @@ def _label_names(path: Path, rows: list[_Row]) -> tuple[str, ...]:
         return tuple(sorted(names))
 
 
-def _read_rows(path: Path, text: str, label: str) -> list[_Row]:
+def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the rows of a .csv, .jsonl (UTF-8) or .parquet file as dicts, each with its line (of parquet: row) number.
+
+    Raises FileNotFoundError for a missing file, ValueError, with file and line, for anything wrong in it, ImportError for
+    a parquet file without the `pyarrow` package.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    reader = _READERS.get(path.suffix.lower())
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        yield from _parquet_records(path)
+        return
+    reader = _READERS.get(suffix)
     if reader is None:
-        raise ValueError(f"{path}: unknown file type {path.suffix!r}; allowed are {', '.join(_READERS)}")
-    rows = []
+        raise ValueError(f"{path}: unknown file type {path.suffix!r}; allowed are {', '.join(SUFFIXES)}")
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            for line, record in reader(stream, path):
-                rows.append(_row(record, f"{path}, line {line}", line, text, label))
+            yield from reader(stream, path)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
+
+
+def _read_rows(path: Path, text: str, label: str) -> list[_Row]:
+    rows = [_row(record, f"{path}, line {line}", line, text, label) for line, record in read_records(path)]
     if not rows:
         raise ValueError(f"{path}: no rows; columns {text!r} and {label!r} with at least two labels are needed")
     return rows
@@ -165,7 +185,20 @@ def _jsonl_records(stream: TextIO, path: Path) -> Iterator[tuple[int, dict[str, 
         yield number, record
 
 
+def _parquet_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ImportError(f"reading {path} needs the pyarrow package; run `pip install pyarrow`, or save the file as .jsonl")
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        yield from enumerate(parquet.read_table(path).to_pylist())
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a parquet file ({error})") from error
+
+
 _READERS: dict[str, Callable[[TextIO, Path], Iterator[tuple[int, dict[str, Any]]]]] = {
     ".csv": _csv_records,
     ".jsonl": _jsonl_records,
 }
+SUFFIXES = (*_READERS, ".parquet")

@@ -226,10 +226,10 @@ class Rank1Leaf(Leaf):
     def linear_each(self, x: Tensor, bias: Tensor | None, key: Key, queries: Tensor, offsets: Tensor) -> Tensor:
         """F.linear with example n of ``x`` seeing W + offsets[n] · u vᵀ of query queries[n].
 
-        ``x`` is (N, …, in), or (N·T, in) where the model has flattened its examples' tokens.
+        ``x`` is (N, …, in), or (N·T, …, in) where an example holds T rows one after another: its flattened tokens, its options.
         """
         count = queries.numel()
-        if x.dim() < 2 or (x.shape[0] != count and (x.dim() > 2 or x.shape[0] % count)):
+        if x.dim() < 2 or x.shape[0] % count:
             raise PerExampleError(
                 f"per-example directions need the inputs of {self.name!r} to hold the {count} examples along dimension 0, "
                 f"got shape {tuple(x.shape)}; use ZOStrategy(estimator='spsa') for this model"

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import tiny_causal_lm
+from test_data_candidates import gemma2
+from test_data_prompts import make_tokenizer
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from zolightning.data import answer_log_likelihood, generate_answers, likelihood
+from zolightning.noise import Rademacher
+from zolightning.space import build_view
+from zolightning.types import Key, Term
+
+SEQUENCES = [[3, 4, 5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15]]
+LENGTHS = torch.tensor([2, 1, 3])
+
+
+def padded(sequences: list[list[int]]) -> dict[str, Tensor]:
+    width = max(map(len, sequences))
+    return {
+        "input_ids": torch.tensor([[0] * (width - len(s)) + s for s in sequences]),
+        "attention_mask": torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in sequences]),
+    }
+
+
+@torch.no_grad()
+def textbook(model: nn.Module, sequence: list[int], length: int) -> float:
+    log_probs = model(input_ids=torch.tensor([sequence])).logits[0].double().log_softmax(-1)
+    return float(sum(log_probs[i - 1, sequence[i]] for i in range(len(sequence) - length, len(sequence)))) / length
+
+
+@pytest.mark.parametrize("chunk", [1, 200, 1 << 24])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_is_the_mean_log_probability_of_the_last_tokens(kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(likelihood, "CHUNK", chunk)
+    model = (gemma2() if kind == "gemma2" else tiny_causal_lm(kind)).eval()
+    found = answer_log_likelihood(model, padded(SEQUENCES), LENGTHS)
+    wanted = [textbook(model, s, n) for s, n in zip(SEQUENCES, LENGTHS.tolist(), strict=True)]
+    torch.testing.assert_close(found, torch.tensor(wanted), rtol=0, atol=2e-5)
+
+
+def test_the_head_sees_answers_alone_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(likelihood, "CHUNK", 3 * 32 * 2)
+    model = tiny_causal_lm("llama").eval()
+    answer_log_likelihood(model, padded(SEQUENCES), LENGTHS)  # compares with the model's own logits once
+    seen: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
+    answer_log_likelihood(model, padded(SEQUENCES), LENGTHS)
+    assert seen == [2, 1]
+
+
+def test_nothing_to_score_and_no_prompt() -> None:
+    model = tiny_causal_lm("llama").eval()
+    assert answer_log_likelihood(model, padded(SEQUENCES), torch.tensor([2, 0, 1]))[1] == 0.0
+    with pytest.raises(ValueError, match="answers of up to 6 tokens do not fit sequences of 6"):
+        answer_log_likelihood(model, padded(SEQUENCES), torch.tensor([6, 1, 1]))
+
+
+# ---- generation --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = "</s>"
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def writer(seed: int = 3) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=400, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        initializer_range=0.5, tie_word_embeddings=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+PROMPTS = ["a great film", "this one is long and dull It was", "a"]
+
+
+@torch.no_grad()
+def greedy(model: nn.Module, tokenizer: PreTrainedTokenizerFast, prompt: str, tokens: int) -> str:
+    """One token after another, no cache, no padding."""
+    ids = tokenizer(prompt)["input_ids"]
+    start = len(ids)
+    for _ in range(tokens):
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == tokenizer.eos_token_id or "\n" in tokenizer.decode(ids[start:]):
+            break
+    return tokenizer.decode(ids[start:], skip_special_tokens=True).split("\n")[0].strip()
+
+
+def test_answers_are_the_textbook_greedy_ones(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = writer()
+    found = generate_answers(model, tokenizer, tokenizer(PROMPTS, padding=True, return_tensors="pt"), 8)
+    assert found == [greedy(model, tokenizer, prompt, 8) for prompt in PROMPTS]
+    assert len(set(found)) > 1
+
+
+@pytest.mark.parametrize("structure", ["dense", "rank1"])
+def test_inside_a_probe_the_perturbed_model_answers(tokenizer: PreTrainedTokenizerFast, structure: str) -> None:
+    model = writer()
+    before = copy.deepcopy(model.state_dict())
+    batch = tokenizer(PROMPTS, padding=True, return_tensors="pt")
+    view = build_view(model, model.parameters(), Rademacher(), structure=structure)  # type: ignore[arg-type]
+    plain = generate_answers(model, tokenizer, batch, 8)
+    for eps in (0.3, -0.3):
+        moved = copy.deepcopy(model)
+        for leaf in view.leaves:
+            moved.get_parameter(leaf.name).data.copy_(leaf.perturbed([Term(Key(5, 0, 0), eps)]))
+        wanted = generate_answers(moved, tokenizer, batch, 8)
+        assert wanted != plain
+        with torch.no_grad(), view.along(Key(5, 0, 0), eps):
+            assert generate_answers(model, tokenizer, batch, 8) == wanted
+            assert generate_answers(model, tokenizer, batch, 8) == wanted  # again the same
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_each_example_of_a_batch_is_answered_along_its_own_direction(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = writer()
+    batch = tokenizer(PROMPTS, padding=True, return_tensors="pt")
+    view = build_view(model, model.parameters(), Rademacher(), structure="rank1")
+    offsets = torch.tensor([0.3, -0.3, 0.0])
+    with torch.no_grad(), view.along_each(Key(5, 0), torch.arange(3), offsets):
+        found = generate_answers(model, tokenizer, batch, 8)
+    for place, (answer, offset) in enumerate(zip(found, offsets.tolist(), strict=True)):
+        with torch.no_grad(), view.along(Key(5, 0, place), offset):
+            assert generate_answers(model, tokenizer, batch, 8)[place] == answer

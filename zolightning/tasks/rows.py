@@ -1,0 +1,120 @@
+"""Rows of a task: from Hugging Face's datasets or from local files, in parts that are never mixed."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from ..data.table import read_records, split_files
+from .item import Item, Row, TextTask
+
+
+class TaskSplits(NamedTuple):
+    """Three disjoint parts: to train on, to choose by, to report."""
+
+    train: list[Item]
+    validation: list[Item]
+    test: list[Item]
+
+
+def load_task(
+    task: TextTask,
+    path: str | Path | None = None,
+    *,
+    train: int = 1000,
+    validation: int = 500,
+    test: int = 1000,
+    seed: int = 0,
+) -> TaskSplits:
+    """The task's questions, at most so many of each part; defaults as in MeZO's experiments.
+
+    Test questions come from the set's test part, or, where that is missing or bears no answers (as GLUE's), from its
+    validation part; validation questions then come out of the training part, and never are test questions.
+
+    Args:
+        task: the task.
+        path: a folder with train and validation, and perhaps test files (.csv, .jsonl, .parquet), or one file, which is
+            split by ``seed``. None: the task's source, through Hugging Face ``datasets``.
+        train: most training questions, drawn by ``seed``.
+        validation: likewise.
+        test: the first so many, the same for every seed.
+        seed: of the draws.
+
+    Raises:
+        ImportError: ``path`` is None and ``datasets`` is not installed.
+        OSError: the source cannot be reached.
+        ValueError: a row is not as the task needs it, or a part would be empty.
+    """
+    if path is None:
+        parts = _from_hub(task)
+    elif Path(path).is_dir():
+        parts = {
+            name: _items(task, read_records(file), file)
+            for name, file in split_files(Path(path), needed=("train", "validation")).items()
+        }
+    else:
+        parts = {"train": _items(task, read_records(Path(path)), path)}
+    generator = random.Random(seed)
+    trainable = parts["train"]
+    generator.shuffle(trainable)
+    held = parts.get("validation", [])
+    reported = parts.get("test", [])
+    if not reported:
+        reported, held = held, []
+    if not reported:
+        count = min(test, len(trainable) // 4)
+        reported, trainable = trainable[:count], trainable[count:]
+    if held:
+        generator.shuffle(held)
+    else:
+        count = min(validation, len(trainable) // 3)
+        held, trainable = trainable[:count], trainable[count:]
+    found = TaskSplits(trainable[:train], held[:validation], reported[:test])
+    if not all(found):
+        sizes = ", ".join(f"{len(part)} for {name}" for name, part in zip(found._fields, found, strict=True))
+        raise ValueError(f"too few rows: {sizes}; each part needs at least one")
+    return found
+
+
+def _items(task: TextTask, rows: Iterable[tuple[int, Row]], where: object) -> list[Item]:
+    items = []
+    for line, row in rows:
+        try:
+            items.append(task.item(row))
+        except (KeyError, ValueError, TypeError) as error:
+            message = f"no column {error}; there are {', '.join(map(repr, row))}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{where}, row {line}: {message}; the task's template is {task.template!r}") from error
+    return items
+
+
+def _from_hub(task: TextTask) -> dict[str, list[Item]]:
+    if not task.source:
+        raise ValueError("this task has no source on Hugging Face; give `path`, a folder or file of your own")
+    name = "/".join(task.source)
+    if importlib.util.find_spec("datasets") is None:
+        raise ImportError(
+            f"loading {name} needs `pip install datasets`; or give `path`, a folder of .jsonl, .csv or .parquet files"
+        )
+    import datasets
+
+    try:
+        found = datasets.load_dataset(*task.source)
+    except Exception as error:  # of many kinds, from many libraries
+        raise OSError(f"cannot load {name} from Hugging Face ({error}); give `path`, a folder of local files") from error
+    return {
+        part: _items(task, enumerate(found[part]), f"{name}, {part}")
+        for part in ("train", "validation", "test")
+        if part in found and _answered(task, found[part][0])
+    }
+
+
+def _answered(task: TextTask, row: Row) -> bool:
+    """Whether the part's rows bear answers: benchmarks hide those of their test parts (label −1, or none)."""
+    try:
+        task.item(row)
+    except (KeyError, ValueError, TypeError):
+        return False
+    return True
