@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from helpers import lm_loss, tiny_causal_lm, token_batches
 from torch import Tensor, nn
 
-from zolightning.estimators import SPSA, Estimator, PerExampleSPSA
+from zolightning.estimators import SPSA, Estimator, PerExampleSPSA, Population
 from zolightning.noise import Distribution, Gaussian, Rademacher
 from zolightning.space import View, build_view
 from zolightning.types import FORWARD, Estimate, Key
@@ -91,6 +91,7 @@ def assert_unbiased(
     [
         (SPSA(1e-4, 2), "dense"),
         (SPSA(1e-6, 2, FORWARD), "dense"),
+        (Population(1e-4, 6), "dense"),
         (SPSA(1e-4, 2), "rank1"),
         (PerExampleSPSA(1e-4), "rank1"),
         (PerExampleSPSA(1e-4, 2), "rank1"),

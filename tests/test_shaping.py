@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zolightning.shaping import Chain, Clip, Normalize, Shaping, state_from
+from zolightning.shaping import Chain, Clip, Normalize, Shaping, Standardize, state_from
 
 numbers = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=8)
 
@@ -66,6 +67,20 @@ def test_floor_bounds_the_step() -> None:
     assert link([1.0], link.init()).values == pytest.approx([0.1])
 
 
+@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=8))
+def test_standardize(values: list[float]) -> None:
+    shaped, state, limited = Standardize(1e-3)(values, {})
+    if len(set(values)) == 1:
+        assert shaped == [0.0] * len(values)
+    else:
+        assert shaped == pytest.approx([v / max(statistics.stdev(values), 1e-3) for v in values], rel=1e-6)
+    assert (state, limited) == ({}, ())
+
+
+def test_standardize_does_not_divide_by_next_to_nothing() -> None:
+    assert Standardize(1e-2)([1.0, 1.0 + 1e-9], {}).values == pytest.approx([100.0, 100.0])
+
+
 def test_chain_applies_in_order_with_states_apart() -> None:
     chain = Chain(Clip(1.0), Normalize(0.5), Normalize(0.9))
     shaped, state, limited = chain([5.0], chain.init())
@@ -99,6 +114,8 @@ def test_state_of_another_recipe() -> None:
     [
         (lambda: Clip(0.0), "limit"),
         (lambda: Clip(math.nan), "limit"),
+        (lambda: Standardize(0.0), "floor"),
+        (lambda: Standardize()([1.0], {}), "2 or more, got 1"),
         (lambda: Normalize(1.0), "beta"),
         (lambda: Normalize(-0.1), "beta"),
         (lambda: Normalize(0.5, -1.0), "floor"),

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, Literal, TypedDict
 
 import torch
 
-from .estimators import SPSA, Estimator, PerExampleSPSA
+from .estimators import SPSA, Estimator, PerExampleSPSA, Population
 from .noise import DISTRIBUTIONS, Distribution
-from .shaping import Chain, Clip, Normalize, Shaping
+from .shaping import Chain, Clip, Normalize, Shaping, Standardize
 from .space import STRUCTURES, Cycle, Scales, Select, Structure
+from .types import FORWARD
 
-ESTIMATORS: dict[str, type[Estimator]] = {"spsa": SPSA, "per_example": PerExampleSPSA}
+ESTIMATORS: dict[str, Callable[[float, int], Estimator]] = {
+    "spsa": SPSA,
+    "one_sided": partial(SPSA, stencil=FORWARD),
+    "population": Population,
+    "per_example": PerExampleSPSA,
+}
+"""Name → (eps, number of directions) → estimator."""
 
 EPS_BY_DTYPE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 3e-3, torch.float16: 3e-3}
 """eps where the recipe leaves it open: bfloat16 forwards need the larger one (the projected gradient's correlation with
@@ -26,7 +35,8 @@ class ZOConfig:
     """A ZO method: a value composed of pieces. Named ones are in :mod:`zolightning.recipes`."""
 
     estimator: str | Estimator = "per_example"
-    """'spsa' (two-point, one direction for the batch), 'per_example' (a direction for each example where the module has a
+    """'spsa' (two probes a direction, shared by the batch), 'one_sided' (one probe a direction and one without), 'population'
+    (one probe a direction, compared with each other), 'per_example' (a direction for each example where the module has a
     per-example objective, else as 'spsa'), or an :class:`~zolightning.estimators.Estimator`."""
 
     eps: float | None = None
@@ -59,8 +69,9 @@ class ZOConfig:
     """Run both probes of per-example directions in one batch of twice the size, where the module gives its losses by
     ``zo_objective``: faster at small batches. False: two forwards, with the activation memory of inference."""
 
-    normalize: bool = True
-    """Divide g by its running RMS, so that lr is the RMS change per weight and step. False: the paper's plain lr."""
+    normalize: bool | Literal["std"] = True
+    """Divide g by its running RMS, so that lr is the RMS change per weight and step. 'std': by its standard deviation over
+    the step's directions, as FZOO and ES do. False: a plain lr."""
 
     normalize_beta: float = 0.9
     """Decay of that running RMS, in [0, 1)."""
@@ -92,8 +103,11 @@ class ZOConfig:
             raise ValueError(f"`lr` must be a finite number >= 0, got {self.lr}")
         if self.max_skips < 1:
             raise ValueError(f"`max_skips` must be >= 1, got {self.max_skips}")
-        self.build_estimator(torch.float32)  # the pieces check the rest
+        _one_of("normalize", str(self.normalize), ("True", "False", "std"))
+        estimator = self.build_estimator(torch.float32)  # the pieces check the rest
         self.build_shaping()
+        if self.normalize == "std" and estimator.num_queries < 2 and not isinstance(estimator, PerExampleSPSA):
+            raise ValueError("`normalize='std'` compares the directions of a step and needs `num_queries` >= 2, got 1")
 
     def override(self, **changes: Any) -> ZOConfig:
         """This config with some fields changed; TypeError with the closest name for an unknown one."""
@@ -119,7 +133,9 @@ class ZOConfig:
         links: list[Shaping] = []
         if self.clip is not None:
             links.append(Clip(self.clip))
-        if self.normalize:
+        if self.normalize == "std":
+            links.append(Standardize())
+        elif self.normalize:
             links.append(Normalize(self.normalize_beta))
         return Chain(*links)
 
@@ -133,7 +149,7 @@ class Overrides(TypedDict, total=False):
     """The fields of :class:`ZOConfig` as keyword arguments; its documentation says more.
 
     Args:
-        estimator: 'spsa', 'per_example', or an Estimator.
+        estimator: 'spsa', 'one_sided', 'population', 'per_example', or an Estimator.
         eps: Perturbation scale, > 0; null: from the dtype of the forward.
         num_queries: Directions per step, >= 1.
         noise: 'rademacher', 'gaussian', or a Distribution.
@@ -143,7 +159,8 @@ class Overrides(TypedDict, total=False):
         structure: 'dense', 'rank1', 'sparse' or 'lowrank' perturbations, or a Structure; 'auto': 'rank1' where it can run.
         scales: Scales of quantised layers: 'absolute' noise, 'relative' noise, or 'frozen'.
         one_batch: Both probes of per-example directions in one batch of twice the size, where the module allows it.
-        normalize: Divide g by its running RMS, so that lr is the RMS change per weight and step.
+        normalize: Divide g by its running RMS, so that lr is the RMS change per weight and step; 'std': by its standard
+            deviation over the step's directions.
         normalize_beta: Decay of that running RMS, in [0, 1).
         clip: Largest |g| before normalising, > 0; null: no clip.
         lr: Learning rate in place of the module's own; its schedule keeps its shape.
@@ -161,7 +178,7 @@ class Overrides(TypedDict, total=False):
     structure: str | Structure
     scales: Scales
     one_batch: bool
-    normalize: bool
+    normalize: bool | Literal["std"]
     normalize_beta: float
     clip: float | None
     lr: float | None

@@ -20,12 +20,15 @@ class Estimator(ABC):
         num_queries: directions per step, >= 1.
     """
 
+    fewest = 1
+    """Directions that it needs at least."""
+
     def __init__(self, eps: float, num_queries: int = 1) -> None:
         name = type(self).__name__
         if not (math.isfinite(eps) and eps > 0):
             raise ValueError(f"`{name}(eps=...)` must be a finite number > 0, got {eps}")
-        if num_queries < 1 or int(num_queries) != num_queries:
-            raise ValueError(f"`{name}(num_queries=...)` must be a whole number >= 1, got {num_queries}")
+        if num_queries < self.fewest or int(num_queries) != num_queries:
+            raise ValueError(f"`{name}(num_queries=...)` must be a whole number >= {self.fewest}, got {num_queries}")
         self.eps, self.num_queries = float(eps), int(num_queries)
 
     @abstractmethod
@@ -75,6 +78,35 @@ class SPSA(Estimator):
             terms.append(Term(direction, g))
             ties += g == 0.0
         return Estimate(tuple(terms), tuple(losses), len(losses), ties)
+
+
+class Population(Estimator):
+    r"""One forward a direction, compared with the other directions instead of with the weights themselves:
+
+    .. math:: g_k = \frac{1}{\epsilon} \Big( \ell_k - \frac{1}{q-1} \sum_{j \ne k} \ell_j \Big), \qquad
+              \ell_k = L(\theta + \epsilon z_k)
+
+    Evolution strategies with the mean of the others as the baseline, which leaves the estimate unbiased; the mean of all
+    would shrink it by (q − 1)/q. Salimans et al., arXiv:1703.03864; Qiu et al., arXiv:2509.24372.
+
+    Args:
+        eps: perturbation scale, > 0 (the papers' σ).
+        num_queries: q >= 2, the population.
+    """
+
+    fewest = 2
+
+    def __call__(self, objective: Objective, view: View, key: Key) -> Estimate:
+        directions = [key._replace(query=query) for query in range(self.num_queries)]
+        losses = []
+        for direction in directions:
+            with view.along(direction, self.eps):
+                losses.append(objective())
+        count = len(losses)
+        above = [loss - losses[0] for loss in losses]  # exactly 0 where all are equal
+        mean = sum(above) / count
+        gs = [(value - mean) * count / (count - 1) / self.eps for value in above]
+        return Estimate(tuple(map(Term, directions, gs)), tuple(losses), count, 0 if any(above) else count)
 
 
 class PerExampleSPSA(Estimator):

@@ -49,6 +49,46 @@ CYCLIC = MEZO.override(cycle=Cycle())
 DOMINANT = MEZO.override(select="dominant")
 """MeZO on one block alone, the first whose activations have outliers: Dominant-Layer ZO, Yu et al. 2026, arXiv:2606.05516."""
 
+MEAZO = MEZO.override(normalize=True, normalize_beta=0.99, lr=1e-4)
+"""MEAZO, Dbouk et al. 2026, arXiv:2605.03869: θ ← θ − lr·g·z/√v̂, with v a running mean of g², one number of state.
+
+The equation is the paper's; β and lr are ours.
+"""
+
+FZOO = ZOConfig(
+    estimator="one_sided",
+    eps=1e-4,
+    num_queries=8,
+    select="all",
+    structure="dense",
+    normalize="std",
+    lr=5e-5,
+    optimizer="sgd",
+)
+"""FZOO, Dang et al. 2025, arXiv:2506.09034: θ ← θ − lr·Σ_i (ℓ_i − ℓ_0) z_i / (N·std(ℓ)), z of ±1, N + 1 forwards.
+
+Hyperparameters: N 8, eps 1e-4, lr 5e-5, for this form: where the equation is written with 1/eps, lr would be 1e4 times
+smaller. The paper runs its N forwards side by side on a GPU; here they run one after another.
+"""
+
+ES = ZOConfig(
+    estimator="population",
+    eps=1e-3,
+    num_queries=30,
+    noise="gaussian",
+    select="all",
+    structure="dense",
+    normalize="std",
+    lr=5e-4,
+    optimizer="sgd",
+)
+"""Evolution strategies, Qiu et al. 2025, arXiv:2509.24372: θ ← θ + lr·mean_n R_n z_n, where R_n is the z-score of the
+reward −L(θ + eps·z_n).
+
+Hyperparameters: N 30, eps (their σ) 1e-3, lr (their α) 5e-4. The z-score takes the standard deviation with N − 1, which
+makes the step of the published code 1.7 % shorter.
+"""
+
 QZO = ZOConfig(estimator="spsa", structure="dense", select="scales", scales="relative", eps=2e-2, clip=100.0)
 """QZO with relative noise and normalised steps: Δ ← Δ·(1 − lr·ĝz). The learning rate is the relative change of a scale a
 step; 2e-2 trains the demo task.
@@ -90,6 +130,9 @@ RECIPES: dict[str, ZOConfig] = {
     "lozo": LOZO,
     "cyclic": CYCLIC,
     "dominant": DOMINANT,
+    "meazo": MEAZO,
+    "fzoo": FZOO,
+    "es": ES,
     "qzo": QZO,
     "qzo-paper": QZO_PAPER,
     "zeroqat": ZEROQAT,

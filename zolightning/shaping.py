@@ -63,8 +63,9 @@ class Normalize(Shaping):
               c_k = \sqrt n\, g_k / \sqrt{v / (1 - \beta^t)}
 
     With unit-variance noise the mean of :math:`c_k z_k` then has RMS about 1, whatever the loss's scale, the number of
-    weights or of queries. One scalar of optimizer state, after MEAZO. A step of nothing but ties (all g = 0) says nothing of
-    the scale of g and leaves v as it is: with a coarse objective the steps that count keep their size.
+    weights or of queries. One scalar of optimizer state, as in MEAZO, arXiv:2605.03869, which it equals for one direction;
+    for more of them MEAZO squares their mean, a noisier measure of the same. A step of nothing but ties (all g = 0) says
+    nothing of the scale of g and leaves v as it is: with a coarse objective the steps that count keep their size.
 
     Args:
         beta: decay of the second moment, in [0, 1).
@@ -91,6 +92,37 @@ class Normalize(Shaping):
         rms = max(math.sqrt(second / (1 - decay)), self.floor)
         scale = math.sqrt(n) / rms if rms > 0 else 0.0  # the squares of the tiniest vanish
         return Shaped([v * scale for v in values], {"second_moment": second, "decay": decay})
+
+
+class Standardize(Shaping):
+    r"""Divides g by its standard deviation over the step's directions, so that lr does not depend on the loss's scale:
+
+    .. math:: c_k = g_k / \mathrm{std}(g), \qquad \mathrm{std}(g)^2 = \tfrac{1}{n-1}\textstyle\sum_k (g_k - \bar g)^2
+
+    FZOO, arXiv:2506.09034, where :math:`g_k \epsilon` is a loss minus that of the unperturbed weights; ES's z-score,
+    arXiv:2509.24372, where it is a loss minus their mean. When all g are equal there is nothing to tell the directions
+    apart by, and all become 0.
+
+    Args:
+        floor: smallest standard deviation to divide by, in units of g, > 0: bounds the step where losses hardly differ.
+    """
+
+    def __init__(self, floor: float = 1e-8) -> None:
+        if not floor > 0:
+            raise ValueError(f"`Standardize(floor=...)` must be > 0, got {floor}")
+        self.floor = float(floor)
+
+    def __call__(self, values: Sequence[float], state: State) -> Shaped:
+        n = len(values)
+        if n < 2:
+            raise ValueError(
+                f"normalize='std' compares the directions of a step and needs 2 or more, got {n}; raise num_queries"
+            )
+        if min(values) == max(values):
+            return Shaped([0.0] * n, state)
+        mean = math.fsum(values) / n
+        std = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
+        return Shaped([v / max(std, self.floor) for v in values], state)
 
 
 class Chain(Shaping):

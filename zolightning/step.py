@@ -62,7 +62,10 @@ def finish(
         shaped, state, limited = shaping(clipped, state)
         cut = [a != b for a, b in zip(raw, clipped, strict=True)]
         changed = sum(a or b for a, b in zip(cut, limited or cut, strict=True))
-        terms = tuple(Term(t.key, c / len(shaped)) for t, c in zip(estimate.terms, shaped, strict=True))
+        if any(shaped):
+            terms = tuple(Term(t.key, c / len(shaped)) for t, c in zip(estimate.terms, shaped, strict=True))
+        else:
+            skipped = "all probes gave the same loss"
     record = StepRecord(
         step=step,
         terms=terms,

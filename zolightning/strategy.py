@@ -8,6 +8,7 @@ optimizer (``updates``). What is searched is found in ``search``; the record goe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -377,9 +378,13 @@ class ZOStrategy(OneDeviceStrategy):
         return None if self._ledger is None else self._ledger.recorder
 
     def _count_skip(self, record: StepRecord) -> None:
-        if record.raw:
-            self._skips += 1
-            self._warn_once("skip", f"step {record.step} skipped: {record.skipped}; the weights are as before")
+        if not record.raw:  # training_step returned None
+            return
+        if all(map(math.isfinite, record.raw)):  # a tie
+            self._skips = 0
+            return
+        self._skips += 1
+        self._warn_once("skip", f"step {record.step} skipped: {record.skipped}; the weights are as before")
         if self._skips >= self.config.max_skips:
             raise RuntimeError(
                 f"{self._skips} steps in a row had no finite projected gradient (last: {record.skipped}). The weights are "

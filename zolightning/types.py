@@ -110,7 +110,7 @@ class StepRecord(NamedTuple):
         forwards: forward passes spent in the window.
         ties: projected gradients that are exactly 0.
         clipped: coefficients that the Trainer's gradient clipping or the recipe's clip changed.
-        skipped: why no update was made ("" when one was).
+        skipped: why no update was made ("" when one was): nothing finite to go by, or nothing but ties.
     """
 
     step: int

@@ -1,0 +1,279 @@
+"""Each published method against its textbook twin, and what all of them have to keep."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from helpers import Task, assert_same, batches, fit, loader, mlp, mse, quiet_trainer, weights
+from ledgers import Noted, parameters
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from zolightning import ZOConfig, ZOStrategy
+from zolightning.config import ESTIMATORS
+from zolightning.ledger import read, replay
+from zolightning.noise import DISTRIBUTIONS
+from zolightning.recipes import recipe
+from zolightning.space import build_view
+from zolightning.types import Key, StepRecord
+
+DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+METHODS = ["spsa", "mezo", "meazo", "fzoo", "es"]
+PROBES: dict[str, Callable[[int], int]] = {"one_sided": lambda q: q + 1, "population": lambda q: q, "spsa": lambda q: 2 * q}
+"""Forward passes for q directions."""
+
+
+def typed(precision: str, count: int = 4) -> list[tuple[Tensor, Tensor]]:
+    return [(x.to(DTYPES[precision]), y.to(DTYPES[precision])) for x, y in batches(count)]
+
+
+def method(name: str, **changes: Any) -> ZOConfig:
+    """The recipe on all weights, with a learning rate that moves them."""
+    return recipe(name).override(**{"select": "all", "lr": 1e-2, "seed": 7, **changes})
+
+
+class Objective:
+    """The mean loss of a net on a batch, counted."""
+
+    examples, repeats = None, False
+
+    def __init__(self, net: nn.Module, batch: Any) -> None:
+        self.net, self.batch, self.calls = net, batch, 0
+
+    @torch.no_grad()
+    def __call__(self) -> float:
+        self.calls += 1
+        return mse(self.net, self.batch).item()
+
+    def per_example(self, copies: int) -> Tensor:
+        raise AssertionError("no losses per example here")
+
+
+# ---- twins
+
+
+def central(at: Callable[[float, int], float], queries: int, eps: float) -> list[float]:
+    return [(at(eps, k) - at(-eps, k)) / (2 * eps) for k in range(queries)]
+
+
+def one_sided(at: Callable[[float, int], float], queries: int, eps: float) -> list[float]:
+    return [(at(eps, k) - at(0.0, k)) / eps for k in range(queries)]
+
+
+def population(at: Callable[[float, int], float], queries: int, eps: float) -> list[float]:
+    losses = [at(eps, k) for k in range(queries)]
+    return [(a - statistics.mean(losses[:k] + losses[k + 1 :])) / eps for k, a in enumerate(losses)]
+
+
+TWINS = {"spsa": central, "one_sided": one_sided, "population": population}
+
+
+@pytest.mark.parametrize("queries", [2, 5])
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("noise", DISTRIBUTIONS)
+@pytest.mark.parametrize("name", TWINS)
+def test_estimator(name: str, noise: str, precision: str, queries: int) -> None:
+    """The projected gradients from perturbed copies of the module, and the forward passes that they cost."""
+    net, eps, dist = mlp().to(DTYPES[precision]), 1e-2, DISTRIBUTIONS[noise]()
+    batch = typed(precision, 1)[0]
+    before, objective = weights(net), Objective(net, batch)
+    view = build_view(net, net.parameters(), dist)
+    estimate = ESTIMATORS[name](eps, queries)(objective, view, Key(7, 3))
+
+    def at(offset: float, query: int) -> float:
+        zs = reference.directions(net, Key(7, 3, query), dist)
+        return reference.loss_at(net, lambda twin: mse(twin, batch), zs, offset)
+
+    assert estimate.coefficients == pytest.approx(TWINS[name](at, queries, eps), rel=1e-9, abs=1e-11)
+    assert [t.key for t in estimate.terms] == [Key(7, 3, k) for k in range(queries)]
+    assert estimate.forwards == objective.calls == len(estimate.losses) == PROBES[name](queries)
+    assert_same(weights(net), before)
+
+
+def by_running_square(beta: float) -> Callable[[Sequence[float]], list[float]]:
+    """MEAZO, whose second moment is of the directions' mean: one direction."""
+    v, steps = 0.0, 0
+
+    def shape(gs: Sequence[float]) -> list[float]:
+        nonlocal v, steps
+        (g,), steps = gs, steps + 1
+        v = beta * v + (1 - beta) * g * g
+        return [g / math.sqrt(v / (1 - beta**steps))]
+
+    return shape
+
+
+def by_deviation(gs: Sequence[float]) -> list[float]:
+    """FZOO: (ℓ_i − ℓ_0) / std(ℓ); ES: the z-score."""
+    return [g / statistics.stdev(gs) for g in gs]
+
+
+RULES: dict[str, tuple[str, Callable[[], Callable[[Sequence[float]], list[float]]]]] = {
+    "mezo": ("spsa", lambda: list),
+    "meazo": ("spsa", lambda: by_running_square(0.99)),
+    "fzoo": ("one_sided", lambda: by_deviation),
+    "es": ("population", lambda: by_deviation),
+}
+"""Recipe → its estimator and what becomes of a step's projected gradients."""
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("noise", DISTRIBUTIONS)
+@pytest.mark.parametrize("name", RULES)
+def test_training(name: str, noise: str, accumulate: int) -> None:
+    """θ ← θ − lr·mean_k(c_k z_k), projected gradients averaged over a window's micro-batches before they are shaped."""
+    config = method(name, noise=noise, eps=1e-3)
+    estimator, make = RULES[name]
+    net, shape, items = mlp(), make(), batches(12)
+    twin, dist, queries = copy.deepcopy(net), DISTRIBUTIONS[noise](), config.num_queries
+    fit(Task(net), items, config, accumulate_grad_batches=accumulate)
+    optimizer = SGD(twin.parameters(), lr=1e-2)
+    for number, start in enumerate(range(0, len(items), accumulate)):
+        zs = [reference.directions(twin, Key(7, number, k), dist) for k in range(queries)]
+
+        def gradients(batch: Any, zs: Any = zs) -> list[float]:
+            def at(offset: float, query: int) -> float:
+                return reference.loss_at(twin, lambda net: mse(net, batch), zs[query], offset)
+
+            return TWINS[estimator](at, queries, 1e-3)
+
+        window = [gradients(batch) for batch in items[start : start + accumulate]]
+        coefficients = shape([statistics.mean(gs) for gs in zip(*window, strict=True)])
+        reference.step(twin, optimizer, [(c / queries, z) for c, z in zip(coefficients, zs, strict=True)])
+    assert_same(weights(net), weights(twin), 1e-6)
+
+
+# ---- what every method keeps
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("name", METHODS)
+def test_exact_restore(name: str, precision: str) -> None:
+    """With lr 0 in the module's own optimizer, and after an exception in any probe."""
+    config = method(name, lr=None, optimizer="module")
+    module = Task(mlp().to(DTYPES[precision]), optimizer=lambda p: SGD(p, lr=0.0))
+    before = weights(module)
+    fit(module, typed(precision), config, precision=precision)
+    assert_same(weights(module), before)
+
+    forwards = PROBES[config.estimator if isinstance(config.estimator, str) else ""](config.num_queries)
+    for fatal in (1, 2, forwards):
+        calls: list[int] = []
+
+        def loss(net: nn.Module, batch: Any, calls: list[int] = calls, fatal: int = fatal) -> Tensor:
+            calls.append(1)
+            if len(calls) == fatal:
+                raise RuntimeError("boom")
+            return mse(net, batch)
+
+        with pytest.raises(RuntimeError, match="boom"):
+            fit(Task(module.net, loss), typed(precision), method(name), precision=precision)
+        assert_same(weights(module), before)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("name", METHODS)
+def test_replay_is_training(name: str, precision: str, accumulate: int, tmp_path: Path) -> None:
+    noted, module = Noted(), Task(mlp())
+    trainer = quiet_trainer(
+        ZOStrategy(method(name), ledger=tmp_path / "ledger.zo"),
+        callbacks=[noted],
+        precision=precision,
+        accumulate_grad_batches=accumulate,
+    )
+    trainer.fit(module, loader(typed(precision)))
+    ledger = read(tmp_path / "ledger.zo")
+    assert sorted(noted.weights) == list(range(4 // accumulate + 1))
+    for step, expected in noted.weights.items():
+        replay(ledger, rebuilt := parameters(noted.weights[0]), step)
+        assert_same(rebuilt, expected)  # type: ignore[arg-type]
+    assert not torch.equal(noted.weights[0]["net.0.weight"], module.net[0].weight)  # type: ignore[index]
+
+
+def records(loss: Callable[[nn.Module, Any], Any], config: ZOConfig, count: int = 3, **settings: Any) -> list[StepRecord]:
+    """Of the steps of a run, whose weights stay finite, and as they are where every step is skipped."""
+    found: list[StepRecord] = []
+    module = Task(mlp(), loss)
+
+    def note(*_: Any) -> None:
+        record = module.trainer.strategy.last_record  # type: ignore[attr-defined]
+        if record is not None and record not in found[-1:]:
+            found.append(record)
+
+    module.on_train_batch_end = note  # type: ignore[assignment]
+    before = weights(module)
+    fit(module, batches(count), config, **settings)
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+    if all(record.skipped for record in found):
+        assert_same(weights(module), before)
+    return found
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_forwards_of_a_step(name: str) -> None:
+    calls: list[int] = []
+
+    def loss(net: nn.Module, batch: Any) -> Tensor:
+        calls.append(1)
+        return mse(net, batch)
+
+    config = method(name)
+    found = records(loss, config, 4, accumulate_grad_batches=2)
+    expected = {"spsa": 2, "mezo": 2, "meazo": 2, "fzoo": 9, "es": 30}[name]
+    assert [r.forwards for r in found] == [2 * expected] * 2
+    assert len(calls) == 4 * expected
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_ties_are_skipped_and_counted(name: str) -> None:
+    """And there may be any number of them in a row."""
+    config = method(name, max_skips=2)
+    found = records(lambda net, batch: 0.1 + 0.0 * mse(net, batch), config, 5)
+    assert [r.skipped for r in found] == ["all probes gave the same loss"] * 5
+    assert [r.ties for r in found] == [config.num_queries] * 5
+
+
+def test_equal_losses_beside_another_are_skipped() -> None:
+    """One-sided: the probes agree with each other, not with the weights as they are, and the deviation is 0."""
+    losses = iter(([0.9] + [0.4] + [0.9] * 7) * 3)  # probe, unperturbed, probes
+    found = records(lambda net, batch: next(losses), method("fzoo"))
+    assert [r.skipped for r in found] == ["all probes gave the same loss"] * 3
+    assert [r.ties for r in found] == [0] * 3
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", METHODS)
+def test_losses_that_are_not_finite_are_skipped(name: str, value: float) -> None:
+    found = records(lambda net, batch: value, method(name))
+    assert all("non-finite" in r.skipped for r in found)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_bad_probe_skips_the_step(name: str) -> None:
+    calls: list[int] = []
+
+    def loss(net: nn.Module, batch: Any) -> Tensor:
+        calls.append(1)
+        return mse(net, batch) * (math.inf if len(calls) == 2 else 1.0)
+
+    first, *others = records(loss, method(name))
+    assert "non-finite" in first.skipped
+    assert not any(r.skipped for r in others)
+
+
+def test_standardising_wants_several_directions() -> None:
+    with pytest.raises(ValueError, match="`num_queries` >= 2, got 1"):
+        method("fzoo", num_queries=1)
+    with pytest.raises(ValueError, match=r"Population\(num_queries=...\)` must be a whole number >= 2, got 1"):
+        method("es", num_queries=1, normalize=True)
+    with pytest.raises(ValueError, match=r"needs 2 or more, got 1; raise num_queries"):
+        fit(Task(mlp()), batches(1), ZOConfig(normalize="std", select="all"))  # its examples have no losses of their own
