@@ -37,6 +37,7 @@ LIGHTNING = {
     "tracking",
     "demo",
     "bench",
+    "sweep",
     "tasks",
 }
 

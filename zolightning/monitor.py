@@ -99,7 +99,11 @@ class ZOMonitor(Callback):
         if record is not None:
             self.forward_passes += record.forwards
             self.skipped_steps += bool(record.skipped)
-        last = trainer.global_step == trainer.max_steps or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        last = (
+            trainer.should_stop
+            or trainer.global_step == trainer.max_steps
+            or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        )
         skipped = record is not None and bool(record.skipped)
         due = trainer.global_step % self.every_n_steps == 0 and time.monotonic() - self._logged >= self.min_seconds
         if due or last or skipped:

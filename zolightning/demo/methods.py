@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch.optim import SGD, AdamW
 
 from ..recipes import RECIPES
 from ..strategy import ZOStrategy
-from .module import MakeOptimizer
+from .module import MakeOptimizer, PromptClassifier
+from .published import PublishedMeZO
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,9 @@ class Method:
 
     recipe: str | None = None
     """ZO recipe, or None for backprop."""
+
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of :class:`~zolightning.ZOConfig` that replace the recipe's."""
 
     lr: float | None = None
     """Learning rate; for ZO None is the recipe's own."""
@@ -48,19 +53,26 @@ class Method:
     checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
 
+    published: bool = False
+    """Take MeZO's published in-place steps, see :class:`~zolightning.bench.reference.ReferenceMeZO`."""
+
     @property
     def zeroth_order(self) -> bool:
         return self.recipe is not None
 
+    @property
+    def module_type(self) -> type[PromptClassifier]:
+        return PublishedMeZO if self.published else PromptClassifier
+
     def strategy(self) -> Any:
         """For Trainer(strategy=...)."""
-        return ZOStrategy(self.recipe) if self.recipe is not None else "auto"
+        return ZOStrategy(self.recipe, **self.overrides) if self.recipe is not None else "auto"
 
     def make_optimizer(self) -> MakeOptimizer:
-        """SGD for ZO, AdamW for backprop."""
-        if self.zeroth_order:
-            return partial(SGD, lr=self.lr or RECIPES[self.recipe or ""].lr or 0.0)
-        return partial(AdamW, lr=self.lr or 0.0, weight_decay=0.0)
+        """SGD for ZO, whose recipes bring any other; AdamW for backprop."""
+        own = RECIPES[self.recipe].lr if self.recipe is not None else None
+        lr = self.lr or own or 0.0
+        return partial(SGD, lr=lr) if self.zeroth_order or self.published else partial(AdamW, lr=lr, weight_decay=0.0)
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """The model with adapters or checkpointing switched on."""

@@ -51,9 +51,14 @@ def rows(results: Iterable[Result]) -> list[tuple[str, ...]]:
 
 
 def text_table(results: Iterable[Result]) -> str:
-    """Aligned columns for a terminal."""
-    lines = [HEADER, *rows(results)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    """The table for a terminal."""
+    return aligned(HEADER, rows(results))
+
+
+def aligned(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns for a terminal, the first one flush left."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     out = []
     for line in lines:
         cells = [line[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)]
@@ -64,8 +69,13 @@ def text_table(results: Iterable[Result]) -> str:
 
 def markdown_table(results: Iterable[Result]) -> str:
     """The same for a README."""
-    lines = ["| " + " | ".join(HEADER) + " |", "| --- |" + " ---: |" * (len(HEADER) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows(results))])
+    return markdown(HEADER, rows(results))
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Lines of a Markdown table, the first column flush left."""
+    lines = [header, ("---", *("---:" for _ in header[1:])), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write(results: Sequence[Result], folder: Path, settings: dict[str, object]) -> Path:

@@ -6,13 +6,14 @@ import json
 import logging
 import multiprocessing
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .._lightning import Callback, pl
+from .._lightning import Callback, MLFlowLogger, pl
 from ..data import (
     PromptTemplate,
     Splits,
@@ -25,7 +26,7 @@ from ..data import (
 )
 from ..memory import MemoryMeter
 from ..monitor import ZOMonitor
-from ..tracking import mlflow_logger
+from ..tracking import DEFAULT_STORE, mlflow_logger
 from .methods import Method
 from .module import PromptClassifier, PromptData
 
@@ -34,49 +35,49 @@ from .module import PromptClassifier, PromptData
 class Task:
     """What every run shares: the model, the texts, the evaluation, and where it is recorded."""
 
-    model: str | None
+    model: str | None = None
     """Hugging Face id or folder; None: the embedded SmolLM2-135M."""
 
-    data: str | None
+    data: str | None = None
     """CSV or JSONL file, or folder with train, validation and test; None: the embedded film reviews."""
 
-    text: str
+    text: str = "text"
     """Column of the texts."""
 
-    label: str
+    label: str = "label"
     """Column of the labels."""
 
-    template: str
+    template: str = "{text} It was"
     """The prompt, with {text} in it."""
 
-    verbalizers: tuple[str, ...]
+    verbalizers: tuple[str, ...] = (" terrible", " great")
     """The word after the prompt for each label, in label order."""
 
-    validation: int
+    validation: int = 200
     """Validation examples at most."""
 
-    test: int
+    test: int = 1000
     """Test examples at most."""
 
-    validations: int
+    validations: int = 5
     """How often a run looks at the validation examples."""
 
-    max_length: int
+    max_length: int = 128
     """Longest prompt, in tokens."""
 
-    precision: str
+    precision: str = "32-true"
     """Trainer(precision=...)."""
 
-    store: str
+    store: str = DEFAULT_STORE
     """MLflow tracking URI."""
 
-    experiment: str
+    experiment: str = "zolightning-demo"
     """MLflow experiment."""
 
-    out: str
+    out: str = "zolightning-demo"
     """Folder of results and pictures."""
 
-    offline: bool
+    offline: bool = False
     """Never fetch."""
 
 
@@ -125,11 +126,8 @@ class _History(Callback):
         self.rows.append(row)
 
 
-def run(task: Task, method: Method, seed: int, progress: bool = True) -> Result:
-    """Fine-tune and test; everything is logged to the task's store."""
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*(LeafSpec|gradient_checkpointing_enable|val_check_interval).*")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_worth_saying)
+def build(task: Task, method: Method, seed: int) -> tuple[PromptClassifier, PromptData]:
+    """The model, made ready for the method, and the task's encoded texts; seeds everything."""
     pl.seed_everything(seed, verbose=False)
     model, tokenizer = load_causal_lm(task.model, offline=task.offline)
     texts = splits(task)
@@ -138,12 +136,29 @@ def run(task: Task, method: Method, seed: int, progress: bool = True) -> Result:
     train, validation, test = (encode(tokenizer, part, prompt, task.max_length) for part in texts[:3])
     data = PromptData(train, validation, test, tokenizer.pad_token_id, method.batch_size, seed)
     decay = method.steps if method.decay else 0
-    module = PromptClassifier(method.prepare(model), candidates, method.make_optimizer(), decay)
+    return method.module_type(method.prepare(model), candidates, method.make_optimizer(), decay), data
 
-    run_name = f"{method.name}-seed{seed}"
+
+def start_record(task: Task, method: Method, seed: int, run_name: str) -> MLFlowLogger:
+    """The run in the task's store, with its settings."""
     logger = mlflow_logger(run_name, experiment=task.experiment, store=task.store, tags={"seed": seed}, folder=task.out)
     logger.log_hyperparams({k: v for k, v in asdict(method).items() if v is not None} | {"seed": seed})
     logger.log_hyperparams({"model": model_name(task.model), "precision": task.precision})
+    return logger
+
+
+def quiet() -> None:
+    """Leave out what Lightning says to every run."""
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*(LeafSpec|gradient_checkpointing_enable|val_check_interval).*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_worth_saying)
+
+
+def run(task: Task, method: Method, seed: int, progress: bool = True) -> Result:
+    """Fine-tune and test; everything is logged to the task's store."""
+    quiet()
+    module, data = build(task, method, seed)
+    logger = start_record(task, method, seed, f"{method.name}-seed{seed}")
     monitor = ZOMonitor(method.title)
     history = _History(monitor)
     trainer = pl.Trainer(
@@ -200,16 +215,20 @@ def run_alone(task: Task, method: Method, seed: int, threads: int | None = None)
     Raises:
         SystemExit: the process did not come to its end.
     """
-    folder = Path(task.out, "runs")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{method.name}-{seed}.json"
+    path = Path(task.out, "runs", f"{method.name}-{seed}.json")
     path.unlink(missing_ok=True)
-    process = multiprocessing.get_context("spawn").Process(target=run_to_file, args=(task, method, seed, path, threads))
+    if not alone(run_to_file, (task, method, seed, path, threads), path):
+        raise SystemExit(f"{method.title} failed; the runs before it are in {task.store}")
+    return Result.load(path)
+
+
+def alone(target: Callable[..., None], args: tuple[Any, ...], path: Path) -> bool:
+    """Call ``target`` in a process of its own, and say whether it came to its end and left a file at ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    process = multiprocessing.get_context("spawn").Process(target=target, args=args)
     process.start()
     process.join()
-    if process.exitcode != 0 or not path.exists():
-        raise SystemExit(f"{method.title} ended with exit code {process.exitcode}; the runs before it are in {task.store}")
-    return Result.load(path)
+    return process.exitcode == 0 and path.exists()
 
 
 def run_to_file(task: Task, method: Method, seed: int, path: Path, threads: int | None = None) -> None:

@@ -1,0 +1,1 @@
+"""The sweep: methods, learning rates and seeds on one task, at equal budgets."""

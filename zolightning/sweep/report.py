@@ -1,0 +1,148 @@
+"""A sweep's table and pictures: quality against forward passes, seconds and memory."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean, stdev
+
+from ..demo.report import COLOURS, aligned, markdown, spread
+from .run import Outcome
+
+
+def ranking(outcomes: Iterable[Outcome]) -> list[list[Outcome]]:
+    """Outcomes by method, best mean test accuracy first."""
+    by_title: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        by_title.setdefault(outcome.title, []).append(outcome)
+    return sorted(by_title.values(), key=lambda runs: -mean(_tests(runs, "accuracy")))
+
+
+def _tests(runs: Sequence[Outcome], name: str) -> list[float]:
+    return [run.test[name] for run in runs if run.test is not None]
+
+
+def target_accuracy(outcomes: Sequence[Outcome], target: str) -> float:
+    """A number, or the mean over seeds of a method's last validation accuracy.
+
+    Raises:
+        ValueError: neither a number in (0, 1] nor the name of a method with a finished run.
+    """
+    named = [run.history[-1]["accuracy"] for run in outcomes if run.settings["method"]["name"] == target]
+    if named:
+        return mean(named)
+    try:
+        value = float(target)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        raise ValueError(f"`target` must be an accuracy in (0, 1] or a method with a finished run, got {target!r}")
+    return value
+
+
+def reached(run: Outcome, accuracy: float) -> dict[str, float] | None:
+    """The first validation of a run at that accuracy; None when there is none."""
+    return next((row for row in run.history if row["accuracy"] >= accuracy), None)
+
+
+def header(outcomes: Sequence[Outcome], target: str | None) -> tuple[str, ...]:
+    """The table's column names."""
+    clocks = {run.settings["budget"]["clock"] for run in outcomes}
+    seconds = f"{'/'.join(sorted(clocks))} s"
+    columns = (
+        "method",
+        "lr",
+        "batch",
+        "precision",
+        "accuracy %",
+        "test loss",
+        seconds,
+        "forward passes",
+        "examples",
+        "peak GB",
+    )
+    if target is None:
+        return columns
+    goal = f"{100 * target_accuracy(outcomes, target):.1f} %"
+    return (*columns, f"{seconds} to {goal}", f"forwards to {goal}")
+
+
+def rows(outcomes: Sequence[Outcome], target: str | None) -> list[tuple[str, ...]]:
+    """The table's cells, one row a method."""
+    goal = None if target is None else target_accuracy(outcomes, target)
+    table = []
+    for runs in ranking(outcomes):
+        settings = runs[0].settings
+        cells: tuple[str, ...] = (
+            runs[0].title + (f" ({len(runs)} seeds)" if len(runs) > 1 else ""),
+            f"{runs[0].lr:g}",
+            str(settings["method"]["batch_size"]),
+            settings["task"]["precision"],
+            spread([100 * a for a in _tests(runs, "accuracy")], 1),
+            spread(_tests(runs, "loss"), 3),
+            f"{mean(run.seconds for run in runs):,.0f}",
+            f"{mean(run.forward_passes for run in runs):,.0f}",
+            f"{mean(run.examples for run in runs):,.0f}",
+            f"{max(run.peak_memory for run in runs) / 1e9:.2f}",
+        )
+        if goal is not None:
+            cells += tuple(_to_target(runs, goal, name) for name in ("seconds", "forward_passes"))
+        table.append(cells)
+    return table
+
+
+def _to_target(runs: Sequence[Outcome], accuracy: float, name: str) -> str:
+    found = [row[name] for run in runs if (row := reached(run, accuracy)) is not None]
+    if not found:
+        return "–"
+    return spread(found, 0) + (f" ({len(found)} of {len(runs)})" if len(found) < len(runs) else "")
+
+
+def text(outcomes: Sequence[Outcome], target: str | None = None) -> str:
+    """The ranking for a terminal."""
+    return aligned(header(outcomes, target), rows(outcomes, target))
+
+
+def write(outcomes: Sequence[Outcome], folder: Path, target: str | None = None) -> Path:
+    """results.json, table.md and sweep.png in ``folder``; returns the picture's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps([asdict(run) for run in outcomes], indent=1) + "\n")
+    (folder / "table.md").write_text(markdown(header(outcomes, target), rows(outcomes, target)) + "\n")
+    return picture(outcomes, folder / "sweep.png")
+
+
+def picture(outcomes: Sequence[Outcome], path: Path) -> Path:
+    """Validation accuracy against forward passes and seconds, mean and range over seeds; test accuracy against memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 5.6), layout="constrained")
+    for i, runs in enumerate(ranking(outcomes)):
+        colour = COLOURS[i % len(COLOURS)]
+        for axes, name in ((left, "forward_passes"), (middle, "seconds")):
+            validations = list(zip(*(run.history for run in runs), strict=False))
+            x = [mean(row[name] for row in rows) for rows in validations]
+            accuracy = [[100 * row["accuracy"] for row in rows] for rows in validations]
+            axes.plot(x, [mean(a) for a in accuracy], color=colour, marker="o", markersize=3)
+            axes.fill_between(x, [min(a) for a in accuracy], [max(a) for a in accuracy], color=colour, alpha=0.15, lw=0)
+        memory, tests = max(run.peak_memory for run in runs) / 1e9, [100 * a for a in _tests(runs, "accuracy")]
+        error = stdev(tests) if len(tests) > 1 else math.nan
+        right.errorbar(memory, mean(tests), yerr=error, color=colour, marker="o", markersize=9, capsize=4, label=runs[0].title)
+    clock = outcomes[0].settings["budget"]["clock"]
+    left.set(xlabel="forward passes", ylabel="validation accuracy, %", xscale="symlog", title="Accuracy against forward passes")
+    middle.set(xlabel=f"training time, {clock} seconds", ylabel="validation accuracy, %", title="Accuracy against time")
+    right.set(xlabel="peak memory, GB (left is better)", ylabel="test accuracy, %", title="Accuracy against memory")
+    right.set_xlim(left=0)
+    for axes in (left, middle, right):
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = right.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
