@@ -30,6 +30,13 @@ MEZO = ZOConfig(
 Hyperparameters of its OPT experiments: eps 1e-3, lr 1e-6 (or 1e-7) constant, batch 16, no momentum.
 """
 
+MEZO_LORA = MEZO.override(eps=1e-2, lr=1e-4)
+"""MeZO on LoRA adapters (:func:`zolightning.peft.lora`), arXiv:2305.17333: rank 8, α 16, eps 1e-2, lr 1e-4 or 5e-5."""
+
+MEZO_PREFIX = MEZO.override(eps=1e-1, lr=1e-2)
+"""MeZO on a prefix (:func:`zolightning.peft.prefix`), arXiv:2305.17333: 5 tokens, begun as real ones; eps 1e-1, lr 1e-2 or
+1e-3."""
+
 SPARSE_MEZO = MEZO.override(structure=Sparse(0.75))
 """Sparse-MeZO, Liu et al. 2024, arXiv:2402.15751: MeZO on the weights with |θ| ≤ h alone, h a quantile of each parameter.
 
@@ -126,6 +133,8 @@ RECIPES: dict[str, ZOConfig] = {
     "default": DEFAULT,
     "spsa": SPSA,
     "mezo": MEZO,
+    "mezo-lora": MEZO_LORA,
+    "mezo-prefix": MEZO_PREFIX,
     "sparse-mezo": SPARSE_MEZO,
     "lozo": LOZO,
     "cyclic": CYCLIC,

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import SGD, AdamW
 
+from ..peft import lora
 from ..recipes import RECIPES
 from ..strategy import ZOStrategy
 from .module import MakeOptimizer, PromptClassifier
@@ -78,10 +79,7 @@ class Method:
         """The model with adapters or checkpointing switched on."""
         model.train()
         if self.lora:
-            from peft import LoraConfig, inject_adapter_in_model
-
-            config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
-            model = inject_adapter_in_model(config, model)
+            model = lora(model)
         if self.checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
         return model
