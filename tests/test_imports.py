@@ -15,7 +15,7 @@ ROOT = Path(zolightning.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 LAYERS = [
-    {"types", "cache", "_version"},
+    {"types", "cache", "_version", "optimizers"},
     {"noise"},
     {"space"},
     {"estimators", "shaping", "updates", "isolation", "losses", "ties", "uninterrupted"},

@@ -17,9 +17,10 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from zolightning import ZOStrategy
 from zolightning.estimators import SPSA, Estimator, PerExampleSPSA
 from zolightning.noise import Distribution, Gaussian, Rademacher, stochastic_round_
+from zolightning.optimizers import SignSGD
 from zolightning.space import View, build_view
 from zolightning.types import Key, Term
-from zolightning.updates import apply_update, is_plain_sgd
+from zolightning.updates import apply_update
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "sgd": partial(SGD, lr=1e-2, weight_decay=0.1),
@@ -28,6 +29,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "amsgrad": partial(Adam, lr=1e-2, amsgrad=True, maximize=True),
     "rmsprop": partial(RMSprop, lr=1e-2, momentum=0.5),
     "adagrad": partial(Adagrad, lr=1e-2),
+    "sign": partial(SignSGD, lr=1e-2, weight_decay=0.1),
 }
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -127,17 +129,6 @@ def test_groups_keep_their_own_settings_and_outsiders_their_weights() -> None:
     assert [len(g["params"]) for g in optimizer.param_groups] == [2, 2]
 
 
-def test_as_sgd_ignores_the_optimizer_but_for_its_groups() -> None:
-    net, twin = mlp(), mlp()
-    optimizer = AdamW(net.parameters(), lr=1e-2, weight_decay=0.3, maximize=True)
-    terms = [Term(Key(0, 0), 2.0)]
-    apply_update(optimizer, make_view(net, Gaussian(), "dense").leaves, terms, Key(0, 0), as_sgd=True)
-    plain = SGD(twin.parameters(), lr=1e-2, weight_decay=0.3, maximize=True)
-    dense_step(make_view(twin, Gaussian(), "dense"), plain, terms)
-    assert_same(weights(net), weights(twin))
-    assert not optimizer.state
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("optimizer", ["nesterov", "amsgrad", "rmsprop"])
 def test_optimizer_state_survives_a_checkpoint(optimizer: str, dtype: torch.dtype, tmp_path: Any) -> None:
@@ -221,13 +212,6 @@ def test_failing_optimizer_leaves_weights_and_groups() -> None:
     assert_same(weights(net), before)
     assert len(optimizer.param_groups[0]["params"]) == 4
     assert all(p.grad is None and p.dtype == torch.bfloat16 for p in net.parameters())
-
-
-def test_is_plain_sgd() -> None:
-    net = mlp()
-    assert is_plain_sgd(SGD(net.parameters(), lr=1.0, weight_decay=1.0))
-    assert not is_plain_sgd(SGD(net.parameters(), lr=1.0, momentum=0.1))
-    assert not is_plain_sgd(Adam(net.parameters()))
 
 
 def test_state_dict_round_trip_outside_lightning() -> None:

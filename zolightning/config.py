@@ -13,6 +13,7 @@ import torch
 
 from .estimators import SPSA, Estimator, PerExampleSPSA, Population
 from .noise import DISTRIBUTIONS, Distribution
+from .optimizers import OPTIMIZERS, MakeOptimizer
 from .shaping import Chain, Clip, Normalize, Shaping, Standardize
 from .space import STRUCTURES, Cycle, Scales, Select, Structure
 from .types import FORWARD
@@ -82,8 +83,10 @@ class ZOConfig:
     lr: float | None = None
     """Learning rate in place of the module's own; its schedule keeps its shape. None: the module's."""
 
-    optimizer: Literal["module", "sgd"] = "module"
-    """'module': the optimizer that configure_optimizers returns. 'sgd': plain SGD steps with its parameter groups, no state."""
+    optimizer: str | MakeOptimizer = "module"
+    """'module': the optimizer that configure_optimizers returns. Else one that takes its place, with the lr, weight decay and
+    direction of its parameter groups and with its schedules: 'sgd' or 'sign' (no state), 'momentum' (0.9; one float32 number
+    for each trained weight), 'adam' (two), or a function from parameter groups, as partial(torch.optim.RMSprop, alpha=0.9)."""
 
     seed: int | None = None
     """Seed of the perturbations. None: PyTorch's (``seed_everything``)."""
@@ -95,7 +98,7 @@ class ZOConfig:
         _one_of("estimator", self.estimator, ESTIMATORS, Estimator)
         _one_of("noise", self.noise, DISTRIBUTIONS, Distribution)
         _one_of("structure", self.structure, ("auto", *STRUCTURES), Structure)
-        _one_of("optimizer", self.optimizer, ("module", "sgd"))
+        _one_of("optimizer", self.optimizer, ("module", *OPTIMIZERS), Callable)  # type: ignore[arg-type]
         _one_of("scales", self.scales, ("frozen", "absolute", "relative"))
         if isinstance(self.select, str) and self.select.startswith("scales") and self.scales == "frozen":
             raise ValueError(f"`select={self.select!r}` needs `scales='relative'` or `scales='absolute'`, got 'frozen'")
@@ -139,6 +142,13 @@ class ZOConfig:
             links.append(Normalize(self.normalize_beta))
         return Chain(*links)
 
+    @property
+    def make_optimizer(self) -> MakeOptimizer | None:
+        """What makes the optimizer that takes the place of the module's; None for the module's own."""
+        if isinstance(self.optimizer, str):
+            return OPTIMIZERS.get(self.optimizer)
+        return self.optimizer
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for loggers and checkpoints."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -164,7 +174,8 @@ class Overrides(TypedDict, total=False):
         normalize_beta: Decay of that running RMS, in [0, 1).
         clip: Largest |g| before normalising, > 0; null: no clip.
         lr: Learning rate in place of the module's own; its schedule keeps its shape.
-        optimizer: 'module': as configure_optimizers says; 'sgd': plain SGD steps with its parameter groups, no state.
+        optimizer: 'module': as configure_optimizers says; 'sgd', 'momentum', 'sign', 'adam', or a function from parameter
+            groups to an optimizer: instead of that, with its learning rates, weight decay and schedules.
         seed: Seed of the perturbations; null: PyTorch's.
         max_skips: Stop after this many steps in a row without a finite projected gradient, >= 1.
     """
@@ -182,7 +193,7 @@ class Overrides(TypedDict, total=False):
     normalize_beta: float
     clip: float | None
     lr: float | None
-    optimizer: Literal["module", "sgd"]
+    optimizer: str | MakeOptimizer
     seed: int | None
     max_skips: int
 

@@ -96,6 +96,24 @@ Hyperparameters: N 30, eps (their σ) 1e-3, lr (their α) 5e-4. The z-score take
 makes the step of the published code 1.7 % shorter.
 """
 
+ZO_MOMENTUM = MEZO.override(optimizer="momentum", lr=1e-7)
+"""ZO-SGD with momentum 0.9, in ZO-Bench, Zhang et al. 2024, arXiv:2402.11592: one float32 number for each trained weight.
+
+ZO-Bench searches lr in 1e-5 … 1e-8 and eps in 1e-3 … 1e-5. Its ZO-SGD is :data:`MEZO`.
+"""
+
+ZO_SIGN = MEZO.override(optimizer="sign")
+"""ZO-signSGD, Liu et al., ICLR 2019, in ZO-Bench, arXiv:2402.11592: θ ← θ − lr·sign(g·z), element by element.
+
+ZO-Bench searches lr in 1e-4 … 1e-8; here each weight moves by lr in each step.
+"""
+
+ZO_ADAM = MEZO.override(optimizer="adam")
+"""ZO-Adam, in ZO-Bench, arXiv:2402.11592: Adam on the estimate g·z, with two float32 numbers for each trained weight.
+
+ZO-Bench searches lr in 1e-4 … 1e-8 and eps in 1e-3 … 1e-5.
+"""
+
 QZO = ZOConfig(estimator="spsa", structure="dense", select="scales", scales="relative", eps=2e-2, clip=100.0)
 """QZO with relative noise and normalised steps: Δ ← Δ·(1 − lr·ĝz). The learning rate is the relative change of a scale a
 step; 2e-2 trains the demo task.
@@ -142,6 +160,9 @@ RECIPES: dict[str, ZOConfig] = {
     "meazo": MEAZO,
     "fzoo": FZOO,
     "es": ES,
+    "zo-momentum": ZO_MOMENTUM,
+    "zo-sign": ZO_SIGN,
+    "zo-adam": ZO_ADAM,
     "qzo": QZO,
     "qzo-paper": QZO_PAPER,
     "zeroqat": ZEROQAT,

@@ -38,6 +38,7 @@ from .ledger_io import STATE, keeps_positions, lean
 from .mixin import ZOMixin
 from .objective import BatchObjective, batch_examples
 from .one_device import OneDeviceStrategy
+from .optimizers import OPTIMIZERS, follow, in_place_of, is_plain_sgd
 from .rates import base_lr, override_lr
 from .recipes import recipe as named_recipe
 from .run_ledger import RunLedger
@@ -48,7 +49,7 @@ from .step import finish, merge, zo_step
 from .ties import TieWatch
 from .types import Estimate, Key, SkipStep, StepRecord
 from .uninterrupted import uninterrupted
-from .updates import UpdateStats, apply_update, is_plain_sgd, widened_state
+from .updates import UpdateStats, apply_update, widened_state
 
 
 class _Muted(_ResultCollection):
@@ -107,6 +108,7 @@ class ZOStrategy(OneDeviceStrategy):
     def _forget(self) -> None:
         """Drop what belongs to one fit."""
         self._searches: dict[int, Search] = {}
+        self._steppers: dict[Optimizer, Optimizer] = {}
         self._window: list[Estimate] = []
         self._isolation: Isolation | None = None
         self._inside_closure = False
@@ -164,16 +166,22 @@ class ZOStrategy(OneDeviceStrategy):
                 override_lr(optimizer, [c.scheduler for c in self.lr_scheduler_configs], self.config.lr)
             self._advise(optimizer)
 
-    def _plain_sgd(self, optimizer: Optimizer) -> bool:
-        return self.config.optimizer == "sgd" or is_plain_sgd(optimizer)
+    def _stepper(self, optimizer: Optimizer) -> Optimizer:
+        """What applies the steps of the module's ``optimizer``: itself, or the settings' in its place."""
+        make = self.config.make_optimizer
+        if make is None:
+            return optimizer
+        if optimizer not in self._steppers:
+            self._steppers[optimizer] = in_place_of(optimizer, make)
+        follow(self._steppers[optimizer], optimizer)
+        return self._steppers[optimizer]
 
     def _advise(self, optimizer: Optimizer) -> None:
-        name = type(optimizer).__name__
-        plain = self._plain_sgd(optimizer)
-        if not plain:
+        plain = is_plain_sgd(self._stepper(optimizer))
+        if self.config.make_optimizer is None and not plain:
             rank_zero_warn(
-                f"ZOStrategy steps through the module's {name}, which keeps state for every trained weight; "
-                "ZOStrategy(optimizer='sgd') keeps none and needs the memory of inference"
+                f"ZOStrategy steps through the module's {type(optimizer).__name__}, which keeps state for every trained "
+                "weight; ZOStrategy(optimizer='sgd') keeps none and needs the memory of inference"
             )
         lr = base_lr(optimizer.param_groups[0])
         most = 1e-2 if self.config.scales == "frozen" else 1e-1  # scales are few, and move together
@@ -343,6 +351,7 @@ class ZOStrategy(OneDeviceStrategy):
         state = self._shaping_states.get(place) or self.shaping.init()
         record, self._shaping_states[place] = finish(window, clipped, self.shaping, state, optimizer, self.zo_step)
         self.last_record, self.last_stats = record, None
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look at; its step() may not be called
         if record.skipped:
             self._count_skip(record)
         else:
@@ -351,20 +360,19 @@ class ZOStrategy(OneDeviceStrategy):
                 self._apply(place, optimizer, record)
                 self.zo_step += 1
             return
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # a skipped step is no mistake of the scheduler's
         self.zo_step += 1
         if self._recorder is not None:
             self._recorder.skipped(record.step)
 
     def _apply(self, place: int, optimizer: Optimizer, record: StepRecord) -> None:
         """Into the ledger first, then into the weights."""
-        leaves, plain = self.view(optimizer).leaves, self._plain_sgd(optimizer)
+        leaves, stepper = self.view(optimizer).leaves, self._stepper(optimizer)
         assert self._ledger is not None and self.lightning_module is not None and self.seed is not None
         recorder = self._ledger.open(self.lightning_module, self.seed, self.zo_step)
         if recorder is not None:
-            recorder.step(place, optimizer, leaves, plain, record)
+            recorder.step(place, stepper, leaves, record)
         key = Key(self.seed, record.step)
-        self.last_stats = apply_update(optimizer, leaves, record.terms, key, as_sgd=plain, measure=self.measure_update)
+        self.last_stats = apply_update(stepper, leaves, record.terms, key, measure=self.measure_update)
         if recorder is not None:
             recorder.applied()
 
@@ -439,11 +447,32 @@ class ZOStrategy(OneDeviceStrategy):
             self.precision_plugin.convert_module(self.lightning_module)
         super().load_model_state_dict(checkpoint, strict)
 
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The groups of the module's optimizer, and the state of what applies its steps."""
+        groups, stepper = super().optimizer_state(optimizer), self._stepper(optimizer)
+        return groups if stepper is optimizer else {**groups, "state": stepper.state_dict()["state"]}
+
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        super().load_optimizer_state_dict(checkpoint)
-        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            widened_state(optimizer, saved)
-        state = checkpoint.get(STATE)
+        states, state = checkpoint["optimizer_states"], checkpoint.get(STATE)
+        before = state["config"].get("optimizer") if state is not None else "module"
+        if before != self.config.optimizer and {before, self.config.optimizer} <= {"module", *OPTIMIZERS}:
+            if any(saved["state"] for saved in states):
+                rank_zero_warn(f"optimizer={self.config.optimizer!r} starts without the state of {before!r} in the checkpoint")
+            states = [{**saved, "state": {}} for saved in states]
+        steppers = [self._stepper(optimizer) for optimizer in self.optimizers]
+        super().load_optimizer_state_dict(
+            {
+                **checkpoint,
+                "optimizer_states": [
+                    saved if stepper is optimizer else {**saved, "state": {}}
+                    for optimizer, stepper, saved in zip(self.optimizers, steppers, states, strict=True)
+                ],
+            }
+        )
+        for optimizer, stepper, saved in zip(self.optimizers, steppers, states, strict=True):
+            if stepper is not optimizer:
+                stepper.load_state_dict({**stepper.state_dict(), "state": saved["state"]})
+            widened_state(stepper, saved)
         if state is None:
             rank_zero_warn("the checkpoint was not written under ZOStrategy: perturbations start again from step 0")
             return

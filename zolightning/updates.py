@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .noise import pieces, stochastic_round_, working_dtype
+from .optimizers import is_plain_sgd
 from .space import Leaf, keep_
 from .types import Key, Term
 
@@ -40,7 +41,6 @@ def apply_update(
     terms: Sequence[Term],
     key: Key,
     *,
-    as_sgd: bool = False,
     measure: bool = False,
 ) -> UpdateStats:
     r"""One optimizer step on :math:`\hat g = \sum_k c_k z_k`, with lr and weight decay read from the parameter groups now.
@@ -54,14 +54,13 @@ def apply_update(
         leaves: what is trained, of which those act whose turn it is; other parameters of the optimizer are left alone.
         terms: (key, coefficient) pairs of the estimate.
         key: the step's; it names the rounding bits and says whose turn it is.
-        as_sgd: take plain SGD steps whatever the optimizer: of it only the groups' lr, weight decay and direction count.
         measure: also measure the change of the weights.
     """
     leaves = [leaf for leaf in leaves if leaf.active(key)]
     by_parameter = {id(leaf.parameter): leaf for leaf in leaves}
     before = [_sample(leaf).clone() for leaf in leaves] if measure else []
     trained = [_trained(leaf, old) for leaf, old in zip(leaves, before, strict=False)]
-    plain = as_sgd or is_plain_sgd(optimizer)
+    plain = is_plain_sgd(optimizer)
     for group in optimizer.param_groups:
         for parameter in list(group["params"]):
             leaf = by_parameter.get(id(parameter))
@@ -73,19 +72,12 @@ def apply_update(
                 leaf.sgd_(signed, float(group["lr"]), float(group.get("weight_decay", 0.0)), key)
             else:
                 _step_alone(optimizer, group, leaf, terms, key)
-    # the fast path does not call optimizer.step(), which is what schedulers check for
-    optimizer._opt_called = True  # type: ignore[attr-defined]
     counts = [count for count in (leaf.project_() for leaf in leaves) if count is not None]
     stats = _compare(before, trained, leaves) if measure else UpdateStats()
     if counts:
         negative, saturated = torch.stack(counts).sum(0).tolist()
         stats = stats._replace(negative=negative, saturated=saturated)
     return stats
-
-
-def is_plain_sgd(optimizer: Optimizer) -> bool:
-    """Whether a step is W ← W − lr·(g + wd·W), which needs no state."""
-    return type(optimizer) is torch.optim.SGD and all(g["momentum"] == 0 for g in optimizer.param_groups)
 
 
 def _step_alone(optimizer: Optimizer, group: dict[str, Any], leaf: Leaf, terms: Sequence[Term], key: Key) -> None:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from .._version import __version__
 from ..noise import DISTRIBUTIONS
+from ..optimizers import is_plain_sgd, optimizer_type
 from ..space import LEAVES, Leaf
 from ..types import StepRecord
 from .base import base_path, save_base, share_base
@@ -104,27 +105,26 @@ class Recorder:
             self._writer = LedgerWriter(claim, seed, before.data[: before.end])
         self._applying = False
 
-    def step(self, place: int, optimizer: Optimizer, leaves: Sequence[Leaf], plain: bool, record: StepRecord) -> None:
+    def step(self, place: int, optimizer: Optimizer, leaves: Sequence[Leaf], record: StepRecord) -> None:
         """Write a step that is about to be applied.
 
         Args:
             place: of the optimizer among the module's.
-            optimizer: with the parameter groups that the step will read.
+            optimizer: the one that will apply it, with the parameter groups that it will read.
             leaves: what it trains.
-            plain: the step is plain SGD's, whatever the optimizer.
             record: the step.
         """
         if self._step - self._checked[0] >= CHECK_EVERY:
             self.check()
         if place not in self._methods:
-            self._primed[place] = "" if plain or self._continues else _primed(optimizer, leaves)
-        method = self._method(place, optimizer, leaves, plain)
+            self._primed[place] = "" if self._continues or is_plain_sgd(optimizer) else _primed(optimizer, leaves)
+        method = self._method(place, optimizer, leaves)
         if method != self._methods.get(place):
             self._writer.append(method)
             self._methods[place] = method
             self._options.pop(place, None)
             self._unsupported = self._unsupported or method.unsupported
-        options = Options(place, tuple(_options(group, optimizer, plain) for group in optimizer.param_groups))
+        options = Options(place, tuple(_options(group, optimizer) for group in optimizer.param_groups))
         if not method.unsupported and options != self._options.get(place):
             self._writer.append(options)
             self._options[place] = options
@@ -179,20 +179,20 @@ class Recorder:
         self.end()
         self._writer.close()
 
-    def _method(self, place: int, optimizer: Optimizer, leaves: Sequence[Leaf], plain: bool) -> Method:
+    def _method(self, place: int, optimizer: Optimizer, leaves: Sequence[Leaf]) -> Method:
         slots = {id(p): slot for slot, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
         mine = [leaf for leaf in leaves if id(leaf.parameter) in slots]
         trained = {id(leaf.parameter) for leaf in mine if leaf.parameter.requires_grad}
         kinds = {leaf.name: (_KINDS.get(type(leaf), ""), leaf.index, slots[id(leaf.parameter)]) for leaf in mine}
         return Method(
             optimizer=place,
-            rule="SGD" if plain else type(optimizer).__name__,
+            rule=type(optimizer).__name__,
             distribution=leaves[0].distribution.name,
             groups=tuple(tuple(self._names[id(p)] for p in g["params"] if id(p) in trained) for g in optimizer.param_groups),
             leaves=kinds,
             settings={leaf.name: leaf.settings for leaf in mine if leaf.settings},
             turns={leaf.name: (*leaf.turn[:2], *astuple(leaf.turn.cycle)) for leaf in mine if leaf.turn},
-            unsupported=self._meddled or self._primed[place] or _unsupported(optimizer, mine, plain),
+            unsupported=self._meddled or self._primed[place] or _unsupported(optimizer, mine),
         )
 
 
@@ -224,9 +224,9 @@ def _continued(position: Position, now: str, seed: int, keep_base: bool) -> Ledg
     return None
 
 
-def _unsupported(optimizer: Optimizer, leaves: Sequence[Leaf], plain: bool) -> str:
+def _unsupported(optimizer: Optimizer, leaves: Sequence[Leaf]) -> str:
     kind = type(optimizer)
-    if not plain and getattr(torch.optim, kind.__name__, None) is not kind:
+    if optimizer_type(kind.__name__) is not kind:
         return f"{kind.__module__}.{kind.__qualname__} is not one of torch.optim's optimizers"
     for leaf in leaves:
         if DISTRIBUTIONS.get(leaf.distribution.name) is not type(leaf.distribution):
@@ -234,9 +234,9 @@ def _unsupported(optimizer: Optimizer, leaves: Sequence[Leaf], plain: bool) -> s
         if type(leaf) not in _KINDS:
             return f"{type(leaf).__qualname__} is not one of zolightning's leaves"
     for group in optimizer.param_groups:
-        if not plain and isinstance(group["lr"], torch.Tensor):  # another arithmetic than a number's
+        if not is_plain_sgd(optimizer) and isinstance(group["lr"], torch.Tensor):  # another arithmetic than a number's
             return "the optimizer's lr is a Tensor; give it as a number"
-        for name, value in _options(group, optimizer, plain).items():
+        for name, value in _options(group, optimizer).items():
             if not _plain_value(value):
                 return f"the optimizer's {name} is a {type(value).__name__}"
     return ""
@@ -250,9 +250,9 @@ def _primed(optimizer: Optimizer, leaves: Sequence[Leaf]) -> str:
     return ""
 
 
-def _options(group: Mapping[str, Any], optimizer: Optimizer, plain: bool) -> dict[str, Any]:
+def _options(group: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
     """The settings that a step reads, beside the learning rate."""
-    names = ("weight_decay", "maximize") if plain else optimizer.defaults
+    names = ("weight_decay", "maximize") if is_plain_sgd(optimizer) else optimizer.defaults
     return {name: group[name] for name in names if name in group and name != "lr"}
 
 

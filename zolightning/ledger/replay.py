@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..noise import DISTRIBUTIONS
+from ..optimizers import optimizer_type
 from ..space import LEAVES, Cycle, Leaf, Turn
 from ..types import Key
 from ..updates import apply_update
@@ -157,9 +158,9 @@ def describe(parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[str, tup
 
 
 def optimizer_class(rule: str) -> Callable[[list[dict[str, Any]]], Optimizer]:
-    """The class of that name in torch.optim; nothing else is ever constructed for a file."""
-    found = vars(torch.optim).get(rule)
-    if not (isinstance(found, type) and issubclass(found, Optimizer)):
+    """The class of that name in torch.optim or zolightning; nothing else is ever constructed for a file."""
+    found = optimizer_type(rule)
+    if found is None:
         raise LedgerError(f"the ledger names an optimizer {rule!r}, which torch.optim of torch {torch.__version__} lacks")
     return found
 
