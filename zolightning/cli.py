@@ -22,7 +22,7 @@ def send(path: str, store: str = "sqlite:///mlflow.db") -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """``zolightning demo``, ``sweep``, ``dash``, ``bench``, ``replay`` and ``send-pending``; see ``zolightning --help``."""
+    """``zolightning demo``, ``fit``, ``sweep``, ``dash``, ``bench``, ``replay``, ``send-pending``; see ``zolightning --help``."""
     from jsonargparse import auto_cli
 
     from .bench.main import bench
@@ -30,11 +30,12 @@ def main(args: list[str] | None = None) -> None:
     from .demo.main import demo
     from .export import replay_run
     from .sweep.main import sweep
+    from .tasks.fit import fit
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("alembic", "mlflow", "httpx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    verbs = {"demo": demo, "sweep": sweep, "dash": dash, "bench": bench, "replay": replay_run, "send-pending": send}
+    verbs = {"demo": demo, "fit": fit, "sweep": sweep, "dash": dash, "bench": bench, "replay": replay_run, "send-pending": send}
     given = [f"{word}=true" if word in _FLAGS else word for word in (sys.argv[1:] if args is None else args)]
     try:
         auto_cli(verbs, args=given)

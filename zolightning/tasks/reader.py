@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,9 @@ class Reader(ABC):
         max_length: most tokens of a sequence; a longer prompt loses its beginning (never its first, special, token).
     """
 
+    main: ClassVar[str]
+    """Name of the score that decides."""
+
     def __init__(self, tokenizer: Any, max_length: int = 512) -> None:
         if max_length < 2:
             raise ValueError(f"`max_length` must be >= 2, got {max_length}")
@@ -49,7 +52,7 @@ class Reader(ABC):
 
     @abstractmethod
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Scores of shape (B,) by name, the main one first; higher is better but for 'loss'."""
+        """Scores of shape (B,) by name, ``main`` among them; higher is better but for 'loss'."""
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         ids: list[list[int]] = self.tokenizer(list(texts), verbose=False)["input_ids"]
@@ -87,6 +90,8 @@ class Reader(ABC):
 
 class ChoiceReader(Reader):
     """One of several answers: each gets a score."""
+
+    main = "accuracy"
 
     @abstractmethod
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -219,6 +224,8 @@ class TextReader(Reader):
         max_new_tokens: the longest answer that it may write.
         max_length: most tokens of a prompt with its answer.
     """
+
+    main = "f1"
 
     def __init__(self, tokenizer: Any, max_new_tokens: int = 32, max_length: int = 512) -> None:
         super().__init__(tokenizer, max_length)

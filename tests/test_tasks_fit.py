@@ -1,0 +1,84 @@
+"""``zolightning fit`` on local files, with a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_data_likelihood import writer
+from test_data_prompts import make_tokenizer
+
+from zolightning.tasks.fit import fit
+
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "sst2": [{"sentence": f"{word} film {i}", "label": i % 2} for i, word in enumerate(["dull", "great"] * 12)],
+    "drop": [
+        {"passage": f"film {i}", "question": "how long?", "answers_spans": {"spans": ["long"]}} for i in range(16)
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fit")
+    writer().save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    for name, rows in ROWS.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def run(folder: Path, task: str, **settings: Any) -> None:
+    quick = {"steps": 4, "validations": 2, "batch_size": 4, "lr": 1e-3, "offline": True}
+    store = f"sqlite:///{folder}/mlflow.db"
+    fit(
+        task,
+        data=str(folder / f"{task}.jsonl"),
+        model=str(folder / "model"),
+        store=store,
+        out=str(folder),
+        **{**quick, **settings},
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "settings"),
+    [
+        ("sst2", {"objective": "accuracy", "eps": 5e-2, "shots": 4}),
+        ("sst2", {"recipe": "adamw", "view": "lora", "demonstrations": 2}),
+        ("drop", {"recipe": "mezo-prefix", "view": "prefix", "objective": "f1"}),
+    ],
+)
+def test_trains_chooses_on_validation_and_reports_on_test(
+    folder: Path, task: str, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(folder, task, **settings)
+    sizes, before, after = [
+        line for line in capsys.readouterr().out.splitlines() if task in line or "as it is" in line or "after" in line
+    ]
+    assert "to train" in sizes
+    score = "f1 0." if task == "drop" else "accuracy 0."
+    assert score in before
+    assert score in after
+    assert "best on validation (step=" in after
+
+
+def test_steps_0_is_the_baseline(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(folder, "sst2", steps=0, demonstrations=3)
+    out = capsys.readouterr().out
+    assert "as it is: accuracy 0." in out
+    assert "after training" not in out
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task": "sst3"}, "task 'sst3' is unknown; allowed: sst2, rte"),
+        ({"task": "sst2", "recipe": "mezzo"}, "recipe 'mezzo' is unknown; allowed: adamw, default"),
+    ],
+)
+def test_unknown_names(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit(**settings)
