@@ -22,7 +22,7 @@ def send(path: str, store: str = "sqlite:///mlflow.db") -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """``zolightning demo``, ``fit``, ``sweep``, ``dash``, ``bench``, ``replay``, ``send-pending``; see ``zolightning --help``."""
+    """The verbs of ``zolightning``; see ``zolightning --help``."""
     from jsonargparse import auto_cli
 
     from .bench.main import bench

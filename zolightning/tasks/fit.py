@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from .presets import TASKS
 from .reader import reader_for
 from .rows import load_task
 
-VIEWS = {"lora": lora, "ia3": ia3, "prefix": prefix, "prompt": prompt}
+VIEWS: dict[str, Callable[[nn.Module], nn.Module]] = {"lora": lora, "ia3": ia3, "prefix": prefix, "prompt": prompt}
 
 
 def fit(
