@@ -2,6 +2,7 @@
 
 from zolightning.cache import cache_dir
 from zolightning.data.artifacts import SMOLLM2, VADER, Artifact
+from zolightning.data.batches import SimilarLengths
 from zolightning.data.candidates import candidate_logits
 from zolightning.data.fetch import FetchError, fetch
 from zolightning.data.generation import generate_answers
@@ -19,6 +20,7 @@ __all__ = [
     "Example",
     "FetchError",
     "PromptTemplate",
+    "SimilarLengths",
     "Splits",
     "answer_log_likelihood",
     "cache_dir",

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
 from .._lightning import pl
-from ..data import Encoded, candidate_logits, collate
+from ..data import Encoded, SimilarLengths, candidate_logits, collate
 from ..mixin import ZOMixin
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
@@ -66,7 +66,7 @@ class PromptClassifier(ZOMixin, pl.LightningModule):
 
 
 class PromptData(pl.LightningDataModule):
-    """Encoded prompts: shuffled for training, sorted by length (less padding) for evaluation.
+    """Encoded prompts: shuffled into batches of similar length for training, sorted by length for evaluation.
 
     Args:
         train: training prompts; they repeat for as long as training runs.
@@ -94,15 +94,9 @@ class PromptData(pl.LightningDataModule):
         return collate(items, self.pad_id)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        generator = torch.Generator().manual_seed(self.seed)
-        return DataLoader(
-            self._train,  # type: ignore[arg-type]
-            self.batch_size,
-            shuffle=True,
-            drop_last=True,
-            collate_fn=self._collate,
-            generator=generator,
-        )
+        lengths = [len(item.input_ids) for item in self._train]
+        batches = SimilarLengths(lengths, self.batch_size, torch.Generator().manual_seed(self.seed))
+        return DataLoader(self._train, batch_sampler=batches, collate_fn=self._collate)  # type: ignore[arg-type]
 
     def _evaluation(self, items: list[Encoded]) -> DataLoader[Any]:
         by_length = sorted(items, key=lambda item: len(item.input_ids))

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
 from .._lightning import pl
+from ..data import SimilarLengths
 from ..mixin import ZOMixin
 from .item import Item
 from .reader import Objective, Reader
@@ -76,7 +77,7 @@ def _sgd(parameters: list[nn.Parameter]) -> Optimizer:
 
 
 class TaskData(pl.LightningDataModule):
-    """A task's questions: shuffled for training, sorted by length (less padding) for evaluation.
+    """A task's questions: shuffled into batches of similar length for training, sorted by length for evaluation.
 
     ``Trainer.fit`` sees training and validation questions alone, ``Trainer.test`` the test questions alone.
 
@@ -96,14 +97,9 @@ class TaskData(pl.LightningDataModule):
         self.batch_size, self.seed, self.evaluation_batch_size = batch_size, seed, evaluation_batch_size
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(
-            self.splits.train,  # type: ignore[arg-type]
-            self.batch_size,
-            shuffle=True,
-            drop_last=True,
-            collate_fn=self.reader.collate,
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        train, collate = self.splits.train, self.reader.collate
+        batches = SimilarLengths([len(i.prompt) for i in train], self.batch_size, torch.Generator().manual_seed(self.seed))
+        return DataLoader(train, batch_sampler=batches, collate_fn=collate)  # type: ignore[arg-type]
 
     def _evaluation(self, items: Sequence[Item]) -> DataLoader[Any]:
         by_length = sorted(items, key=lambda item: len(item.prompt))
