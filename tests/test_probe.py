@@ -105,10 +105,36 @@ def linear(call: Callable[..., Tensor]) -> Calls:
     return Calls(lambda m, x: call(m.layer.weight, m.layer.bias, x), X, layer=nn.Linear(8, 8))
 
 
+class Experts(nn.Module):
+    """Fused experts as mixtures keep them: read by an index, by a batched product, and by a gather of each token's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(3, 8, 10)), nn.Parameter(torch.randn(3, 10, 8))
+        self.router = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, 8)
+        chosen = self.router(flat).softmax(-1)
+        every = torch.bmm(torch.bmm(flat.expand(3, -1, -1), self.up).tanh(), self.down)
+        one = torch.einsum("td,tdh->th", flat, self.up[chosen.argmax(-1)])
+        loop = sum(F.linear(one, self.down[i].T) for i in range(3))
+        return torch.einsum("te,etd->td", chosen, every) + loop
+
+
+def convolutions() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv1d(6, 4, 3, padding=1), nn.ConvTranspose1d(4, 6, 2, groups=2), nn.Conv1d(6, 6, 1, groups=3), nn.PReLU(6)
+    )
+
+
 READS: dict[str, Callable[[], nn.Module]] = {
     "mlp": lambda: layer(mlp(8)),
     "odd layouts": odd_layouts,
     "channels last": lambda: layer(nn.Conv2d(1, 3, 2).to(memory_format=torch.channels_last), X[:, None]),
+    "convolutions": lambda: layer(convolutions()),
+    "fused experts": lambda: layer(Experts()),
+    "spectral norm": lambda: layer(parametrizations.spectral_norm(nn.Linear(8, 4)).eval()),
     "attention": lambda: attention(True),
     "fused attention": lambda: attention(False),
     "encoder layer": lambda: layer(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)),

@@ -138,6 +138,23 @@ def outer_sum(a: Tensor, b: Tensor) -> Tensor:
     return library.outer_sum(a, b)
 
 
+def keep_large_(out: Tensor, stored: Tensor, limit: float) -> None:
+    """``out[i] = stored[i]`` where ``|stored[i]| > limit``: what a perturbation or an update shall not have changed.
+
+    Args:
+        out: any dtype, the stored one's shape.
+        stored: the weights before.
+        limit: >= 0, a number that the stored dtype holds.
+    """
+    if out.shape != stored.shape:
+        raise ValueError(f"keep_large_: out is {tuple(out.shape)}, stored is {tuple(stored.shape)}")
+    library = _library_for(out, stored)
+    if library is None:
+        reference.keep_large_(out, stored, limit)
+    else:
+        library.keep_large_(out, stored, limit)
+
+
 def mixed_sum(words: Tensor, first: int = 0) -> int:
     """Σ_i mix(word_i, first + i) modulo 2^64, where mix is one-to-one in the word: what a fingerprint of weights is made of.
 

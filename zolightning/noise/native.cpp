@@ -385,6 +385,25 @@ void outer_sum(const float* a, const float* b, i64 count, i64 rows, i64 columns,
     });
 }
 
+// out[i] = stored[i] where |stored[i]| > limit. Magnitudes sort as their bits do; beyond infinity's they are no numbers.
+template <class In, class Out> void keep_large(const In* stored, i64 count, double limit, Out* out, int threads) {
+    using Raw = std::conditional_t<sizeof(In) == 2, u16, std::conditional_t<sizeof(In) == 4, u32, u64>>;
+    using RawOut = std::conditional_t<sizeof(Out) == 2, u16, std::conditional_t<sizeof(Out) == 4, u32, u64>>;
+    constexpr Raw SIGNLESS = Raw(~Raw(0)) >> 1;
+    const Raw most = bits<Raw>(convert<In>(limit)), infinity = bits<Raw>(convert<In>(HUGE_VAL));
+    parallel_for(count, GRAIN, threads, [&](i64 begin, i64 end) {
+        ELEMENTWISE
+        for (i64 i = begin; i < end; ++i) {
+            const Raw magnitude = bits<Raw>(stored[i]) & SIGNLESS;
+            RawOut kept;
+            if constexpr (std::is_same_v<In, Out>) kept = bits<RawOut>(stored[i]);
+            else kept = bits<RawOut>(convert<Out>(typename Working<In>::type(stored[i])));
+            const RawOut now = bits<RawOut>(out[i]);
+            out[i] = bits<Out>(magnitude > most && magnitude <= infinity ? kept : now);
+        }
+    });
+}
+
 // sum over i of mix(word i ^ (first + i) * STEP), modulo 2^64: in any order
 u64 mixed_sum(const char* data, i64 words, i64 first, int threads) {
     std::atomic<u64> total{0};
@@ -470,6 +489,16 @@ void zol_sgd(int kind, const Term* terms, i64 count, u32 leaf, u32 k0, u32 k1, u
 
 void zol_outer_sum(const float* a, const float* b, i64 count, i64 rows, i64 columns, float* out, int threads) {
     outer_sum(a, b, count, rows, columns, out, threads);
+}
+
+void zol_keep_large(i64 count, double limit, int stored_type, const void* stored, int out_type, void* out,
+                    int threads) {
+    dispatch(stored_type, [&](auto* in) {
+        dispatch(out_type, [&](auto* to) {
+            keep_large(static_cast<decltype(in)>(const_cast<void*>(stored)), count, limit,
+                       static_cast<decltype(to)>(out), threads);
+        });
+    });
 }
 
 void zol_mixed_sum(const void* words, i64 count, i64 first, u64* total, int threads) {

@@ -45,6 +45,7 @@ _SIGNATURES = {
     "zol_round": (_U32, _U32, _U32, _U32, _I64, _I64, _P, _I32, _P, _I32),
     "zol_sgd": (*_NOISE, _U32, _U32, _U32, _I64, _I64, _F64, _F64, _I32, _I32, _P, _I32),
     "zol_outer_sum": (_P, _P, _I64, _I64, _I64, _P, _I32),
+    "zol_keep_large": (_I64, _F64, _I32, _P, _I32, _P, _I32),
     "zol_mixed_sum": (_P, _I64, _I64, _P, _I32),
 }
 
@@ -138,6 +139,11 @@ class Library:
         shape = (a.shape[0], *out.shape)
         self._c.zol_outer_sum(a.data_ptr(), b.data_ptr(), *shape, out.data_ptr(), torch.get_num_threads())
         return out
+
+    def keep_large_(self, out: Tensor, stored: Tensor, limit: float) -> None:
+        data = (DTYPES[stored.dtype], stored.data_ptr(), DTYPES[out.dtype], out.data_ptr())
+        self._c.zol_keep_large(out.numel(), limit, *data, torch.get_num_threads())
+        _touch(out)
 
     def mixed_sum(self, words: Tensor, first: int) -> int:
         total = ctypes.c_uint64()

@@ -128,6 +128,13 @@ def outer_sum(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
+@torch.no_grad()
+def keep_large_(out: Tensor, stored: Tensor, limit: float) -> None:
+    """``out[i] = stored[i]`` where ``|stored[i]| > limit``."""
+    for _, (to, piece) in _slices(out, stored):
+        to.copy_(torch.where(piece.abs() > limit, piece.to(to.dtype), to))
+
+
 _STEP, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # splitmix64's, as signed words
 
 

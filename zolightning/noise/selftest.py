@@ -102,6 +102,16 @@ def _checks(library: Library, dist: Distribution) -> dict[str, Callable[[], bool
         a, b = specimens(torch.float32)[: 3 * 37].view(3, 37), torch.linspace(-1, 1, 3 * 301, dtype=torch.float32).view(3, 301)
         return same_bits(library.outer_sum(a, b), reference.outer_sum(a, b))
 
+    def keep_large() -> bool:
+        agree = True
+        for stored in map(specimens, DTYPES):
+            for dtype in DTYPES:
+                native, expected = torch.ones(2, _LENGTH, dtype=dtype)
+                library.keep_large_(native, stored, 0.5)
+                reference.keep_large_(expected, stored, 0.5)
+                agree &= same_bits(native, expected)
+        return agree
+
     def mixed_sum() -> bool:
         words = specimens(torch.float64).view(torch.int64)
         return library.mixed_sum(words, _START) == reference.mixed_sum(words, _START)
@@ -114,5 +124,6 @@ def _checks(library: Library, dist: Distribution) -> dict[str, Callable[[], bool
         "the update": lambda: sgd(torch.bfloat16) and sgd(torch.float16),
         "the wide update": wide_sgd,
         "the sum of outer products": outer_sum,
+        "what is kept": keep_large,
         "the sum for fingerprints": mixed_sum,
     }

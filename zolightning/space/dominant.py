@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .select import blocks
 
-JUMP = 5.0
+JUMP = 10.0
 """How many times the ratio of the block before it an outlier block's ratio is."""
 
 
@@ -19,7 +19,7 @@ def dominant_block(root: nn.Module, run: Callable[[], Any]) -> str:
     r"""The selection ('blocks:I-I') of the first block after which activations have outliers.
 
     With :math:`r_i = \max|h_i| / \operatorname{median}|h_i|` of what block i puts out, and :math:`r_{-1}` of what the first
-    one takes in: the first block with :math:`r_i \ge 5\,r_{i-1}`, or the one with the largest :math:`r_i / r_{i-1}`
+    one takes in: the first block with :math:`r_i \ge 10\,r_{i-1}`, or the one with the largest :math:`r_i / r_{i-1}`
     where none is. After "Dominant-Layer ZO", arXiv:2606.05516.
 
     Args:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..noise import Distribution, pieces, sgd_, working_dtype
+from ..noise import Distribution, keep_large_, pieces, sgd_, working_dtype
 from ..types import Key, Term
-from .leaf import DenseLeaf, Leaf, keep_
+from .leaf import DenseLeaf, Leaf
 
 
 class SparseLeaf(DenseLeaf):
@@ -54,13 +54,11 @@ class SparseLeaf(DenseLeaf):
         weight = self.parameter.detach()
         super().perturb_into(out, terms, first_row)
         first = first_row * math.prod(weight.shape[1:])
-        stored = weight.reshape(-1)[first : first + out.numel()]
-        for start, piece in pieces(out.view(-1)):
-            keep_(piece, stored[start : start + piece.numel()], self.fixed(first + start, piece.numel()))
+        keep_large_(out.view(-1), weight.reshape(-1)[first : first + out.numel()], self.threshold)
 
     def rows(self, indices: Tensor, terms: Sequence[Term]) -> Tensor:
-        out, stored = super().rows(indices, terms), self.parameter.detach()[indices]
-        keep_(out, stored, stored.abs() > self.threshold)
+        out = super().rows(indices, terms)
+        keep_large_(out, self.parameter.detach()[indices], self.threshold)
         return out
 
     def sgd_(self, terms: Sequence[Term], lr: float, weight_decay: float, key: Key) -> None:
@@ -69,9 +67,9 @@ class SparseLeaf(DenseLeaf):
             Leaf.sgd_(self, terms, lr, weight_decay, key)
             return
         for start, piece in pieces(weight.view(-1)):
-            fixed, before = self.fixed(start, piece.numel()), piece.clone()
+            before = piece.clone()
             sgd_(piece, self.distribution, terms, self.index, start, lr, weight_decay, key)
-            keep_(piece, before, fixed)
+            keep_large_(piece, before, self.threshold)
 
 
 @torch.no_grad()
