@@ -12,21 +12,41 @@ from typing import Any
 import pytest
 import reference
 import torch
-from helpers import Task, assert_same, batches, fit, loader, mlp, mse, quiet_trainer, weights
+from helpers import (
+    Task,
+    assert_same,
+    batches,
+    fit,
+    lm_loss,
+    loader,
+    mlp,
+    mse,
+    quiet_trainer,
+    tiny_causal_lm,
+    token_batches,
+    weights,
+)
 from ledgers import Noted, parameters
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import SGD
+from torch.optim.lr_scheduler import StepLR
 
 from zolightning import ZOConfig, ZOStrategy
 from zolightning.config import ESTIMATORS
+from zolightning.estimators import ForwardGradient
+from zolightning.isolation import Isolation
 from zolightning.ledger import read, replay
 from zolightning.noise import DISTRIBUTIONS
+from zolightning.objective import BatchObjective
 from zolightning.recipes import recipe
 from zolightning.space import build_view
 from zolightning.types import Key, StepRecord
 
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
-METHODS = ["spsa", "mezo", "meazo", "fzoo", "es", "zo-momentum", "zo-sign", "zo-adam"]
+METHODS = ["spsa", "mezo", "meazo", "fzoo", "es", "zo-momentum", "zo-sign", "zo-adam", "zo-conservative", "forward-gradient"]
+FORWARDS = {"fzoo": 9, "es": 30, "zo-conservative": 5, "forward-gradient": 1}
+"""Of a step; those that are not here take 2."""
 PROBES: dict[str, Callable[[int], int]] = {"one_sided": lambda q: q + 1, "population": lambda q: q, "spsa": lambda q: 2 * q}
 """Forward passes for q directions."""
 
@@ -164,8 +184,8 @@ def test_exact_restore(name: str, precision: str) -> None:
     fit(module, typed(precision), config, precision=precision)
     assert_same(weights(module), before)
 
-    forwards = PROBES[config.estimator if isinstance(config.estimator, str) else ""](config.num_queries)
-    for fatal in (1, 2, forwards):
+    forwards = FORWARDS.get(name, 2)
+    for fatal in sorted({1, min(2, forwards), forwards}):
         calls: list[int] = []
 
         def loss(net: nn.Module, batch: Any, calls: list[int] = calls, fatal: int = fatal) -> Tensor:
@@ -228,7 +248,7 @@ def test_forwards_of_a_step(name: str) -> None:
 
     config = method(name)
     found = records(loss, config, 4, accumulate_grad_batches=2)
-    expected = {"fzoo": 9, "es": 30}.get(name, 2)
+    expected = FORWARDS.get(name, 2)
     assert [r.forwards for r in found] == [2 * expected] * 2
     assert len(calls) == 4 * expected
 
@@ -237,7 +257,7 @@ def test_forwards_of_a_step(name: str) -> None:
 def test_ties_are_skipped_and_counted(name: str) -> None:
     """And there may be any number of them in a row."""
     config = method(name, max_skips=2)
-    found = records(lambda net, batch: 0.1 + 0.0 * mse(net, batch), config, 5)
+    found = records(lambda net, batch: 0.1 + 0.0 * mse(net, batch), config, 5)  # which forward differentiation gets through
     assert [r.skipped for r in found] == ["all probes gave the same loss"] * 5
     assert [r.ties for r in found] == [config.num_queries] * 5
 
@@ -253,17 +273,18 @@ def test_equal_losses_beside_another_are_skipped() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", METHODS)
 def test_losses_that_are_not_finite_are_skipped(name: str, value: float) -> None:
-    found = records(lambda net, batch: value, method(name))
+    found = records(lambda net, batch: mse(net, batch) * value, method(name))
     assert all("non-finite" in r.skipped for r in found)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_one_bad_probe_skips_the_step(name: str) -> None:
     calls: list[int] = []
+    bad = min(2, FORWARDS.get(name, 2))
 
     def loss(net: nn.Module, batch: Any) -> Tensor:
         calls.append(1)
-        return mse(net, batch) * (math.inf if len(calls) == 2 else 1.0)
+        return mse(net, batch) * (math.inf if len(calls) == bad else 1.0)
 
     first, *others = records(loss, method(name))
     assert "non-finite" in first.skipped
@@ -277,3 +298,145 @@ def test_standardising_wants_several_directions() -> None:
         method("es", num_queries=1, normalize=True)
     with pytest.raises(ValueError, match=r"needs 2 or more, got 1; raise num_queries"):
         fit(Task(mlp()), batches(1), ZOConfig(normalize="std", select="all"))  # its examples have no losses of their own
+
+
+# ---- conservative
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("noise", DISTRIBUTIONS)
+@pytest.mark.parametrize("lr", [1e-2, 3.0])
+def test_conservative(lr: float, noise: str, accumulate: int) -> None:
+    """The best of θ, θ − lr·g·z and θ + lr·g·z on the window's batches, with the schedule's lr; each is taken at some time."""
+    net, items, dist = mlp(), batches(60), DISTRIBUTIONS[noise]()
+    twin = copy.deepcopy(net)
+    module = Task(net, optimizer=lambda p: SGD(p, lr=lr), scheduler=lambda o: StepLR(o, 5, 0.8))
+    config = method("zo-conservative", noise=noise, lr=None, eps=1.0)  # so large that g often points the wrong way
+    fit(module, items, config, accumulate_grad_batches=accumulate)
+    taken = []
+    for number, start in enumerate(range(0, len(items), accumulate)):
+        window, rate = items[start : start + accumulate], lr * 0.8 ** (number // 5)
+        zs = reference.directions(twin, Key(7, number), dist)
+
+        def loss_at(offset: float, zs: Any = zs, window: Any = window) -> float:
+            return statistics.mean(reference.loss_at(twin, lambda net, b=b: mse(net, b), zs, offset) for b in window)
+
+        g = (loss_at(1.0) - loss_at(-1.0)) / 2.0
+        side = min((0.0, 1.0, -1.0), key=lambda side: loss_at(-side * rate * g))
+        taken.append(side)
+        if side:
+            reference.step(twin, SGD(twin.parameters(), lr=rate), [(side * g, zs)])
+    assert len(set(taken)) >= 2
+    assert_same(weights(net), weights(twin), 1e-5)
+
+
+def test_conservative_logs_once_and_sees_one_dropout() -> None:
+    seen: list[Tensor] = []
+
+    def loss(net: nn.Module, batch: Any) -> Tensor:
+        module.log("loss", 1.0, on_step=False, on_epoch=True, reduce_fx="sum")
+        seen.append(nn.functional.dropout(torch.ones(64), 0.5))
+        return mse(net, batch)
+
+    module = Task(mlp(), loss)
+    trainer = fit(module, batches(3), method("zo-conservative"))
+    assert trainer.callback_metrics["loss"] == 3.0
+    for step in range(3):
+        probes, trials = seen[5 * step : 5 * step + 2], seen[5 * step + 2 : 5 * step + 5]
+        assert torch.equal(probes[0], probes[1])
+        assert all(torch.equal(trials[0], t) for t in trials)
+
+
+def test_conservative_refuses() -> None:
+    config = method("zo-conservative", lr=None)
+    for optimizer, kind in (("adam", SGD), ("sgd", lambda p, lr: SGD(p, lr=lr, maximize=True))):
+        with pytest.raises(MisconfigurationException, match="tries the step of plain SGD that minimises"):
+            fit(Task(mlp(), optimizer=lambda p, kind=kind: kind(p, lr=1e-2)), batches(1), config.override(optimizer=optimizer))
+    module = Task(mlp(), optimizer=lambda p: SGD([{"params": p[:1], "lr": 0.1}, {"params": p[1:]}], lr=1e-2))
+    before = weights(module)
+    with pytest.raises(ValueError, match="needs one learning rate for all parameter groups, got"):
+        fit(module, batches(1), config)
+    assert_same(weights(module), before)
+
+
+# ---- forward gradient
+
+
+@pytest.mark.parametrize("noise", DISTRIBUTIONS)
+@pytest.mark.parametrize(
+    ("kind", "structure"), [("gpt2", "dense"), *(("llama", s) for s in ("dense", "rank1", "sparse", "lowrank"))]
+)
+def test_forward_gradient_is_autograd_s(kind: str, noise: str, structure: str) -> None:
+    """z·∇L by backprop, in a transformer with a tied head, embeddings, norms and attention."""
+    model = tiny_causal_lm(kind).double()
+    ids = token_batches(1)[0]
+    before = weights(model)
+    view = build_view(model, model.parameters(), DISTRIBUTIONS[noise](), structure=structure)
+    with Isolation(model, torch.device("cpu")).step() as probes, torch.no_grad():
+        estimate = ForwardGradient(3)(BatchObjective(lambda x: lm_loss(model, x), ids, probes), view, Key(7, 3))
+    loss = lm_loss(model, ids)
+    gradients = torch.autograd.grad(loss, [leaf.parameter for leaf in view.leaves])
+    assert estimate.forwards == 3
+    assert estimate.losses == pytest.approx([loss.item()] * 3)
+    for term in estimate.terms:
+        zs = [leaf.gradient([term._replace(coefficient=1.0)]) for leaf in view.leaves]
+        expected = sum((z.double() * g).sum().item() for z, g in zip(zs, gradients, strict=True))
+        assert term.coefficient == pytest.approx(expected, rel=1e-5)
+    assert_same(weights(model), before)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_forward_gradient_trains(queries: int, precision: str) -> None:
+    """θ ← θ − lr·mean_k (z_k·∇L) z_k, with ∇L by backprop."""
+    net, items, config = mlp(), typed("64-true" if precision == "64-true" else "32-true", 6), method("forward-gradient")
+    if precision == "64-true":
+        net = net.double()
+    twin, dist = copy.deepcopy(net), config.build_distribution()
+    fit(Task(net), items, config.override(num_queries=queries), precision=precision, accumulate_grad_batches=2)
+    optimizer = SGD(twin.parameters(), lr=1e-2)
+    for number in range(3):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            loss = sum(mse(twin, batch) for batch in items[2 * number : 2 * number + 2]) / 2
+        gradients = torch.autograd.grad(loss, list(twin.parameters()))  # type: ignore[arg-type]
+        terms = []
+        for k in range(queries):
+            zs = reference.directions(twin, Key(7, number, k), dist)
+            g = sum((z.to(d.dtype) * d).sum().item() for z, d in zip(zs, gradients, strict=True))  # type: ignore[union-attr]
+            terms.append((g / queries, zs))
+        reference.step(twin, optimizer, terms)
+    assert_same(weights(net), weights(twin), 2e-2 if precision == "bf16-mixed" else 1e-5)
+
+
+class Rounded(nn.Module):
+    """An operation of one's own, of which torch knows no forward derivative."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.Function.apply(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("loss", [lambda net, batch: 0.3, lambda net, batch: net(batch[0]).argmax(-1).double().mean()])
+def test_forward_gradient_wants_a_differentiable_loss(loss: Any) -> None:
+    module = Task(mlp(), loss)
+    before = weights(module)
+    with pytest.raises(ValueError, match=r"this one carries no derivative\. Use estimator='spsa'"):
+        fit(module, batches(1), method("forward-gradient"))
+    assert_same(weights(module), before)
+
+
+def test_forward_gradient_refuses_what_it_cannot_see_through() -> None:
+    with pytest.raises(NotImplementedError, match="needs a forward derivative of every operation; use estimator='spsa'"):
+        fit(Task(nn.Sequential(mlp(), Rounded())), batches(1), method("forward-gradient"))
+    net = mlp()
+    net[0] = torch.compile(net[0], backend="eager")  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="does not pass through compiled code"):
+        fit(Task(net), batches(1), method("forward-gradient"))

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypedDict
 
 import torch
 
-from .estimators import SPSA, Estimator, PerExampleSPSA, Population
+from .estimators import SPSA, Estimator, ForwardGradient, PerExampleSPSA, Population
 from .noise import DISTRIBUTIONS, Distribution
 from .optimizers import OPTIMIZERS, MakeOptimizer
 from .shaping import Chain, Clip, Normalize, Shaping, Standardize
@@ -22,6 +22,7 @@ ESTIMATORS: dict[str, Callable[[float, int], Estimator]] = {
     "spsa": SPSA,
     "one_sided": partial(SPSA, stencil=FORWARD),
     "population": Population,
+    "forward_gradient": lambda eps, num_queries: ForwardGradient(num_queries),
     "per_example": PerExampleSPSA,
 }
 """Name → (eps, number of directions) → estimator."""
@@ -37,8 +38,9 @@ class ZOConfig:
 
     estimator: str | Estimator = "per_example"
     """'spsa' (two probes a direction, shared by the batch), 'one_sided' (one probe a direction and one without), 'population'
-    (one probe a direction, compared with each other), 'per_example' (a direction for each example where the module has a
-    per-example objective, else as 'spsa'), or an :class:`~zolightning.estimators.Estimator`."""
+    (one probe a direction, compared with each other), 'forward_gradient' (exact, by forward differentiation), 'per_example'
+    (a direction for each example where the module has a per-example objective, else as 'spsa'), or an
+    :class:`~zolightning.estimators.Estimator`."""
 
     eps: float | None = None
     """Perturbation scale, > 0. None: from the dtype that the forward runs in, see :data:`EPS_BY_DTYPE`."""
@@ -87,6 +89,9 @@ class ZOConfig:
     """'module': the optimizer that configure_optimizers returns. Else one that takes its place, with the lr, weight decay and
     direction of its parameter groups and with its schedules: 'sgd' or 'sign' (no state), 'momentum' (0.9; one float32 number
     for each trained weight), 'adam' (two), or a function from parameter groups, as partial(torch.optim.RMSprop, alpha=0.9)."""
+
+    conservative: bool = False
+    """Keep the best of θ, θ − lr·ĝ and θ + lr·ĝ on the step's batches, by three more forwards for each. For plain SGD."""
 
     seed: int | None = None
     """Seed of the perturbations. None: PyTorch's (``seed_everything``)."""
@@ -159,7 +164,7 @@ class Overrides(TypedDict, total=False):
     """The fields of :class:`ZOConfig` as keyword arguments; its documentation says more.
 
     Args:
-        estimator: 'spsa', 'one_sided', 'population', 'per_example', or an Estimator.
+        estimator: 'spsa', 'one_sided', 'population', 'forward_gradient', 'per_example', or an Estimator.
         eps: Perturbation scale, > 0; null: from the dtype of the forward.
         num_queries: Directions per step, >= 1.
         noise: 'rademacher', 'gaussian', or a Distribution.
@@ -176,6 +181,7 @@ class Overrides(TypedDict, total=False):
         lr: Learning rate in place of the module's own; its schedule keeps its shape.
         optimizer: 'module': as configure_optimizers says; 'sgd', 'momentum', 'sign', 'adam', or a function from parameter
             groups to an optimizer: instead of that, with its learning rates, weight decay and schedules.
+        conservative: Keep the best of the weights, the step and the opposite step, by three more forwards.
         seed: Seed of the perturbations; null: PyTorch's.
         max_skips: Stop after this many steps in a row without a finite projected gradient, >= 1.
     """
@@ -194,6 +200,7 @@ class Overrides(TypedDict, total=False):
     clip: float | None
     lr: float | None
     optimizer: str | MakeOptimizer
+    conservative: bool
     seed: int | None
     max_skips: int
 

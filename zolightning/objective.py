@@ -9,6 +9,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from .isolation import Isolation, _Probes
@@ -45,6 +46,17 @@ class BatchObjective:
 
     def __call__(self) -> float:
         return loss_value(self._run(self._batch))
+
+    def derivative(self) -> tuple[float, float]:
+        out = self._run(self._batch)
+        value, loss = loss_value(out), out.get("loss") if isinstance(out, Mapping) else out
+        slope = fwAD.unpack_dual(loss).tangent if isinstance(loss, Tensor) else None  # type: ignore[no-untyped-call]
+        if slope is None:
+            raise ValueError(
+                "a forward gradient needs a loss tensor that depends on the trained weights through differentiable operations; "
+                "this one carries no derivative. Use estimator='spsa', which needs none"
+            )
+        return value, slope.double().mean().item()
 
     def per_example(self, copies: int) -> Tensor:
         assert self.examples is not None

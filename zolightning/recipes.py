@@ -114,6 +114,18 @@ ZO_ADAM = MEZO.override(optimizer="adam")
 ZO-Bench searches lr in 1e-4 … 1e-8 and eps in 1e-3 … 1e-5.
 """
 
+ZO_CONSERVATIVE = MEZO.override(conservative=True)
+"""Conservative ZO-SGD, in ZO-Bench, arXiv:2402.11592: the best of θ, θ − lr·g·z and θ + lr·g·z, by 3 more forwards.
+
+ZO-Bench searches lr in 1e-5 … 1e-8 and eps in 1e-2 … 1e-4.
+"""
+
+FORWARD_GRADIENT = MEZO.override(estimator="forward_gradient", eps=None, lr=5e-7)
+"""Forward gradient, Baydin et al. 2022, arXiv:2202.08587, in ZO-Bench, arXiv:2402.11592: θ ← θ − lr·(z·∇L)·z, exactly.
+
+lr is ZO-Bench's for OPT-1.3B on SST-2. One forward, with a tangent beside every activation.
+"""
+
 QZO = ZOConfig(estimator="spsa", structure="dense", select="scales", scales="relative", eps=2e-2, clip=100.0)
 """QZO with relative noise and normalised steps: Δ ← Δ·(1 − lr·ĝz). The learning rate is the relative change of a scale a
 step; 2e-2 trains the demo task.
@@ -163,6 +175,8 @@ RECIPES: dict[str, ZOConfig] = {
     "zo-momentum": ZO_MOMENTUM,
     "zo-sign": ZO_SIGN,
     "zo-adam": ZO_ADAM,
+    "zo-conservative": ZO_CONSERVATIVE,
+    "forward-gradient": FORWARD_GRADIENT,
     "qzo": QZO,
     "qzo-paper": QZO_PAPER,
     "zeroqat": ZEROQAT,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch.optim import Optimizer
 
@@ -78,3 +78,31 @@ def finish(
         skipped=skipped,
     )
     return record, state
+
+
+def keep_best(record: StepRecord, loss_at: Callable[[Sequence[Term]], float], forwards: int) -> StepRecord:
+    r"""The step, the opposite one or none, whichever leaves the smallest loss: conservative ZO-SGD, arXiv:2402.11592.
+
+    .. math:: \theta \leftarrow \arg\min_{s \in \{0, 1, -1\}} L(\theta - s\,\mathrm{lr}\,\hat g)
+
+    Weight decay is left out of the trials, not of the step.
+
+    Args:
+        record: of a step of plain SGD that is about to be applied.
+        loss_at: terms → the loss at θ + Σ_k c_k z_k, over the batches of the step.
+        forwards: forward passes that one call of it takes.
+
+    Raises:
+        ValueError: parameter groups have learning rates of their own.
+    """
+    if len(set(record.lrs)) > 1:
+        raise ValueError(f"`conservative=True` needs one learning rate for all parameter groups, got {record.lrs}")
+
+    def loss(side: float) -> float:
+        value = loss_at([Term(t.key, -side * record.lrs[0] * t.coefficient) for t in record.terms] if side else [])
+        return value if math.isfinite(value) else math.inf
+
+    best = min((0.0, 1.0, -1.0), key=loss)  # the first of equals: what does not lower the loss is not taken
+    terms = tuple(Term(t.key, best * t.coefficient) for t in record.terms) if best else ()
+    skipped = "" if best else "no trial step lowers the loss"
+    return record._replace(terms=terms, forwards=record.forwards + 3 * forwards, skipped=skipped)

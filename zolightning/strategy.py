@@ -9,7 +9,7 @@ optimizer (``updates``). What is searched is found in ``search``; the record goe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -36,7 +36,7 @@ from .isolation import Isolation, rng_state, set_rng_state
 from .ledger import LedgerError, Position, Recorder
 from .ledger_io import STATE, keeps_positions, lean
 from .mixin import ZOMixin
-from .objective import BatchObjective, batch_examples
+from .objective import BatchObjective, batch_examples, loss_value
 from .one_device import OneDeviceStrategy
 from .optimizers import OPTIMIZERS, follow, in_place_of, is_plain_sgd
 from .rates import base_lr, override_lr
@@ -45,9 +45,9 @@ from .run_ledger import RunLedger
 from .search import Calibration, Search, compute_dtype, new_search, trainable
 from .shaping import State, state_from
 from .space import View, expose_scales
-from .step import finish, merge, zo_step
+from .step import finish, keep_best, merge, zo_step
 from .ties import TieWatch
-from .types import Estimate, Key, SkipStep, StepRecord
+from .types import Estimate, Key, SkipStep, StepRecord, Term
 from .uninterrupted import uninterrupted
 from .updates import UpdateStats, apply_update, widened_state
 
@@ -110,6 +110,7 @@ class ZOStrategy(OneDeviceStrategy):
         self._searches: dict[int, Search] = {}
         self._steppers: dict[Optimizer, Optimizer] = {}
         self._window: list[Estimate] = []
+        self._trials: list[Callable[[Sequence[Term]], float]] = []
         self._isolation: Isolation | None = None
         self._inside_closure = False
         self._closure_loss: Tensor | None = None
@@ -178,6 +179,10 @@ class ZOStrategy(OneDeviceStrategy):
 
     def _advise(self, optimizer: Optimizer) -> None:
         plain = is_plain_sgd(self._stepper(optimizer))
+        if self.config.conservative and not (plain and not any(g.get("maximize") for g in optimizer.param_groups)):
+            raise MisconfigurationException(
+                "conservative=True tries the step of plain SGD that minimises; use it with optimizer='sgd', without maximize"
+            )
         if self.config.make_optimizer is None and not plain:
             rank_zero_warn(
                 f"ZOStrategy steps through the module's {type(optimizer).__name__}, which keeps state for every trained "
@@ -260,7 +265,15 @@ class ZOStrategy(OneDeviceStrategy):
             return None, None
         self._warn_coarse(objective.dtype, estimate)
         self._window.append(estimate)
+        if self.config.conservative:
+            self._trials.append(lambda terms: self._trial(forward, batch, search.view, terms))
         return objective.first, estimate
+
+    def _trial(self, forward: Callable[[Any], Any], batch: Any, view: View, terms: Sequence[Term]) -> float:
+        """The loss of a micro-batch at θ + Σ_k c_k z_k, beside the probes."""
+        assert self._isolation is not None
+        with self._muted(), self._isolation.dry(), view.at(terms):
+            return loss_value(forward(batch))
 
     @contextmanager
     def _muted(self) -> Iterator[None]:
@@ -341,6 +354,7 @@ class ZOStrategy(OneDeviceStrategy):
         """Clip, shape, record, apply."""
         assert self.seed is not None
         window, self._window = merge(self._window), []
+        trials, self._trials = self._trials, []
         raw = torch.tensor(window.coefficients, dtype=torch.float64)
         self._projected.data = torch.zeros_like(raw)
         self._projected.grad = raw.clone()
@@ -350,6 +364,8 @@ class ZOStrategy(OneDeviceStrategy):
         place = [id(o) for o in self.optimizers].index(id(optimizer))
         state = self._shaping_states.get(place) or self.shaping.init()
         record, self._shaping_states[place] = finish(window, clipped, self.shaping, state, optimizer, self.zo_step)
+        if trials and not record.skipped:
+            record = keep_best(record, lambda terms: sum(trial(terms) for trial in trials) / len(trials), len(trials))
         self.last_record, self.last_stats = record, None
         optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look at; its step() may not be called
         if record.skipped:

@@ -57,6 +57,9 @@ class Objective(Protocol):
     def __call__(self) -> float:
         """The mean loss, in double precision. Raises SkipStep when the user's step returned None."""
 
+    def derivative(self) -> tuple[float, float]:
+        """The mean loss and its derivative along the tangents of the weights, in double precision, in one forward."""
+
     def per_example(self, copies: int) -> Tensor:
         """Losses of shape (copies * examples,) of the batch repeated ``copies`` times, in float64, in one forward."""
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -34,7 +35,13 @@ class PerExample(NamedTuple):
     offsets: Tensor
 
 
-Point = Shared | PerExample
+class Tangent(NamedTuple):
+    """All examples see θ, as dual tensors with the tangent z(key)."""
+
+    key: Key
+
+
+Point = Shared | PerExample | Tangent
 
 _T = torch.Tensor
 _IN_PLACE = re.compile(r"[^_].*[^_]_|_foreach_\w+_|__setitem__|__set__|__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor)__")
@@ -111,6 +118,9 @@ class Probe(TorchFunctionMode):
         if leaf is not None:
             if isinstance(self._point, Shared):
                 return leaf.perturbed(self._point.terms)
+            if isinstance(self._point, Tangent):
+                tangent = leaf.gradient([Term(self._point.key, 1.0)])
+                return fwAD.make_dual(leaf.parameter.detach(), tangent.to(leaf.parameter.dtype))  # type: ignore[no-untyped-call]
             raise PerExampleError(
                 f"per-example directions reach a weight only through a linear layer, but {leaf.name!r} is read in another "
                 "way; leave it out with ZOStrategy(select=...), or use ZOStrategy(estimator='spsa')"
@@ -122,7 +132,7 @@ class Probe(TorchFunctionMode):
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         leaf = self._leaves.get(id(weight))
-        if leaf is None or weight.dim() != 2 or not weight.numel():
+        if leaf is None or weight.dim() != 2 or not weight.numel() or isinstance(self._point, Tangent):
             return self._elsewhere(F.linear, (input, weight, bias), {})
         input, bias = self._substitute(input), self._substitute(bias)
         if isinstance(self._point, Shared):

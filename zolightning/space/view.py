@@ -7,11 +7,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..types import Key, Term
 from .leaf import Leaf, Rank1Leaf, Scratch
-from .probe import PerExample, Point, Probe, Shared
+from .probe import PerExample, Point, Probe, Shared, Tangent
 
 
 class View:
@@ -51,12 +53,29 @@ class View:
     @contextmanager
     def along(self, key: Key, offset: float) -> Iterator[None]:
         """Every read of a leaf that is active in the key's step gives θ + offset · z(key)."""
-        terms = (Term(key, offset),)
+        with self.at((Term(key, offset),)):
+            yield
+
+    @contextmanager
+    def at(self, terms: Sequence[Term]) -> Iterator[None]:
+        """Every read of an active leaf gives θ + Σ_k c_k z_k, whose keys are of one step; without terms θ itself."""
         with ExitStack() as stack:
-            if self._swapped:
+            if terms and self._swapped:
                 stack.enter_context(self._swap(terms))
-            if not self._compiled_root:
-                stack.enter_context(self._probe(key, Shared(terms)))
+            if terms and not self._compiled_root:
+                stack.enter_context(self._probe(terms[0].key, Shared(terms)))
+            yield
+
+    @contextmanager
+    def tangent(self, key: Key) -> Iterator[None]:
+        """Every read of an active leaf gives θ with the tangent z(key): what is computed carries its derivative along z.
+
+        Raises:
+            ValueError: part of the module runs as compiled code, which no tangent gets through.
+        """
+        if self._compiled_root or self._regions:
+            raise ValueError("a forward derivative does not pass through compiled code; leave torch.compile out")
+        with fwAD.dual_level(), sdpa_kernel(SDPBackend.MATH), self._probe(key, Tangent(key)):  # fused attention has none
             yield
 
     @contextmanager
