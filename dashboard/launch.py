@@ -8,8 +8,10 @@ import ipaddress
 import logging
 import sys
 import threading
-from collections.abc import Sequence
+import webbrowser
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 APP = Path(__file__).resolve().parent / "app.py"
 DEFAULT_STORE = "sqlite:///mlflow.db"
@@ -17,11 +19,10 @@ DEFAULT_PORT = 8501
 LOOPBACK = "127.0.0.1"
 
 
-def streamlit_arguments(store: str, port: int, host: str) -> list[str]:
-    """What ``streamlit`` is called with; all other settings are in ``.streamlit/config.toml`` beside the app.
+def settings(port: int, host: str) -> dict[str, Any]:
+    """What Streamlit is told; all other settings are in ``.streamlit/config.toml`` beside the app.
 
     Args:
-        store: MLflow tracking URI.
         port: to listen on, 1 to 65535.
         host: address to listen on.
 
@@ -30,12 +31,11 @@ def streamlit_arguments(store: str, port: int, host: str) -> list[str]:
     """
     if not 1 <= port <= 65535:
         raise ValueError(f"`--port` must be from 1 to 65535, got {port}")
-    arguments = ["run", str(APP), f"--server.port={port}", f"--server.address={host}"]
+    found: dict[str, Any] = {"server.port": port, "server.address": host}
     if not is_loopback(host):
         everywhere = host in ("0.0.0.0", "::", "")
-        names = ["*"] if everywhere else [host, "localhost", LOOPBACK]
-        arguments += [f"--server.allowedHosts={name}" for name in names]
-    return [*arguments, "--", "--store", store]
+        found["server.allowedHosts"] = ["*"] if everywhere else [host, "localhost", LOOPBACK]
+    return found
 
 
 def is_loopback(host: str) -> bool:
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", default=LOOPBACK, help="address to listen on (default: %(default)s, this machine only)")
     given = parser.parse_args(arguments)
     try:
-        command = streamlit_arguments(given.store, given.port, given.host)
+        told = settings(given.port, given.host)
     except ValueError as error:
         parser.error(str(error))
     if not is_loopback(given.host):
@@ -66,13 +66,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # the files of this folder must not pass for other people's packages, nor a `dashboard.py` elsewhere for this one
     sys.path[:] = [str(here.parent), *(entry for entry in sys.path if entry != str(here))]
     try:
-        from streamlit.web import cli
+        from streamlit import App
+
+        from dashboard.early import routes
+
+        app = App(APP, routes=routes(given.store), lifespan=_open_browser)
     except ImportError:
         print("The dashboard needs Streamlit and uPlot: pip install streamlit uplot-python", file=sys.stderr)
         return 1
     threading.Thread(target=_read_ahead, args=(given.store,), daemon=True).start()
-    cli.main(command, prog_name="streamlit")
+    sys.argv = [str(APP), "--store", given.store]
+    app.run(config=told)
     return 0
+
+
+@contextlib.asynccontextmanager
+async def _open_browser(_: object) -> AsyncIterator[None]:
+    """Show the page to whoever sits here; not under ``STREAMLIT_SERVER_HEADLESS=true`` nor where there is no screen."""
+    from streamlit import config
+
+    if not config.get_option("server.headless"):
+        host, port = config.get_option("server.address"), config.get_option("server.port")
+        threading.Thread(target=webbrowser.open, args=(f"http://{host}:{port}",), daemon=True).start()
+    yield
 
 
 def _read_ahead(store: str) -> None:

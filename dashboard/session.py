@@ -13,6 +13,8 @@ from .view import View, read, write
 _VIEW, _WRITTEN, _PAGE, _EDITION = "zo.view", "zo.written", "zo.page", "zo.edition"
 _BOARD, _REPLACED = "zo.board", "zo.replaced"
 _LAG_SECONDS = 3.0
+FIRST_BOARD = "board0-1"
+"""What :func:`board` says in a session that has just begun."""
 
 
 def open_view(page: str) -> View:

@@ -31,7 +31,8 @@ _DRAWN = """count => {
   return charts.length >= count && charts.every((one) => one.dataset.points > 0);
 }"""
 _SETTLED = """board => {
-  const idle = document.querySelector("[data-testid='stApp'][data-test-script-state='notRunning']") && globalThis.zo;
+  const ended = document.querySelector("[data-testid='stApp'][data-test-script-state='notRunning']");
+  const idle = ended && globalThis.zo && !document.querySelector(".zo-early");
   const now = idle ? JSON.stringify(zo.charts(board).map((one) => [one.id, one.mounts])) : performance.now();
   if (now !== window.settling?.state) window.settling = { state: now, since: performance.now() };
   return performance.now() - window.settling.since > 400;

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -335,13 +336,10 @@ def test_a_run_whose_process_is_gone_is_killed(folder: Path) -> None:
 
 
 def test_the_launcher_stays_on_this_machine_unless_told() -> None:
-    quiet = launch.streamlit_arguments("sqlite:///x.db", 8501, "127.0.0.1")
-    assert "--server.address=127.0.0.1" in quiet and not any("allowedHosts" in one for one in quiet)
-    assert quiet[-3:] == ["--", "--store", "sqlite:///x.db"]
-    told = launch.streamlit_arguments("sqlite:///x.db", 8501, "10.0.0.5")
-    assert "--server.allowedHosts=10.0.0.5" in told
+    assert launch.settings(8501, "127.0.0.1") == {"server.port": 8501, "server.address": "127.0.0.1"}
+    assert "10.0.0.5" in launch.settings(8501, "10.0.0.5")["server.allowedHosts"]
     with pytest.raises(ValueError, match="`--port` must be from 1 to 65535, got 0"):
-        launch.streamlit_arguments("x", 0, "127.0.0.1")
+        launch.settings(0, "127.0.0.1")
 
 
 @pytest.mark.parametrize(("host", "here"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False)])
@@ -363,6 +361,18 @@ def handshake(port: int, host: str, origin: str) -> int:
             f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode()
         )
         return int(wire.recv(4096).split()[1])
+
+
+def fetch(port: int, host: str, site: str = "same-origin") -> tuple[int, bytes]:
+    """The answer to a page that asks for its points before Streamlit is up."""
+    asked = urllib.request.Request(
+        f"http://127.0.0.1:{port}/zo/charts?key=train/loss", headers={"Host": host, "Sec-Fetch-Site": site}
+    )
+    try:
+        with urllib.request.urlopen(asked, timeout=20) as answer:
+            return int(answer.status), answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
 
 
 @pytest.mark.parametrize("command", ["streamlit", "zolightning"])
@@ -394,6 +404,9 @@ def test_the_server_takes_no_foreign_host_or_origin(command: str, ours: Path, tm
         assert handshake(port, own, f"http://{own}") == 101, (tmp_path / "log").read_text()
         assert handshake(port, own, "http://evil.example") == 403
         assert handshake(port, "evil.example", "http://evil.example") == 403
+        if command == "zolightning":
+            assert fetch(port, own)[0] == 200
+            assert fetch(port, "evil.example")[0] == fetch(port, own, site="cross-site")[0] == 403
         addresses = {line.split()[1] for line in Path("/proc/net/tcp").read_text().splitlines()[1:] if line.split()[3] == "0A"}
         assert f"0100007F:{port:04X}" in addresses and f"00000000:{port:04X}" not in addresses
     finally:

@@ -321,6 +321,28 @@ def test_new_points_are_shown(page: Page, busy_server: Server, busy: Path) -> No
     assert chart["mounts"] == 1
 
 
+def test_charts_are_drawn_before_streamlit_is_up_and_stay(page: Page, quiet_server: Server) -> None:
+    page.route("**/_stcore/health", lambda route: None)  # Streamlit waits for it
+    page.goto(f"{quiet_server.url}/curves?key=train/loss&key=memory/peak")
+    wait_drawn(page, 2)
+    assert page.locator(".zo-early .zo-chart").count() == 2
+    assert page.locator(".stApp .zo-chart").count() == 0
+    before = charts(page)
+    assert len(before["train/loss"]["lines"]) == len(HOSTILE) + 1
+    assert {mark["kind"] for mark in before["train/loss"]["marks"]} == {"nan", "inf", "-inf"}
+    drag(page, "train/loss", 0.2, 0.5)
+    page.unroute("**/_stcore/health")  # lets it through
+    page.wait_for_url(re.compile("zoom="))
+    wait_settled(page)
+    after = charts(page)
+    assert page.locator(".stApp .zo-chart").count() == 2
+    assert page.locator(".zo-legend").count() == 1
+    for key, chart in after.items():
+        assert chart["mounts"] == 1  # it has moved, and was not drawn anew
+        low, high = before[key]["range"]
+        assert low < chart["range"][0] < chart["range"][1] < high
+
+
 def test_the_address_brings_the_view_back(page: Page, browser: Browser, busy_server: Server, busy: Path) -> None:
     page.goto(f"{busy_server.url}/curves?live=0&key=train/loss&key=memory/peak")
     wait_drawn(page, 2)

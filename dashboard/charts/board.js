@@ -108,6 +108,7 @@ class Board {
   // The server keeps the zoom and the hidden lines in the page's address, and sends finer points for the range.
   tell() {
     clearTimeout(this.telling);
+    this.untold = !this.send;
     this.telling = setTimeout(() => this.send?.("seen", { zoom: this.zoom, hidden: [...this.hidden] }), 150);
   }
 }
@@ -156,7 +157,7 @@ function themed(host) {
 }
 
 // What the components of charts/live.py call; `c` is Streamlit's {data, parentElement, setStateValue}.
-globalThis.zo = {
+globalThis.zo ??= {
   legend(c) {
     const page = board(c.data.board);
     page.theme(c.parentElement);
@@ -169,7 +170,7 @@ globalThis.zo = {
     page.theme(c.parentElement);
     let chart = mounted.get(c.parentElement);
     if (!chart) {
-      chart = new Chart(c.parentElement, page);
+      chart = early?.give(c.data, c.parentElement) ?? new Chart(c.parentElement, page);
       mounted.set(c.parentElement, chart);
       page.charts.add(chart);
     }
@@ -198,7 +199,14 @@ globalThis.zo = {
   feed(c) {
     const header = unpack(c.data), page = board(header.board);
     if (header.part === "live") page.send = c.setStateValue;
+    if (page.untold) page.tell();
     page.feed(header, c.data.byteLength);
+  },
+
+  // Draw what the address shows while Streamlit starts.
+  async early(css) {
+    const answer = await fetch(`./zo/charts${location.search}`);
+    if (answer.status === 200) early ??= new Early(unpack(new Uint8Array(await answer.arrayBuffer())), css);
   },
 
   // for tests: what is drawn now, and how many bytes each part of the last feed had

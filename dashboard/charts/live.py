@@ -17,7 +17,7 @@ import streamlit as st
 Zoom = tuple[float, float] | None
 
 _HERE = Path(__file__).parent
-_SCRIPTS = ("format.js", "unpack.js", "chart.js", "paint.js", "runlist.js", "cards.js", "board.js")
+_SCRIPTS = ("format.js", "unpack.js", "chart.js", "paint.js", "runlist.js", "cards.js", "early.js", "board.js")
 _READY = (
     'const ready = () => globalThis.zo ?? new Promise((done) => addEventListener("zo-ready", () => done(globalThis.zo), '
     "{ once: true }));\nexport default async (c) => (await ready()).%s(c);"
@@ -70,20 +70,28 @@ def engine() -> None:
     _component("engine")(key="zo-engine")
 
 
-def legend(board: str, series: Sequence[Mapping[str, Any]], zoom: Zoom, hidden: Sequence[str]) -> None:
+def legend(data: Mapping[str, Any]) -> None:
     """The chips above a page's charts; they carry the lines' styles too, so every page with charts has one.
 
     Args:
-        board: name of the set of charts.
-        series: for each line ``id``, ``label``, ``title`` (on hover), ``light`` and ``dark`` colours and ``dash`` lengths.
-        zoom: range of x to begin with; None: everything.
-        hidden: ids of lines to begin without.
+        data: ``board``, the name of the set of charts; ``series``, for each line ``id``, ``label``, ``title`` (on hover),
+            ``light`` and ``dark`` colours and ``dash`` lengths; and to begin with ``zoom``, a range of x or None for
+            everything, and ``hidden``, the ids of lines that are off.
     """
-    data = {"board": board, "series": [dict(one) for one in series], "zoom": zoom, "hidden": list(hidden)}
-    _component("legend")(key=f"zo-legend-{board}", data=data)
+    _component("legend")(key=f"zo-legend-{data['board']}", data=data)
 
 
-def chart(
+def chart(data: Mapping[str, Any], on_level: Callable[[], None] | None = None) -> None:
+    """The shell of a chart; its data come by :func:`feed`.
+
+    Args:
+        data: what :func:`shell` made. The component's key is ``zo-chart-<board>-<name>``.
+        on_level: called when the user has dragged a rule; the level is in the component's state.
+    """
+    _component("chart")(key=f"zo-chart-{data['board']}-{data['id']}", data=data, on_level_change=on_level or _nothing)
+
+
+def shell(
     board: str,
     name: str,
     *,
@@ -96,13 +104,12 @@ def chart(
     from_zero: bool = False,
     height: int = 280,
     rules: Sequence[Rule] = (),
-    on_level: Callable[[], None] | None = None,
-) -> None:
-    """The shell of a chart; its data come by :func:`feed`.
+) -> dict[str, Any]:
+    """How a chart is drawn.
 
     Args:
         board: name of the set of charts.
-        name: the chart's id on the board, and its key: ``st.session_state["zo-chart-<board>-<name>"]``.
+        name: the chart's id on the board.
         x_label: what x counts.
         x_kind: ``count``, or ``time`` for seconds.
         title: shown above; None: the name.
@@ -112,9 +119,8 @@ def chart(
         from_zero: the y axis begins at 0.
         height: in pixels.
         rules: levels drawn across.
-        on_level: called when the user has dragged a rule; the level is in the component's state.
     """
-    data = {
+    return {
         "board": board,
         "id": name,
         "title": title or name,
@@ -127,7 +133,6 @@ def chart(
         "rules": [rule._asdict() for rule in rules],
         "empty": "No run that is shown has logged this.",
     }
-    _component("chart")(key=f"zo-chart-{board}-{name}", data=data, on_level_change=on_level or _nothing)
 
 
 def feed(board: str, part: str, data: bytes, zoom: Zoom, hidden: Sequence[str]) -> None:
@@ -195,9 +200,15 @@ def _nothing() -> None:
 def _component(kind: str) -> Callable[..., Any]:
     if kind != "engine":
         return st.components.v2.component(f"zolightning.{kind}", js=_READY % kind, isolate_styles=False)
+    js, css = code()
+    return st.components.v2.component("zolightning.engine", js=js, css=css, isolate_styles=False)
+
+
+@cache
+def code() -> tuple[str, str]:
+    """The engine: uPlot and ours, as a JavaScript module and a style sheet."""
     uplot = resources.files("uplot") / "static"
     scripts = [(uplot / "uPlot.iife.js").read_text("utf-8"), *((_HERE / name).read_text("utf-8") for name in _SCRIPTS)]
     styles = [(uplot / "uPlot.min.css").read_text("utf-8"), (_HERE / "charts.css").read_text("utf-8")]
     # Streamlit takes a text without line breaks for a file's name
-    css = "\n".join(styles)
-    return st.components.v2.component("zolightning.engine", js="\n".join(scripts), css=css, isolate_styles=False)
+    return "\n".join(scripts), "\n".join(styles)

@@ -18,7 +18,7 @@ class Memo(Generic[T]):
     """
 
     def __init__(self, size: int) -> None:
-        self._size, self._lock = size, threading.Lock()
+        self._size, self._lock = size, threading.RLock()
         self._kept: OrderedDict[Hashable, T] = OrderedDict()
 
     def get(self, origin: Hashable, make: Callable[[], T]) -> T:
@@ -28,13 +28,10 @@ class Memo(Generic[T]):
             origin: everything the result depends on.
             make: computes it.
         """
-        with self._lock:
-            if origin in self._kept:
-                self._kept.move_to_end(origin)
-                return self._kept[origin]
-        result = make()
-        with self._lock:
-            self._kept[origin] = result
-            if len(self._kept) > self._size:
-                self._kept.popitem(last=False)
-        return result
+        with self._lock:  # also while it is made: whoever asks for the same meanwhile waits for it
+            if origin not in self._kept:
+                self._kept[origin] = make()
+                if len(self._kept) > self._size:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(origin)
+            return self._kept[origin]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,6 +71,23 @@ def pack(board: str, part: str, charts: Mapping[str, Drawing], zoom: tuple[float
         "zoom": zoom,
         "charts": {name: _drawing(drawing, arrays) for name, drawing in charts.items()},
     }
+    return _message(header, arrays)
+
+
+def bundle(legend: Mapping[str, Any], charts: Sequence[Mapping[str, Any]], messages: Iterable[bytes]) -> bytes:
+    """All that a page's charts need in one message: how they are drawn, and what.
+
+    Args:
+        legend: what :func:`dashboard.charts.live.legend` takes.
+        charts: likewise for each chart.
+        messages: of :func:`pack`.
+    """
+    arrays = _Arrays()
+    feeds = [arrays.add(np.frombuffer(one, np.uint8)) for one in messages]
+    return _message({"legend": legend, "charts": charts, "feeds": feeds}, arrays)
+
+
+def _message(header: Mapping[str, Any], arrays: _Arrays) -> bytes:
     text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
     start = struct.pack("<I", len(text)) + text
     return b"".join([start, bytes(-len(start) % 8), *arrays.blobs])

@@ -4,7 +4,7 @@ function unpack(bytes) {
   const length = view.getUint32(0, true);
   const header = JSON.parse(new TextDecoder().decode(bytes.subarray(4, 4 + length)));
   const start = Math.ceil((4 + length) / 8) * 8;
-  const types = { f8: Float64Array, f4: Float32Array, u4: Uint32Array, u2: Uint16Array };
+  const types = { f8: Float64Array, f4: Float32Array, u4: Uint32Array, u2: Uint16Array, u1: Uint8Array };
   header.array = ([type, offset, count]) => {
     const Type = types[type], from = bytes.byteOffset + start + offset;
     return from % Type.BYTES_PER_ELEMENT === 0

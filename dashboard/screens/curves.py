@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import streamlit as st
 
 from .. import text
+from ..charts import live
 from ..export import curves_csv
 from ..scene import Scene
-from ..session import change, current, widget
+from ..session import board, change, current, widget
 from ..source import Run
 from ..view import View
 from .parts import choose_axis, feed, follow, legend, shell
@@ -26,12 +28,12 @@ def render(scene: Scene) -> None:
     shown = scene.shown(current())
     available = sorted({key for run in shown for key in run.keys})
     view = _controls(available)
-    keys = list(view.keys) or first_keys(shown)
+    keys = chosen(scene, view)
     legend(scene, view)
     columns = st.columns(2 if len(keys) > 1 else 1)
-    for place, key in enumerate(keys):
+    for place, data in enumerate(shells(keys, view, board())):
         with columns[place % len(columns)]:
-            shell(key, view, height=280 if len(keys) > 1 else 420)
+            live.chart(data)
     if not keys:
         st.info("Select runs in the sidebar, and metrics above.")
     else:
@@ -47,6 +49,18 @@ def _draw(scene: Scene, keys: Sequence[str]) -> None:
         for tab, key in zip(st.tabs([text.code(key, 60) for key in keys]), keys, strict=True):
             with tab:
                 best_and_last(scene, scene.shown(view), key, view.at)
+
+
+def chosen(scene: Scene, view: View) -> list[str]:
+    """The metrics that are drawn: the view's, else the usual ones."""
+    shown = scene.shown(view)
+    there = {key for run in shown for key in run.keys}
+    return [key for key in view.keys if key in there] or first_keys(shown)
+
+
+def shells(keys: Sequence[str], view: View, board: str) -> list[dict[str, Any]]:
+    """What the page's charts are given."""
+    return [shell(key, view, board, height=280 if len(keys) > 1 else 420) for key in keys]
 
 
 def first_keys(runs: Sequence[Run]) -> list[str]:

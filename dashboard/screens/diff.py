@@ -8,9 +8,10 @@ import pandas as pd
 import streamlit as st
 
 from .. import text, words
+from ..charts import live
 from ..facts import facts, quality_key
 from ..scene import Scene
-from ..session import current, widget
+from ..session import board, current, widget
 from ..source import Run
 from ..transforms import differing
 from .curves import first_keys
@@ -54,7 +55,7 @@ def render(scene: Scene) -> None:
     with right:
         legend(scene, view)
         if key is not None:
-            shell(key, view, height=420)
+            live.chart(shell(key, view, board(), height=420))
     follow(scene, lambda fresh: _draw(fresh, runs, key))
 
 

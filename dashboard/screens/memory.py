@@ -11,6 +11,7 @@ import streamlit as st
 
 from .. import text
 from ..budgets import devices, largest, parts, peak, suggested
+from ..charts import live
 from ..charts.live import Rule
 from ..charts.still import PARTS, stacked_memory
 from ..facts import quality_key
@@ -44,11 +45,13 @@ def render(scene: Scene) -> None:
         with st.container(width=150):
             view = choose_axis()
     legend(scene, view)
-    lines = [Rule(size, label) for size, label in devices(shown).items()] + [Rule(budget, f"budget: {budget:g} GiB", drag=True)]
+    levels = [Rule(size, label) for size, label in devices(shown).items()] + [
+        Rule(budget, f"budget: {budget:g} GiB", drag=True)
+    ]
     columns = st.columns(max(1, len(keys)))
     for column, key in zip(columns, keys, strict=False):
         with column:
-            shell(key, view, rules=lines if key == keys[0] else (), on_level=partial(_dragged, key))
+            live.chart(shell(key, view, board(), rules=levels if key == keys[0] else ()), partial(_dragged, key))
     follow(scene, lambda fresh: _draw(fresh, keys, budget))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import streamlit as st
 
@@ -46,6 +47,14 @@ def follow(scene: Scene, draw: Callable[[Scene], None]) -> None:
 
 def legend(scene: Scene, view: View) -> None:
     """The chips of the lines on this page."""
+    data = lines(scene, view, board())
+    if len(scene.shown(view)) > MOST_LINES and len(data["series"]) == MOST_LINES:
+        st.caption(f"The newest {MOST_LINES} of the selected lines are drawn; the tables have all.")
+    live.legend(data)
+
+
+def lines(scene: Scene, view: View, board: str) -> dict[str, Any]:
+    """What the legend of a set of charts is given."""
     looks, labels = scene.styles(), scene.labels(view)
     members = scene.members(view)
     series = [
@@ -57,17 +66,13 @@ def legend(scene: Scene, view: View) -> None:
         }
         for member in members
     ]
-    if len(scene.shown(view)) > MOST_LINES and len(members) == MOST_LINES:
-        st.caption(f"The newest {MOST_LINES} of the selected lines are drawn; the tables have all.")
-    live.legend(board(), series, view.zoom, [member.id for member in members if view.hides(member.id)])
+    return {"board": board, "series": series, "zoom": view.zoom, "hidden": [m.id for m in members if view.hides(m.id)]}
 
 
-def shell(
-    key: str, view: View, *, height: int = 280, rules: Sequence[Rule] = (), on_level: Callable[[], None] | None = None
-) -> None:
-    """The chart of a metric over the view's axis."""
-    live.chart(
-        board(),
+def shell(key: str, view: View, board: str, *, height: int = 280, rules: Sequence[Rule] = ()) -> dict[str, Any]:
+    """What the chart of a metric over the view's axis is given."""
+    return live.shell(
+        board,
         key,
         title=text.plain(key, 120),
         why=meaning(key),
@@ -78,7 +83,6 @@ def shell(
         from_zero=is_bytes(key),
         height=height,
         rules=rules,
-        on_level=on_level,
     )
 
 

@@ -17,8 +17,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from .base import Experiment, MetricSource, NoStoreYet, Run, Series, SourceError, newest_first
-from .buffer import Points, Row, SeriesBuffer, as_points
+from .buffer import POINT, Points, SeriesBuffer, as_points
 from .file import LOG_A_RUN, Look, StoreFile
 
 _COLUMNS = {
@@ -45,6 +47,7 @@ _ALL_SERIES = f"SELECT run_uuid, {_POINT} FROM metrics WHERE key = ? AND rowid <
 _INDEXES = ("index_metrics_run_uuid_key_step", "index_metrics_run_uuid")  # best first; MLflow 2 has the second only
 _NEW_POINTS = f"SELECT run_uuid, key, {_POINT} FROM metrics WHERE rowid > ? ORDER BY rowid"
 _ROW = "SELECT rowid, run_uuid, key, step, timestamp, value, is_nan FROM metrics"
+_ROWS = 2_000
 _NEWEST_ROW = f"{_ROW} ORDER BY rowid DESC LIMIT 1"
 _ROW_AT = f"{_ROW} WHERE rowid = ?"
 
@@ -178,10 +181,18 @@ class SqliteSource(MetricSource):
         return {run_id: as_points(store.execute(query, (run_id, key, self._last_rowid))) for run_id in run_ids}
 
     def _ask_all(self, store: sqlite3.Connection, run_ids: Sequence[str], key: str) -> dict[str, Points]:
-        rows: dict[str, list[Row]] = defaultdict(list)
-        for run_id, step, stamp, value in store.execute(_ALL_SERIES, (key, self._last_rowid)):
-            rows[run_id].append((step, stamp, value))
-        return {run_id: as_points(rows[run_id]) for run_id in run_ids}
+        place = defaultdict(lambda: len(run_ids), {run_id: i for i, run_id in enumerate(run_ids)})
+        places, points = [np.empty(0, int)], [as_points(())]
+        rows = store.execute(_ALL_SERIES, (key, self._last_rowid))
+        while some := rows.fetchmany(_ROWS):
+            run, step, stamp, value = zip(*some, strict=True)  # by columns, which takes a third less than by rows
+            places.append(np.fromiter(map(place.__getitem__, run), int, len(run)))
+            points.append(np.empty(len(some), POINT))
+            points[-1]["step"], points[-1]["time"], points[-1]["value"] = step, stamp, np.array(value, float)
+        whose = np.concatenate(places)
+        order = np.argsort(whose, kind="stable")
+        ends = np.searchsorted(whose[order], range(1, len(run_ids) + 1))
+        return dict(zip(run_ids, np.split(np.concatenate(points)[order], ends), strict=False))
 
     @property
     def _last_rowid(self) -> int:
