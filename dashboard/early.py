@@ -19,10 +19,8 @@ from streamlit import config, file_util
 from .charts.live import code
 from .source.base import SourceError
 
-_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "Content-Encoding": "identity",
-}  # else Streamlit compresses, which takes longer
+# without an encoding Streamlit compresses, which takes longer than it saves
+_HEADERS = {"X-Content-Type-Options": "nosniff", "Content-Encoding": "identity"}
 _FRESH = {**_HEADERS, "Cache-Control": "no-cache"}
 _KEPT = {**_HEADERS, "Cache-Control": "immutable, max-age=31536000"}
 

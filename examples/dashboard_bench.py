@@ -8,7 +8,8 @@ Needs Chromium (apt-get install chromium) and `pip install playwright`. The goal
 the load average is printed beside the figures. What each figure is:
 
 first paint   from the navigation until all charts of the page Curves are drawn, all runs in them. Cold: the first visit to a
-              server that was just started, by a browser with empty caches. Warm: the next ones.
+              server that was just started, by a browser with empty caches. Warm: the next ones. The charts are there before
+              Streamlit is; "page complete" is when they stand in its page, with all controls and the script at its end.
 live lag      from just before a point is logged until it is drawn, at 960 points a second to four runs; all points count.
 payload       bytes that the server sends over the websocket in one tick of the page Curves with four charts.
 main thread   sum of the browser's long tasks (50 ms and more) in each interval of one tick.
@@ -80,6 +81,8 @@ PAINTED = """
   };
   look();
 """
+COMPLETE = """() => !document.querySelector(".zo-early")
+  && document.querySelector("[data-testid='stApp'][data-test-script-state='notRunning'] [data-testid='zo-chart']")"""
 # notes each drawing of a chart: when, and the newest value of each line
 DRAWINGS = """([board, key, lines]) => {
   window.drawings = [];
@@ -229,6 +232,7 @@ def first_paint(browser: Browser, store: Path, repeats: int) -> Iterator[Result]
     for keys, cold_limit, warm_limit in ((KEYS[:1], 3.0, 1.0), (KEYS, 5.0, 2.5)):
         cold: list[float] = []
         warm: list[float] = []
+        complete: list[float] = []
         for _ in range(repeats):
             with serve(uri(store), store.parent / "server.log") as server:
                 context = browser.new_context(viewport={"width": 1400, "height": 900})
@@ -238,11 +242,15 @@ def first_paint(browser: Browser, store: Path, repeats: int) -> Iterator[Result]
                     page.goto(curves(server, keys))
                     page.wait_for_function("window.painted", timeout=120_000)
                     kept.append(page.evaluate("window.painted") / 1000)
+                    if kept is warm:
+                        page.wait_for_function(COMPLETE, timeout=120_000)
+                        complete.append(page.evaluate("performance.now()") / 1000)
                     page.close()
                 context.close()
         charts = "one chart" if len(keys) == 1 else "four charts"
         yield Result(f"first paint of {charts}, cold", float(np.median(cold)), cold_limit, "s", spread(cold))
         yield Result(f"first paint of {charts}, warm", float(np.median(warm)), warm_limit, "s", spread(warm))
+        yield Result(f"page complete with {charts}, warm", float(np.median(complete)), None, "s", spread(complete))
 
 
 def live(browser: Browser, store: Path, seconds: float, turns: int) -> Iterator[Result]:

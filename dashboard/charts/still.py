@@ -85,6 +85,8 @@ def trade_off(title: str, x_name: str, y_name: str, dots: Sequence[Dot], dark: b
         log_x: x spans orders of magnitude.
     """
     front = sorted((dot.x, dot.y) for dot in dots if dot.front)
+    low, high = min(dot.x for dot in dots), max(dot.x for dot in dots)
+    middle = math.sqrt(low * high) if log_x else (low + high) / 2
     series: list[dict[str, Any]] = [
         {
             "name": _literal(dot.name),
@@ -94,7 +96,7 @@ def trade_off(title: str, x_name: str, y_name: str, dots: Sequence[Dot], dark: b
             "itemStyle": {"color": dot.color, "opacity": 1 if dot.front else 0.75},
             "label": {
                 "show": True,
-                "position": "right",
+                "position": "left" if dot.x > middle else "right",  # where there is room
                 "formatter": _literal(dot.name if len(dot.name) <= _LABEL else dot.name[: _LABEL - 1] + "…"),
                 "color": _ink(dark),
                 "fontSize": 11,
@@ -114,7 +116,7 @@ def trade_off(title: str, x_name: str, y_name: str, dots: Sequence[Dot], dark: b
     }
     return {
         **_frame(title, dark),
-        "grid": {"left": 30, "right": 84, "top": 44, "bottom": 30, "containLabel": True},
+        "grid": {"left": 30, "right": 40, "top": 44, "bottom": 30, "containLabel": True},
         "xAxis": {"type": "log" if log_x else "value", "name": x_name, "nameLocation": "middle", "nameGap": 28, "scale": True},
         "yAxis": {"type": "value", "name": y_name, "nameLocation": "middle", "nameRotate": 90, "nameGap": 38, "scale": True},
         "series": [line, *series],
