@@ -145,9 +145,23 @@ def cost(runs: Sequence[Run], series: ReadSeries, quality: str | None) -> Cost:
         tuple(runs),
         runs[0].tags.get("zo.method") or runs[0].name,
         max((largest(run, PEAKS) for run in runs), key=lambda peak: (not math.isnan(peak), peak)),
-        _mean(largest(run, SECONDS) for run in runs),
+        _mean(last(run, SECONDS, series) for run in runs),
         _mean(best(run, quality) for run in runs),
     )
+
+
+def last(run: Run, keys: Sequence[str], series: ReadSeries) -> float:
+    """What a counter has come to: the last value of the first of these metrics that the run has; nan when it has none.
+
+    Args:
+        run: says the last value, or else the points do.
+        keys: metrics that only grow.
+        series: the points of a run's metric.
+    """
+    key = next((key for key in keys if key in run.keys), None)
+    if key is None:
+        return math.nan
+    return run.latest[key][2] if key in run.latest else summarise(series(run.id, key), "max").last
 
 
 def _saving(method: Cost, baseline: Cost, key: str | None) -> Saving:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .comparison import PEAKS, QUALITIES, SECONDS
+from .comparison import PEAKS, QUALITIES, SECONDS, last
 from .source.base import Run, Series
 from .status import watched
 from .transforms import goal, summarise
@@ -18,8 +18,8 @@ _SPARKS = 40
 ReadSeries = Callable[[str, str], Series]
 
 
-READ = (*PEAKS, *SECONDS, "forward_passes")
-"""What :func:`facts` looks at, beside the loss and the quality."""
+READ = PEAKS
+"""Whose points :func:`facts` looks at, beside those of the loss and the quality."""
 
 
 class Facts(NamedTuple):
@@ -68,7 +68,7 @@ def facts(run: Run, series: ReadSeries, quality: str | None) -> Facts:
     step = int(loss.step[-1]) if loss is not None and known else None
     total = total_steps(run)
     pace = _pace(loss) if loss is not None else math.nan
-    seconds = _largest(run, series, SECONDS)
+    seconds = last(run, SECONDS, series)
     if math.isnan(seconds) and known and loss is not None:
         seconds = float(loss.time.max() - (loss.time.min() if math.isnan(run.started) else run.started))
     return Facts(
@@ -81,7 +81,7 @@ def facts(run: Run, series: ReadSeries, quality: str | None) -> Facts:
         quality=summarise(series(run.id, quality), goal(quality)).best if quality in run.keys and quality else math.nan,
         peak=_largest(run, series, PEAKS),
         seconds=seconds,
-        forwards=_largest(run, series, ("forward_passes",)),
+        forwards=last(run, ("forward_passes",), series),
         pace=pace,
         heard=float(loss.time.max()) if loss is not None and known else math.nan,
     )

@@ -89,6 +89,10 @@ def find(source: MetricSource, experiment: str, run_id: str) -> Run:
     return found
 
 
+def last_values(source: MetricSource, experiment: str, run_id: str) -> dict[str, float]:
+    return {key: value for key, (_, _, value) in find(source, experiment, run_id).latest.items()}
+
+
 AWKWARD: dict[str, list[Point]] = {
     "plain": [(i, NOW + i, math.sin(i)) for i in range(200)],
     "not finite": [(1, NOW, 1.0), (2, NOW + 1, math.nan), (3, NOW + 2, math.inf), (4, NOW + 3, -math.inf), (5, NOW + 4, -0.5)],
@@ -121,6 +125,7 @@ def test_points_that_come_later_are_added(client: MlflowClient, source: MetricSo
         log(client, run_id, "loss", [(10 * round_ + i, NOW + 10 * round_ + i, 1.0 / (i + 1)) for i in range(10)])
         before = source.poll()
         same(source.series(run_id, "loss"), history(client, run_id, "loss"))
+        assert last_values(source, experiment, run_id) == client.get_run(run_id).data.metrics
         assert source.poll() == before
     log(client, run_id, "val", [(3, NOW, math.nan)])
     assert source.poll() > before
@@ -144,6 +149,7 @@ def test_points_logged_late_at_earlier_steps_are_found(client: MlflowClient, sou
         source.poll()
     same(source.series(run_id, "a"), history(client, run_id, "a"))
     same(source.series(run_id, "b"), history(client, run_id, "b"))
+    assert last_values(source, experiment, run_id) == client.get_run(run_id).data.metrics
     log(client, run_id, "a", [(3, NOW + 70, 1.0)])
     log(client, run_id, "b", [(3, NOW + 70, 1.0)])
     client.set_terminated(run_id)

@@ -42,6 +42,7 @@ class Run:
         params: hyperparameters.
         tags: labels, MLflow's own (``mlflow.*``) among them.
         keys: names of the metrics it has logged so far, sorted.
+        latest: of each metric the step, the milliseconds and the value of the last point, up to the last poll.
     """
 
     id: str
@@ -53,6 +54,7 @@ class Run:
     params: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     keys: tuple[str, ...] = ()
+    latest: Mapping[str, tuple[int, int, float]] = field(default_factory=dict, compare=False)
 
 
 class Series(NamedTuple):

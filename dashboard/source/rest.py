@@ -239,6 +239,7 @@ def _run(found: dict[str, Any]) -> Run:
         params={param["key"]: param.get("value", "") for param in data.get("params", [])},
         tags=tags,
         keys=tuple(sorted(_latest(found))),
+        latest={key: (int(step), int(stamp or 0), float(value)) for key, (step, stamp, value) in _latest(found).items()},
     )
 
 

@@ -28,7 +28,7 @@ _COLUMNS = {
     "runs": {"run_uuid", "name", "experiment_id", "status", "start_time", "end_time", "lifecycle_stage"},
     "params": {"run_uuid", "key", "value"},
     "tags": {"run_uuid", "key", "value"},
-    "latest_metrics": {"run_uuid", "key"},
+    "latest_metrics": {"run_uuid", "key", "step", "timestamp", "value", "is_nan"},
     "metrics": {"run_uuid", "key", "step", "timestamp", "value", "is_nan"},
 }
 """What is read of MLflow's tables."""
@@ -39,9 +39,9 @@ _EXPERIMENTS = (
 _RUNS = "SELECT run_uuid, name, experiment_id, status, start_time, end_time FROM runs WHERE lifecycle_stage = 'active'"
 _PARAMS = "SELECT run_uuid, key, value FROM params"
 _TAGS = "SELECT run_uuid, key, value FROM tags"
-_KEYS = "SELECT run_uuid, key FROM latest_metrics"
 
 _POINT = "step, timestamp, CASE WHEN is_nan THEN NULL ELSE value END"
+_LATEST = f"SELECT run_uuid, key, {_POINT} FROM latest_metrics"
 _SERIES = f"SELECT {_POINT} FROM metrics {{}} WHERE run_uuid = ? AND key = ? AND rowid <= ?"
 _ALL_SERIES = f"SELECT run_uuid, {_POINT} FROM metrics WHERE key = ? AND rowid <= ?"
 _INDEXES = ("index_metrics_run_uuid_key_step", "index_metrics_run_uuid")  # best first; MLflow 2 has the second only
@@ -52,6 +52,9 @@ _NEWEST_ROW = f"{_ROW} ORDER BY rowid DESC LIMIT 1"
 _ROW_AT = f"{_ROW} WHERE rowid = ?"
 
 
+Latest = tuple[int, int, float]
+
+
 class _Described(NamedTuple):
     """The tables that describe runs, as read."""
 
@@ -60,13 +63,13 @@ class _Described(NamedTuple):
     params: Sequence[tuple[str, str, str]] = ()
     tags: Sequence[tuple[str, str, str]] = ()
 
-    def build(self, keys: dict[str, set[str]]) -> Iterator[Run]:
+    def build(self, latest: dict[str, dict[str, Latest]]) -> Iterator[Run]:
         params, tags = _by_run(self.params), _by_run(self.tags)
         for id_, name, experiment, status, started, ended in self.runs:
             name = name or tags[id_].get("mlflow.runName") or id_
             yield Run(
                 id_, name, str(experiment), status, _seconds(started), _seconds(ended), params[id_], tags[id_],
-                tuple(sorted(keys.get(id_, ()))),
+                tuple(sorted(latest[id_])), latest[id_],
             )  # fmt: skip
 
 
@@ -90,7 +93,7 @@ class _News(NamedTuple):
         afresh: rows may have moved, so nothing that was known holds.
         newest: the metrics table's last row.
         points: its rows since the last poll, (run, metric, step, milliseconds, value); none when ``afresh``.
-        keys: the metrics of each run; only when ``afresh``.
+        latest: likewise the last point of each metric of each run; only when ``afresh``.
         described: the runs.
     """
 
@@ -98,7 +101,7 @@ class _News(NamedTuple):
     afresh: bool
     newest: tuple[Any, ...] | None
     points: Sequence[tuple[Any, ...]]
-    keys: Sequence[tuple[str, str]]
+    latest: Sequence[tuple[Any, ...]]
     described: _Described
 
 
@@ -125,7 +128,7 @@ class SqliteSource(MetricSource):
         """Nothing is known, as at the start."""
         self._layout: _Layout | None = None
         self._newest: tuple[Any, ...] | None = None
-        self._keys: dict[str, set[str]] = {}
+        self._latest: defaultdict[str, dict[str, Latest]] = defaultdict(dict)
         self._buffers: dict[tuple[str, str], SeriesBuffer] = {}
         self._described = _Described()
         self._runs: list[Run] = []
@@ -154,7 +157,7 @@ class SqliteSource(MetricSource):
 
     def load(self, run_ids: Sequence[str], key: str) -> None:
         with self._lock:
-            having = {run_id for run_id, keys in self._keys.items() if key in keys}
+            having = {run_id for run_id, keys in self._latest.items() if key in keys}
             missing = [id_ for id_ in run_ids if id_ in having and (id_, key) not in self._buffers]
             if not missing:
                 return
@@ -213,37 +216,36 @@ class SqliteSource(MetricSource):
             afresh,
             newest=store.execute(_NEWEST_ROW).fetchone(),
             points=[] if afresh else store.execute(_NEW_POINTS, (self._last_rowid,)).fetchall(),
-            keys=store.execute(_KEYS).fetchall() if afresh else [],
+            latest=store.execute(_LATEST).fetchall() if afresh else [],
             described=_Described(*(store.execute(query).fetchall() for query in (_EXPERIMENTS, _RUNS, _PARAMS, _TAGS))),
         )
 
     def _take(self, news: _News) -> None:
         if news.afresh:
             self._forget()
-            for run_id, key in news.keys:
-                self._keys.setdefault(run_id, set()).add(key)
+            for run_id, key, *point in news.latest:
+                self._latest[run_id][key] = _latest(*point)
         elif not news.points and news.described == self._described:
             return
         self._version += 1
         more_keys = self._append(news.points)
         if news.afresh or more_keys or news.described != self._described:
-            self._runs = newest_first(news.described.build(self._keys))
+            self._runs = newest_first(news.described.build(self._latest))
             there = {run.id for run in self._runs}
             self._buffers = {name: buffer for name, buffer in self._buffers.items() if name[0] in there}
         self._layout, self._newest, self._described = news.layout, news.newest, news.described
 
     def _append(self, points: Sequence[tuple[Any, ...]]) -> bool:
         """Add the points to the series that are loaded; whether there are metrics among them that were not known."""
-        names = set()
+        known = sum(map(len, self._latest.values()))
         for run_id, key, step, stamp, value in points:
-            names.add((run_id, key))
+            latest, point = self._latest[run_id], _latest(step, stamp, value)
+            if key not in latest or point > latest[key]:  # as MLflow compares them
+                latest[key] = point
             buffer = self._buffers.get((run_id, key))
             if buffer is not None:
                 buffer.add((step, stamp, value))
-        known = sum(map(len, self._keys.values()))
-        for run_id, key in names:
-            self._keys.setdefault(run_id, set()).add(key)
-        return sum(map(len, self._keys.values())) > known
+        return sum(map(len, self._latest.values())) > known
 
 
 def _check_tables(store: sqlite3.Connection, path: Path) -> str:
@@ -273,6 +275,10 @@ def _by_run(rows: Sequence[tuple[str, str, str]]) -> defaultdict[str, dict[str, 
     for run_id, key, value in rows:
         found[run_id][key] = value
     return found
+
+
+def _latest(step: int, stamp: int, value: float | None) -> Latest:
+    return step, stamp, math.nan if value is None else value
 
 
 def _seconds(milliseconds: int | None) -> float:
