@@ -12,10 +12,12 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from mlflow import MlflowClient
 from test_data_model import save_tiny
 from test_demo import PNG, command
 
+from zolightning import ZOStrategy
 from zolightning.bench.reference import ReferenceMeZO
 from zolightning.data import Example, PromptTemplate, encode, load_causal_lm
 from zolightning.demo.methods import Method
@@ -31,6 +33,7 @@ from zolightning.sweep.plan import Plan, choose_lr, finish
 from zolightning.sweep.report import ranking, reached, rows, target_accuracy, write
 from zolightning.sweep.run import Outcome, Run, train
 
+EXAMPLES = Path(__file__).parent.parent / "examples" / "sweep"
 ZO = Method("zo", "ZO", recipe="default", lr=1e-3, batch_size=4, decay=True)
 ADAMW = Method("adamw", "AdamW", lr=1e-3, batch_size=4)
 
@@ -192,6 +195,20 @@ def test_bad_input_is_refused(task: Task) -> None:
         sweep(task=task)
     assert [entry.method.name for entry in choose(None, ["adamw", "spsa"])] == ["spsa", "adamw"]
     assert all(entry.method.name == name for name, entry in ENTRIES.items())
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_sweeps_in_examples_can_be_planned(path: Path) -> None:
+    parser = ArgumentParser()
+    parser.add_function_arguments(sweep)
+    settings = parser.instantiate(parser.parse_path(path))
+    budget = Budget(settings.seconds, "seconds", settings.clock)
+    assert len(choose(settings.entries, None)) > 1
+    for entry in settings.entries:
+        plan = Plan.of(entry, settings.task, budget, settings.seeds, settings.tuning, settings.threads)
+        assert plan.finals
+        assert bool(plan.tuning) == (len(entry.lrs) > 1)
+        assert entry.method.zeroth_order == isinstance(entry.method.strategy(), ZOStrategy)
 
 
 def test_a_sweep_from_a_file_goes_on_where_it_stopped(task: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
