@@ -166,10 +166,12 @@ def test_without_a_test_part_validation_is_reported_and_chosen_by_is_held_out_of
 
 
 def test_one_file_is_split(tmp_path: Path) -> None:
-    save(tmp_path / "all.jsonl", rows(40))
-    found = load_task(TASKS["sst2"], tmp_path / "all.jsonl")
+    save(tmp_path / "all.jsonl", rows(40) + rows(10))  # ten of them twice
+    found, other = (load_task(TASKS["sst2"], tmp_path / "all.jsonl", seed=seed) for seed in (0, 1))
     prompts = [item.prompt for part in found for item in part]
     assert len(set(prompts)) == len(prompts) == 40
+    assert other.test == found.test
+    assert other.validation != found.validation
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -65,7 +65,8 @@ def fit(
             loss with a gradient.
         view: train new weights on the frozen model.
         steps: optimizer steps; 0 reports the model as it is.
-        lr: learning rate. Default: the recipe's, or 1e-3; 2e-5 for adamw.
+        lr: learning rate, which falls along a cosine where the recipe normalises its steps, else stays. Default: the
+            recipe's, or 1e-3; 2e-5 for adamw.
         eps: perturbation scale. Default: the recipe's.
         select: which weights. Default: the recipe's; all of a view's.
         batch_size: examples a step.
@@ -96,8 +97,9 @@ def fit(
         splits = splits._replace(train=few_shot(splits.train, shots, seed))
     network, tokenizer = load_causal_lm(model, offline=offline)
     reader = reader_for(TASKS[task], tokenizer, max_length)
+    decay = steps if recipe in RECIPES and RECIPES[recipe].normalize else 0
     tuned: nn.Module = network if view is None else VIEWS[view](network)
-    module = TaskModule(tuned.train(), reader, objective, lambda ps: _optimizer(ps, recipe, lr), decay_steps=steps)
+    module = TaskModule(tuned.train(), reader, objective, lambda ps: _optimizer(ps, recipe, lr), decay)
     questions = TaskData(splits, reader, min(batch_size, len(splits.train)), seed)
 
     best = ModelCheckpoint(monitor=f"val/{reader.main}", mode="max", filename="{step}")
@@ -129,8 +131,8 @@ def fit(
 
 def _optimizer(parameters: list[nn.Parameter], recipe: str, lr: float | None) -> torch.optim.Optimizer:
     if recipe == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr or 2e-5, weight_decay=0.0)
-    return torch.optim.SGD(parameters, lr=lr or RECIPES[recipe].lr or 1e-3)
+        return torch.optim.AdamW(parameters, lr=2e-5 if lr is None else lr, weight_decay=0.0)
+    return torch.optim.SGD(parameters, lr=(RECIPES[recipe].lr or 1e-3) if lr is None else lr)
 
 
 def _given(**settings: Any) -> Any:

@@ -37,7 +37,7 @@ def load_task(
     Args:
         task: the task.
         path: a folder with train and validation, and perhaps test files (.csv, .jsonl, .parquet), or one file, which is
-            split by ``seed``. None: the task's source, through Hugging Face ``datasets``.
+            split. None: the task's source, through Hugging Face ``datasets``.
         train: most training questions, drawn by ``seed``.
         validation: likewise.
         test: the first so many, the same for every seed.
@@ -57,16 +57,17 @@ def load_task(
         }
     else:
         parts = {"train": _items(task, read_records(Path(path)), path)}
-    generator = random.Random(seed)
-    trainable = parts["train"]
-    generator.shuffle(trainable)
+    trainable = list(dict.fromkeys(parts["train"]))  # a question that is there twice must not come into two parts
     held = parts.get("validation", [])
     reported = parts.get("test", [])
     if not reported:
         reported, held = held, []
     if not reported:
+        random.Random(0).shuffle(trainable)  # not by `seed`: what one seed reports, no other trains on
         count = min(test, len(trainable) // 4)
         reported, trainable = trainable[:count], trainable[count:]
+    generator = random.Random(seed)
+    generator.shuffle(trainable)
     if held:
         generator.shuffle(held)
     else:
