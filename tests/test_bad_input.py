@@ -153,8 +153,8 @@ def test_one_device_only(settings: dict[str, int]) -> None:
 def test_selection_errors_reach_the_user() -> None:
     with pytest.raises(ValueError, match="is unknown; allowed"):
         run(Task(mlp()), select="middel")
-    with pytest.raises(ValueError, match=r"takes none of the 2 parameters .* takes the weight matrices of"):
-        run(Task(nn.Sequential(nn.Conv1d(5, 5, 1), nn.Linear(4, 3).requires_grad_(False))), structure="rank1")
+    with pytest.raises(ValueError, match=r"takes none of the 1 parameters .* takes the weight matrices of"):
+        run(Task(nn.Sequential(nn.Conv1d(5, 5, 1, bias=False), nn.Linear(4, 3).requires_grad_(False))), structure="rank1")
 
 
 def test_mixin_without_objective() -> None:

@@ -10,7 +10,7 @@ from helpers import mlp, tiny_causal_lm, weights
 from torch import nn
 
 from zolightning.noise import Rademacher
-from zolightning.space import DenseLeaf, Rank1Leaf, View, blocks, build_view, select
+from zolightning.space import DenseLeaf, Rank1, Rank1Leaf, View, blocks, build_view, select
 from zolightning.types import Key, Term
 
 
@@ -96,21 +96,23 @@ def test_frozen_parameters_are_left_out() -> None:
     assert [leaf.name for leaf in build_view(net, net.parameters(), Rademacher()).leaves] == ["2.weight", "2.bias"]
 
 
-def test_rank1_takes_matrices_of_linear_layers_alone() -> None:
+def test_rank1_takes_matrices_of_linear_layers_and_vectors() -> None:
     model = tiny_causal_lm("llama")
-    view = build_view(model, model.parameters(), Rademacher(), structure="rank1")
+    both = build_view(model, model.parameters(), Rademacher(), structure="rank1")
+    assert {leaf.name for leaf in both.leaves} == {n for n, p in model.named_parameters() if "embed" not in n}
+    view = build_view(model, model.parameters(), Rademacher(), structure=Rank1(vectors=False))
     assert all(isinstance(leaf, Rank1Leaf) for leaf in view.leaves)
     assert {leaf.name.split(".")[-2] for leaf in view.leaves} == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     }  # fmt: skip
-    with pytest.raises(ValueError, match=r"structure=Rank1\(\) takes none of the 5 parameters that `select='re:norm'` holds"):
-        build_view(model, model.parameters(), Rademacher(), select_spec="re:norm", structure="rank1")
+    with pytest.raises(ValueError, match=r"takes none of the 5 parameters that `select='re:norm'` holds"):
+        build_view(model, model.parameters(), Rademacher(), select_spec="re:norm", structure=Rank1(vectors=False))
 
 
 def test_rank1_of_the_optimizer_is_the_probe_s() -> None:
     """z is u vᵀ, and a slice of it starting inside a row is that slice."""
     net = mlp()
-    (leaf, _) = build_view(net, net.parameters(), Rademacher(), structure="rank1").leaves
+    (leaf, _) = build_view(net, net.parameters(), Rademacher(), structure=Rank1(vectors=False)).leaves
     terms = [Term(Key(1, 2, q), c) for q, c in enumerate((0.5, -2.0, 1.0))]
     whole = leaf.gradient(terms)
     assert torch.linalg.matrix_rank(leaf.gradient(terms[:1])) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -16,7 +17,8 @@ class ZOMixin:
             def zo_objective(self, batch):
                 return F.cross_entropy(self(batch["x"]), batch["y"], reduction="none")   # (B,): a loss per example
 
-    Under :class:`~zolightning.ZOStrategy` the probes call ``zo_objective`` and nothing else. Under any other strategy the
+    Under :class:`~zolightning.ZOStrategy` the probes call ``zo_objective`` and nothing else,
+    on what ``zo_prepare`` makes of the batch. Under any other strategy the
     mixin's ``training_step`` trains on the mean of ``zo_objective`` by backprop, so one module serves both.
     """
 
@@ -30,8 +32,21 @@ class ZOMixin:
         """
         raise NotImplementedError(f"{type(self).__name__} inherits ZOMixin, so it must define zo_objective(self, batch)")
 
+    def zo_prepare(self, batch: Any) -> Any:
+        """What a step computes once, before its probes, because no trained weight takes part in it.
+
+        A frozen encoder's features, the keys and values of a prompt: all probes share them, and cost that much less. Reading
+        a trained weight here is an error. It counts as one forward pass.
+
+        Returns:
+            What ``zo_objective`` gets in place of the batch, examples along dimension 0 of its tensors too.
+        """
+        return batch
+
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
         """The mean of ``zo_objective``, for training by backprop."""
+        with torch.no_grad():
+            batch = self.zo_prepare(batch)
         loss = self.zo_objective(batch)
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             raise TypeError(

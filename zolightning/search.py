@@ -110,17 +110,21 @@ def new_search(
 
     view = build("dense" if config.structure == "auto" else config.structure)
     examples = Examples(losses=False, repeats=False)
-    asked = config.structure in ("rank1", Rank1())
-    if isinstance(estimator, PerExampleSPSA) and (asked or config.structure == "auto"):
-        try:
-            rank1 = build("rank1")
-        except ValueError:  # no linear layers
-            rank1 = view
-        if asked or rank1.numel >= 0.9 * view.numel:
-            repeatable = config.one_batch and isinstance(module, ZOMixin)
-            with muted():
-                examples = inspect_step(forward, batch, rank1, isolation, repeatable)
-            view = rank1 if examples.losses else view
+    if isinstance(estimator, PerExampleSPSA):
+        # vectors too, if the model reads them where an example can have its own
+        wanted = [Rank1(), Rank1(vectors=False)] if config.structure == "auto" else [config.structure]
+        repeatable = config.one_batch and isinstance(module, ZOMixin)
+        for structure in wanted:
+            try:
+                candidate = build(structure)
+            except ValueError:  # no linear layers
+                continue
+            if candidate.per_example and (config.structure != "auto" or candidate.numel >= 0.9 * view.numel):
+                with muted():
+                    examples = inspect_step(forward, batch, candidate, isolation, repeatable)
+                if examples.losses:
+                    view = candidate
+                    break
     if config.cycle is not None:  # only now: all of them were looked at
         take_turns(module, view.leaves, config.cycle)
     calibration.leaves.update({leaf.name: leaf.settings for leaf in view.leaves if leaf.settings})

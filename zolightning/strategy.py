@@ -232,7 +232,8 @@ class ZOStrategy(OneDeviceStrategy):
             forward: Callable[[Any], Any] = self._module_objective
         else:
             forward = lambda _: super(ZOStrategy, self).training_step(*args, **kwargs)  # noqa: E731
-        out, estimate = self._estimate(forward, args[0], self.optimizers[0])
+        batch = self._prepare(module, args[0]) if isinstance(module, ZOMixin) else args[0]
+        out, estimate = self._estimate(forward, batch, self.optimizers[0], prepared=batch is not args[0])
         if estimate is None:
             return None
         # Lightning wants a tensor for its loops and progress bar; the doubles stay in the estimate
@@ -245,12 +246,28 @@ class ZOStrategy(OneDeviceStrategy):
             set_rng_state(self._resumed_rng, self.root_device)
         self._resumed_rng = None
 
+    @torch.no_grad()
+    def _prepare(self, module: ZOMixin, batch: Any) -> Any:
+        """What the module computes once for all probes of the step."""
+        if type(module).zo_prepare is ZOMixin.zo_prepare:
+            return batch
+        optimizer = self.optimizers[0]
+        with self.precision_plugin.train_step_context():
+            # the first time it says what the objective gets, from which follows what is trained and must not be read here
+            search = self._searches.get(id(optimizer)) or self._search(
+                optimizer, self._module_objective, module.zo_prepare(batch)
+            )
+            with search.view.unread():
+                return module.zo_prepare(batch)
+
     def _module_objective(self, batch: Any) -> Any:
         with self.precision_plugin.train_step_context():
             return self.lightning_module.zo_objective(batch)  # type: ignore[union-attr, operator]
 
     @torch.no_grad()
-    def _estimate(self, forward: Callable[[Any], Any], batch: Any, optimizer: Optimizer) -> tuple[Any, Estimate | None]:
+    def _estimate(
+        self, forward: Callable[[Any], Any], batch: Any, optimizer: Optimizer, prepared: bool = False
+    ) -> tuple[Any, Estimate | None]:
         """Run the probes; (output of the first one, the estimate), and None for a micro-batch that is skipped."""
         assert self._isolation is not None
         assert self.seed is not None
@@ -263,6 +280,7 @@ class ZOStrategy(OneDeviceStrategy):
                 estimate = zo_step(objective, search.view, self.estimator, Key(self.seed, self.zo_step, seen))
         except SkipStep:
             return None, None
+        estimate = estimate._replace(forwards=estimate.forwards + prepared)
         self._warn_coarse(objective.dtype, estimate)
         self._window.append(estimate)
         if self.config.conservative:

@@ -8,9 +8,10 @@ from zolightning.data.fetch import FetchError, fetch
 from zolightning.data.generation import generate_answers
 from zolightning.data.likelihood import answer_log_likelihood
 from zolightning.data.model import load_causal_lm, model_name
-from zolightning.data.prompts import Encoded, PromptTemplate, collate, encode, verbalizer_ids
+from zolightning.data.prompts import Encoded, PromptTemplate, collate, common_ending, encode, verbalizer_ids
 from zolightning.data.table import read_table
 from zolightning.data.text import Example, Splits, film_snippets
+from zolightning.data.text_cache import encode_text
 
 __all__ = [
     "SMOLLM2",
@@ -26,7 +27,9 @@ __all__ = [
     "cache_dir",
     "candidate_logits",
     "collate",
+    "common_ending",
     "encode",
+    "encode_text",
     "fetch",
     "film_snippets",
     "generate_answers",

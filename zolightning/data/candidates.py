@@ -14,7 +14,7 @@ from torch import Tensor, nn
 _rows_suffice: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 
 
-def candidate_logits(model: nn.Module, batch: Mapping[str, Tensor], candidate_ids: Tensor) -> Tensor:
+def candidate_logits(model: nn.Module, batch: Mapping[str, Any], candidate_ids: Tensor) -> Tensor:
     """Return float32 logits (batch, candidates) of `candidate_ids` as the token after each prompt.
 
     `model` is a Hugging Face causal language model; `batch` holds left-padded input_ids and
@@ -26,7 +26,7 @@ def candidate_logits(model: nn.Module, batch: Mapping[str, Tensor], candidate_id
     return score(model, batch, candidate_ids)
 
 
-def rows_suffice(model: nn.Module, batch: Mapping[str, Tensor], candidate_ids: Tensor) -> bool:
+def rows_suffice(model: nn.Module, batch: Mapping[str, Any], candidate_ids: Tensor) -> bool:
     """Return whether the output embedding, applied to the body's last states, gives the model's own logits.
 
     Compared on the first batch's first sequence, at `candidate_ids`, and remembered.
@@ -38,7 +38,7 @@ def rows_suffice(model: nn.Module, batch: Mapping[str, Tensor], candidate_ids: T
     return _rows_suffice[model] and _has_plain_head(model)
 
 
-def _row_logits(model: nn.Module, batch: Mapping[str, Tensor], candidate_ids: Tensor) -> Tensor:
+def _row_logits(model: nn.Module, batch: Mapping[str, Any], candidate_ids: Tensor) -> Tensor:
     body = _body(model)
     last = body(**model_inputs(body, batch)).last_hidden_state[:, -1]
     head = _head(model)
@@ -48,7 +48,7 @@ def _row_logits(model: nn.Module, batch: Mapping[str, Tensor], candidate_ids: Te
         return F.linear(last.float(), head.weight[rows].float(), bias)
 
 
-def _full_logits(model: nn.Module, batch: Mapping[str, Tensor], candidate_ids: Tensor) -> Tensor:
+def _full_logits(model: nn.Module, batch: Mapping[str, Any], candidate_ids: Tensor) -> Tensor:
     last_only = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
     logits: Tensor = model(**model_inputs(model, batch), **last_only).logits
     return logits[:, -1, candidate_ids.to(logits.device)].float()
@@ -63,12 +63,19 @@ def _head(model: Any) -> Any:
     return model.get_output_embeddings()
 
 
-def model_inputs(module: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the arguments of `module` for a left-padded batch."""
-    mask = batch["attention_mask"]
-    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": mask, "use_cache": False}
+def model_inputs(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `module` for a left-padded batch, or one whose text :func:`~.text_cache.encode_text` encoded."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     if accepts(module, "position_ids"):  # counted over real tokens, so that left padding shifts nothing
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    if "text" in batch:
+        from transformers import DynamicCache
+
+        cache = DynamicCache()  # a new one: a forward adds the last tokens to it
+        for layer, (keys, values) in enumerate(batch["text"]):
+            cache.update(keys, values, layer)
+        inputs |= {"past_key_values": cache, "use_cache": True}
     return inputs
 
 
@@ -83,9 +90,9 @@ def _has_plain_head(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _agrees(model: nn.Module, batch: Mapping[str, Tensor], candidate_ids: Tensor) -> bool:
+def _agrees(model: nn.Module, batch: Mapping[str, Any], candidate_ids: Tensor) -> bool:
     # a function mode that is active now, such as a probe of perturbed weights, is not the model's doing
-    with _evaluating(model), torch._C.DisableTorchFunction():
+    with evaluating(model), torch._C.DisableTorchFunction():
         try:
             rows = _row_logits(model, batch, candidate_ids)
         except (AttributeError, NotImplementedError, RuntimeError, TypeError):
@@ -96,7 +103,7 @@ def _agrees(model: nn.Module, batch: Mapping[str, Tensor], candidate_ids: Tensor
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Switch to eval mode and put each module's own mode back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -88,6 +88,15 @@ def encode(
     ]
 
 
+def common_ending(items: Sequence[Encoded]) -> int:
+    """Return how many tokens all prompts end with: those of the template behind the text."""
+    shortest = min(items, key=lambda item: len(item.input_ids)).input_ids
+    count = 0
+    while count < len(shortest) and len({item.input_ids[-1 - count] for item in items}) == 1:
+        count += 1
+    return count
+
+
 def collate(items: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
     """Return a batch padded on the left with `pad_id`.
 

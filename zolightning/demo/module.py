@@ -13,7 +13,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
 from .._lightning import pl
-from ..data import Encoded, SimilarLengths, candidate_logits, collate
+from ..data import Encoded, SimilarLengths, candidate_logits, collate, encode_text
+from ..interventions import idle, interventions
 from ..mixin import ZOMixin
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
@@ -36,11 +37,20 @@ class PromptClassifier(ZOMixin, pl.LightningModule):
         self.make_optimizer, self.decay_steps = make_optimizer, decay_steps
         self.register_buffer("candidate_ids", candidate_ids, persistent=False)
 
-    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+    def forward(self, batch: dict[str, Any]) -> Tensor:
         """Logits (B, labels), float32."""
         return candidate_logits(self.model, batch, self.candidate_ids)
 
-    def zo_objective(self, batch: dict[str, Tensor]) -> Tensor:
+    def zo_prepare(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        """Where the model has interventions and is frozen else: the text before them encoded, once for all probes."""
+        made = interventions(self.model)
+        vectors = {id(one.vectors) for one in made}
+        if not made or any(p.requires_grad and id(p) not in vectors for p in self.model.parameters()):
+            return batch
+        with idle(made):
+            return encode_text(self.model, batch, made[0].positions) or batch
+
+    def zo_objective(self, batch: dict[str, Any]) -> Tensor:
         return F.cross_entropy(self(batch), batch["labels"], reduction="none")
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

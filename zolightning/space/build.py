@@ -88,7 +88,7 @@ def build_view(
     if not leaves:
         raise ValueError(
             f"structure={structure} takes none of the {len(chosen)} parameters that `select={select_spec!r}` holds (Rank1 "
-            "takes the weight matrices of linear layers); use structure='dense'"
+            "takes the weight matrices of linear layers, and vectors); use structure='dense'"
         )
     return View(root, sorted(leaves, key=lambda leaf: leaf.index), compiled=compiled)
 

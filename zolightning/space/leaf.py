@@ -61,6 +61,11 @@ class Leaf(ABC):
         """Σ_k c_k z_k over elements ``start … start + length``, row-major, in the leaf's working dtype."""
 
     @property
+    def per_example(self) -> bool:
+        """Whether each example of a batch can read it along a direction of its own."""
+        return False
+
+    @property
     def settings(self) -> dict[str, float]:
         """What the constructor takes beside a parameter and its place: ledgers and checkpoints keep it."""
         return {}
@@ -150,7 +155,19 @@ class Leaf(ABC):
 
 
 class DenseLeaf(Leaf):
-    """z has the parameter's shape: the identity map."""
+    """z has the parameter's shape: the identity map. A vector can be read by each example along a direction of its own."""
+
+    @property
+    def per_example(self) -> bool:
+        return self.parameter.dim() == 1
+
+    def each(self, key: Key, queries: Tensor, offsets: Tensor) -> Tensor:
+        """(n, length of the vector): W + offsets[n] · z of query queries[n], in the stored dtype."""
+        weight = self.parameter.detach()
+        queries = queries.to(weight.device)
+        noise = self.distribution.sample(key, self.index, torch.zeros_like(queries), weight.numel(), queries)
+        moved = offsets.to(weight.device, noise.dtype)[:, None] * noise
+        return (weight.to(working_dtype(weight.dtype)) + moved).to(weight.dtype)
 
     def noise(self, terms: Sequence[Term], start: int, length: int) -> Tensor:
         weight = self.parameter
@@ -195,6 +212,10 @@ class Rank1Leaf(Leaf):
         if parameter.dim() != 2:
             raise ValueError(f"a rank-1 leaf needs a matrix, got {name!r} of shape {tuple(parameter.shape)}")
         super().__init__(name, index, parameter, distribution)
+
+    @property
+    def per_example(self) -> bool:
+        return True
 
     def factors(self, key: Key, queries: Tensor) -> tuple[Tensor, Tensor]:
         """u of shape (n, out) and v of shape (n, in), float32, for each of n queries of the key's step."""

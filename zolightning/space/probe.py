@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..types import Key, PerExampleError, Term
-from .leaf import Leaf, Rank1Leaf, Scratch
+from .leaf import DenseLeaf, Leaf, Rank1Leaf, Scratch
 
 
 class Shared(NamedTuple):
@@ -63,6 +63,12 @@ _METADATA: frozenset[Any] = frozenset(
 )
 """What can be asked of a weight without reading it."""
 
+_ELEMENTWISE: frozenset[Any] = frozenset(
+    [getattr(owner, name) for owner in (torch, _T) for name in ("add", "sub", "mul", "multiply", "subtract")]
+    + [getattr(_T, f"__{reflected}{name}__") for reflected in ("", "r") for name in ("add", "sub", "mul")]
+)
+"""Where a vector stands beside activations, along their last dimension."""
+
 
 class Probe(TorchFunctionMode):
     """Substitutes perturbed tensors for the leaves' parameters at one point.
@@ -88,7 +94,12 @@ class Probe(TorchFunctionMode):
         if func is F.embedding:
             return self._embedding(*args, **kwargs)
         self._refuse_write(func, args, kwargs)
-        if func is _T.__getitem__ and isinstance(self._point, Shared):
+        if isinstance(self._point, PerExample):
+            if func in _ELEMENTWISE:
+                return self._elementwise(func, args, kwargs)
+            if func is F.layer_norm or func is F.rms_norm:
+                return self._norm(func, *args, **kwargs)
+        elif func is _T.__getitem__:
             leaf = self._leaves.get(id(args[0]))
             if leaf is not None and _is_row_index(args[1]):
                 return leaf.rows(args[1], self._point.terms)
@@ -99,8 +110,7 @@ class Probe(TorchFunctionMode):
         return func(*self._substitute(args), **{k: self._substitute(v) for k, v in kwargs.items()})
 
     def _reads_leaf(self, values: Iterable[Any]) -> bool:
-        leaves = self._leaves
-        return any(id(v) in leaves or (isinstance(v, (list, tuple)) and self._reads_leaf(v)) for v in values)
+        return _reads(self._leaves, values)
 
     def _refuse_write(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         name = getattr(func, "__name__", "")
@@ -122,8 +132,9 @@ class Probe(TorchFunctionMode):
                 tangent = leaf.gradient([Term(self._point.key, 1.0)])
                 return fwAD.make_dual(leaf.parameter.detach(), tangent.to(leaf.parameter.dtype))  # type: ignore[no-untyped-call]
             raise PerExampleError(
-                f"per-example directions reach a weight only through a linear layer, but {leaf.name!r} is read in another "
-                "way; leave it out with ZOStrategy(select=...), or use ZOStrategy(estimator='spsa')"
+                f"per-example directions reach a matrix through a linear layer and a vector beside activations, but "
+                f"{leaf.name!r} is read in another way; leave it out with ZOStrategy(select=...), or use "
+                "ZOStrategy(estimator='spsa')"
             )
         if isinstance(value, (list, tuple)) and self._reads_leaf(value):
             items = [self._substitute(v) for v in value]
@@ -131,6 +142,9 @@ class Probe(TorchFunctionMode):
         return value
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+        if isinstance(self._point, PerExample) and id(bias) in self._leaves:
+            out = self._linear(input, weight) if id(weight) in self._leaves else F.linear(input, weight)
+            return out + self._vector(bias, out).to(out.dtype)
         leaf = self._leaves.get(id(weight))
         if leaf is None or weight.dim() != 2 or not weight.numel() or isinstance(self._point, Tangent):
             return self._elsewhere(F.linear, (input, weight, bias), {})
@@ -140,8 +154,36 @@ class Probe(TorchFunctionMode):
                 return F.linear(input, leaf.perturbed(self._point.terms), bias)
             return leaf.linear(input, bias, self._point.terms, self._scratch)
         if not isinstance(leaf, Rank1Leaf):
-            raise TypeError(f"per-example directions need rank-1 leaves, {leaf.name!r} is dense")
+            return self._substitute(weight)  # which says why not
         return leaf.linear_each(input, bias, *self._point)
+
+    def _elementwise(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        beside = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and id(a) not in self._leaves), None)
+        args = [self._vector(a, beside) if id(a) in self._leaves else a for a in args]
+        return func(*args, **{k: self._vector(v, beside) if id(v) in self._leaves else v for k, v in kwargs.items()})
+
+    def _norm(self, func: Any, input: Tensor, normalized_shape: Any, weight: Any = None, *rest: Any, **named: Any) -> Any:
+        """The normalisation alone, then the weight and the bias that each example reads."""
+        bias = named.pop("bias", None)
+        if func is F.layer_norm and rest:
+            bias, *rest = rest  # type: ignore[assignment]
+        out = func(input, normalized_shape, None, *([None] if func is F.layer_norm else []), *rest, **named)
+        for vector, apply in ((weight, torch.mul), (bias, torch.add)):
+            if vector is not None:
+                out = apply(out, self._vector(vector, out) if id(vector) in self._leaves else vector)
+        return out
+
+    def _vector(self, parameter: Any, beside: Tensor | None) -> Tensor:
+        """What each example reads of a vector, in a shape that broadcasts over the activations beside it."""
+        assert isinstance(self._point, PerExample)
+        leaf, count = self._leaves[id(parameter)], self._point.queries.numel()
+        if isinstance(leaf, DenseLeaf) and leaf.per_example and beside is not None and beside.dim() >= 2:
+            each = leaf.each(*self._point)
+            if beside.shape[0] == count:
+                return each.view(count, *[1] * (beside.dim() - 2), -1)
+            if beside.dim() == 2 and beside.shape[0] % count == 0:  # the model has flattened its examples' tokens
+                return each.repeat_interleave(beside.shape[0] // count, 0)
+        return self._substitute(parameter)  # type: ignore[no-any-return]  # which says why not
 
     def _embedding(
         self,
@@ -156,6 +198,33 @@ class Probe(TorchFunctionMode):
         if leaf is None or max_norm is not None or not isinstance(self._point, Shared) or _outside(input, weight.shape[0]):
             return self._elsewhere(F.embedding, (input, weight, padding_idx, max_norm, *args), kwargs)
         return leaf.rows(input, self._point.terms)  # the other arguments matter to the backward pass alone
+
+
+class Unread(TorchFunctionMode):
+    """While it is active, reading a leaf's parameter is an error.
+
+    Args:
+        leaves: id of a Parameter → its leaf.
+    """
+
+    def __init__(self, leaves: Mapping[int, Leaf]) -> None:
+        super().__init__()
+        self._leaves = leaves
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _METADATA and _reads(self._leaves, (*args, *kwargs.values())):
+            for leaf in self._leaves.values():
+                if any(_is_or_holds(value, leaf.parameter) for value in (*args, *kwargs.values())):
+                    raise RuntimeError(
+                        f"`zo_prepare` reads the trained parameter {leaf.name!r}, but its result is the same for all probes of "
+                        "a step: leave this part to `zo_objective`, or the parameter out with ZOStrategy(select=...)"
+                    )
+        return func(*args, **kwargs)
+
+
+def _reads(leaves: Mapping[int, Leaf], values: Iterable[Any]) -> bool:
+    return any(id(v) in leaves or (isinstance(v, (list, tuple)) and _reads(leaves, v)) for v in values)
 
 
 def _is_row_index(index: Any) -> bool:

@@ -41,6 +41,10 @@ class SparseLeaf(DenseLeaf):
         self.threshold = measure(parameter, self.sparsity) if threshold is None else float(threshold)
 
     @property
+    def per_example(self) -> bool:
+        return False
+
+    @property
     def settings(self) -> dict[str, float]:
         return {"sparsity": self.sparsity, "threshold": self.threshold}
 

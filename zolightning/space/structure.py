@@ -48,10 +48,18 @@ class Dense(Structure):
 
 @dataclass(frozen=True)
 class Rank1(Structure):
-    """z = u vᵀ on the matrices of linear layers, applied to activations; nothing else is trained."""
+    """z = u vᵀ on the matrices of linear layers, applied to activations, and dense z on vectors; nothing else is trained.
+
+    Each example of a batch can have directions of its own: a vector's where the model reads it beside activations.
+    """
+
+    vectors: bool = True
+    """False: matrices alone."""
 
     def leaf(self, place: Place, linear: bool, before: Mapping[str, float]) -> Leaf | None:
-        return Rank1Leaf(*place) if linear else None
+        if linear:
+            return Rank1Leaf(*place)
+        return DenseLeaf(*place) if self.vectors and place.parameter.dim() == 1 else None
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..types import Key, Term
-from .leaf import Leaf, Rank1Leaf, Scratch
-from .probe import PerExample, Point, Probe, Shared, Tangent
+from .leaf import Leaf, Scratch
+from .probe import PerExample, Point, Probe, Shared, Tangent, Unread
 
 
 class View:
@@ -48,7 +48,7 @@ class View:
     @property
     def per_example(self) -> bool:
         """Whether every example of a batch can have a direction of its own."""
-        return not self._swapped and all(isinstance(leaf, Rank1Leaf) for leaf in self.leaves)
+        return not self._swapped and all(leaf.per_example for leaf in self.leaves)
 
     @contextmanager
     def along(self, key: Key, offset: float) -> Iterator[None]:
@@ -83,6 +83,10 @@ class View:
         """Example n of the batch reads θ + offsets[n] · z(key with query queries[n])."""
         with self._probe(key, PerExample(key, queries, offsets)):
             yield
+
+    def unread(self) -> Unread:
+        """Context in which no leaf may be read."""
+        return Unread({id(leaf.parameter): leaf for leaf in self.leaves})
 
     @contextmanager
     def _probe(self, key: Key, point: Point) -> Iterator[None]:
