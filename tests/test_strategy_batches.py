@@ -17,7 +17,7 @@ from transformers import BatchEncoding
 from zolightning import ZOStrategy
 from zolightning.estimators import SPSA, PerExampleSPSA
 from zolightning.objective import batch_examples, repeat_batch
-from zolightning.space import DenseLeaf, Rank1Leaf
+from zolightning.space import DenseLeaf, Leaf, Rank1Leaf
 
 
 @dataclass
@@ -93,20 +93,28 @@ def test_repetition_goes_example_by_example() -> None:
     assert batch_examples(torch.tensor(1.0)) is None
 
 
+class Odd(nn.Linear):
+    """A layer whose bias stands beside nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) + 2 * self.bias
+
+
 @pytest.mark.parametrize("estimator", ["per_example", PerExampleSPSA(1e-2)], ids=str)
-def test_rank1_where_linear_layers_hold_nearly_all(estimator: Any) -> None:
-    """Biases are under a tenth here, and stay as they are."""
-    net = nn.Sequential(nn.Linear(4, 40), nn.Tanh(), nn.Linear(40, 3))
+@pytest.mark.parametrize(("last", "leaves"), [(nn.Linear, [Rank1Leaf, DenseLeaf]), (Odd, [Rank1Leaf])])
+def test_rank1_where_linear_layers_hold_nearly_all(estimator: Any, last: type[nn.Linear], leaves: list[type[Leaf]]) -> None:
+    """Biases take part where each example can read its own, and stay as they are where not: they are under a tenth here."""
+    net = nn.Sequential(nn.Linear(4, 40), nn.Tanh(), last(40, 3))
     strategy = ZOStrategy(estimator=estimator, select="re:2", eps=1e-2)
     fit(PerExampleTask(net, per_example_mse, lambda p: SGD(p, lr=1e-3)), batches(1), strategy)
     view = strategy.view(strategy.optimizers[0])
-    assert [type(leaf) for leaf in view.leaves] == [Rank1Leaf]
+    assert [type(leaf) for leaf in view.leaves] == leaves
 
 
 @pytest.mark.parametrize(
     ("net", "why"),
     [
-        (nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)), "a third of the weights is no matrix"),
+        (nn.Sequential(nn.Conv1d(5, 5, 1), nn.Linear(4, 3)), "half of the weights are no matrix"),
         (nn.Conv1d(5, 5, 1), "no linear layer"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",

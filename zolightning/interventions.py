@@ -54,8 +54,8 @@ class Intervention(nn.Module):
 def intervene(model: nn.Module, positions: int, calibration: Mapping[str, Any]) -> list[Intervention]:
     """Freeze the model and put an :class:`Intervention` behind each of its blocks; its vectors are all that is trained.
 
-    The scale of each is the RMS of what its block adds to the hidden states at these positions. The vectors are float32,
-    whatever the model is, and begin at zero: nothing changes yet.
+    The scale of each is the RMS of the hidden states at these positions. The vectors are float32, whatever the model is, and
+    begin at zero: nothing changes yet.
 
     Args:
         model: a language model with a stack of blocks.
@@ -75,7 +75,7 @@ def intervene(model: nn.Module, positions: int, calibration: Mapping[str, Any]) 
         raise ValueError("`intervene` needs a stack of equal blocks (nn.ModuleList), and the model has none")
     stack = list(model.get_submodule(name).children())
     model.requires_grad_(False)
-    sizes = _additions(model, stack, positions, calibration)
+    sizes = _sizes(model, stack, positions, calibration)
     made = []
     for block, (width, scale) in zip(stack, sizes, strict=True):
         block.intervention = Intervention(width, positions, scale).to(next(block.parameters()).device)
@@ -102,19 +102,17 @@ def idle(made: Sequence[Intervention]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _additions(
+def _sizes(
     model: nn.Module, stack: Sequence[nn.Module], positions: int, calibration: Mapping[str, Any]
 ) -> list[tuple[int, float]]:
-    """(width, RMS of output − input at the last positions) of each block."""
+    """(width, RMS at the last positions) of what each block puts out."""
     found: list[tuple[int, float]] = []
 
-    def note(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
-        before = args[0] if args else kwargs["hidden_states"]
-        after = out[0] if isinstance(out, tuple) else out
-        added = (after - before)[:, -positions:].float()
-        found.append((added.shape[-1], max(float(added.square().mean().sqrt()), torch.finfo(torch.float32).tiny)))
+    def note(block: nn.Module, args: Any, out: Any) -> None:
+        states = (out[0] if isinstance(out, tuple) else out)[:, -positions:].float()
+        found.append((states.shape[-1], float(states.square().mean().sqrt().clamp(min=1e-6))))
 
-    handles = [block.register_forward_hook(note, with_kwargs=True) for block in stack]
+    handles = [block.register_forward_hook(note) for block in stack]
     try:
         model(**calibration)
     finally:

@@ -126,6 +126,14 @@ FORWARD_GRADIENT = MEZO.override(estimator="forward_gradient", eps=None, lr=5e-7
 lr is ZO-Bench's for OPT-1.3B on SST-2. One forward, with a tangent beside every activation.
 """
 
+REFT = ZOConfig(eps=0.2, lr=4e-2, num_queries=4)
+"""Vectors at the last positions of a frozen language model, see :func:`~zolightning.interventions.intervene`: per-example
+directions, normalised steps. ReFT, Wu et al. 2024, arXiv:2404.03592, trained by forwards.
+
+The unit of eps and lr is the size of the hidden states. Where the module encodes the text before them in ``zo_prepare``,
+a probe costs a few positions instead of a whole prompt, hence the queries: four for each example.
+"""
+
 QZO = ZOConfig(estimator="spsa", structure="dense", select="scales", scales="relative", eps=2e-2, clip=100.0)
 """QZO with relative noise and normalised steps: Δ ← Δ·(1 − lr·ĝz). The learning rate is the relative change of a scale a
 step; 2e-2 trains the demo task.
@@ -177,6 +185,7 @@ RECIPES: dict[str, ZOConfig] = {
     "zo-adam": ZO_ADAM,
     "zo-conservative": ZO_CONSERVATIVE,
     "forward-gradient": FORWARD_GRADIENT,
+    "reft": REFT,
     "qzo": QZO,
     "qzo-paper": QZO_PAPER,
     "zeroqat": ZEROQAT,
