@@ -145,7 +145,7 @@ def trained(prepare: bool, tmp_path: Path, **config: Any) -> tuple[PromptClassif
         def zo_prepare(self, batch: Any) -> Any:
             return batch
 
-    module = (PromptClassifier if prepare else Whole)(intervened(trained=False), WORDS, lambda p: SGD(p, lr=0.05))
+    module = (PromptClassifier if prepare else Whole)(intervened(trained=False), WORDS, lambda p: SGD(p, lr=0.01))
     strategy = ZOStrategy(select="all", eps=1e-2, seed=3, ledger=tmp_path / f"{prepare}.zo", **config)
     trainer = quiet_trainer(strategy, callbacks=[noted := Noted()])
     trainer.fit(module, loader([BATCH] * 4))

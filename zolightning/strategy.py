@@ -189,7 +189,7 @@ class ZOStrategy(OneDeviceStrategy):
                 "weight; ZOStrategy(optimizer='sgd') keeps none and needs the memory of inference"
             )
         lr = base_lr(optimizer.param_groups[0])
-        most = max(1e-2, 5 * self.estimator.eps)  # what bears large probes bears large steps
+        most = max(1e-2, 5 * (self.config.eps or 0.0))  # what bears large probes bears large steps
         if self.config.normalize and plain and not 1e-5 <= lr <= most and lr != 0:
             rank_zero_warn(
                 f"with normalised steps the learning rate is the RMS change per weight and step; lr={lr:g} is far from what "
