@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -109,27 +110,48 @@ struct Stream {
     u32 k0, k1, leaf, query;
 };
 
+// Words 0, 1 and words 2, 3 of each block, put together in the blocks' order.
+inline void store_blocks(Lanes first, Lanes last, u32* words) {
+#if defined(__AVX512F__)
+    const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+    _mm512_storeu_si512(words, _mm512_permutex2var_epi64((__m512i)first, low, (__m512i)last));
+    _mm512_storeu_si512(words + 16, _mm512_permutex2var_epi64((__m512i)first, high, (__m512i)last));
+#else
+    for (int i = 0; i < LANES; ++i) {
+        const u64 block[2] = {first[i], last[i]};
+        std::memcpy(words + 4 * i, block, sizeof block);
+    }
+#endif
+}
+
+// GROUPS * LANES blocks from `first` on: a round waits for the one before it, so a processor likes two groups at a time.
+template <int GROUPS> inline void group(const Stream& s, Lanes first, const Lanes* k0, const Lanes* k1, u32* words) {
+    Lanes c0[GROUPS], c1[GROUPS], c2[GROUPS], c3[GROUPS];
+    for (int g = 0; g < GROUPS; ++g) {
+        c0[g] = first + u64(g * LANES), c1[g] = c0[g] >> 32;
+        c2[g] = (first & 0) + s.leaf, c3[g] = (first & 0) + s.query;
+    }
+    for (int round = 0; round < 10; ++round)
+        for (int g = 0; g < GROUPS; ++g) {
+            const Lanes p0 = product(c0[g], 0xD2511F53u), p1 = product(c2[g], 0xCD9E8D57u);
+            c0[g] = high(p1) ^ c1[g] ^ k0[round], c1[g] = p1;
+            c2[g] = high(p0) ^ c3[g] ^ k1[round], c3[g] = p0;
+        }
+    for (int g = 0; g < GROUPS; ++g)
+        store_blocks((c0[g] & 0xFFFFFFFFu) | (c1[g] << 32), (c2[g] & 0xFFFFFFFFu) | (c3[g] << 32), words + 4 * LANES * g);
+}
+
 // Blocks first ... first + count of a stream, count a multiple of LANES: four words each, in order.
 void blocks(const Stream& s, u64 first, i64 count, u32* words) {
-    Lanes lane;
+    Lanes lane, k0[10], k1[10];
     for (int i = 0; i < LANES; ++i) lane[i] = u64(i);
-    u64 pairs[2][TILE / 4]; // words 0, 1 and words 2, 3 of each block
-    for (i64 b = 0; b < count; b += LANES) {
-        Lanes c0 = lane + (first + u64(b)), c1 = c0 >> 32, c2 = (lane & 0) + s.leaf, c3 = (lane & 0) + s.query;
-        u32 k0 = s.k0, k1 = s.k1;
-        for (int round = 0; round < 10; ++round) {
-            const Lanes p0 = product(c0, 0xD2511F53u), p1 = product(c2, 0xCD9E8D57u);
-            c0 = high(p1) ^ c1 ^ u64(k0), c1 = p1;
-            c2 = high(p0) ^ c3 ^ u64(k1), c3 = p0;
-            k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-        }
-        const Lanes first_two = (c0 & 0xFFFFFFFFu) | (c1 << 32), last_two = (c2 & 0xFFFFFFFFu) | (c3 << 32);
-        std::memcpy(pairs[0] + b, &first_two, WIDTH), std::memcpy(pairs[1] + b, &last_two, WIDTH);
+    for (u32 round = 0; round < 10; ++round) {
+        k0[round] = (lane & 0) + u64(s.k0 + round * 0x9E3779B9u);
+        k1[round] = (lane & 0) + u64(s.k1 + round * 0xBB67AE85u);
     }
-    for (i64 b = 0; b < count; ++b) {
-        std::memcpy(words + 4 * b, pairs[0] + b, 8);
-        std::memcpy(words + 4 * b + 2, pairs[1] + b, 8);
-    }
+    i64 b = 0;
+    for (; b + 2 * LANES <= count; b += 2 * LANES) group<2>(s, lane + (first + u64(b)), k0, k1, words + 4 * b);
+    for (; b < count; b += LANES) group<1>(s, lane + (first + u64(b)), k0, k1, words + 4 * b);
 }
 
 // ---------------------------------------------------------------------------------------------------- distributions
@@ -142,61 +164,53 @@ struct Term {
 };
 
 template <bool ADD> void put_rademacher(const u32* words, i64 count, float c, float* tile) {
+#if defined(__AVX512F__)
+    const __m512 plus = _mm512_set1_ps(c), minus = _mm512_set1_ps(-c);
+    for (i64 half = 0; half < 2 * count; ++half, tile += 16) {
+        const __m512 value = _mm512_mask_blend_ps(__mmask16(words[half / 2] >> half % 2 * 16), plus, minus);
+        _mm512_storeu_ps(tile, ADD ? _mm512_add_ps(_mm512_loadu_ps(tile), value) : value);
+    }
+#else
     for (i64 w = 0; w < count; ++w)
         for (int i = 0; i < 32; ++i) {
             const float value = bits<float>(bits<u32>(c) ^ ((words[w] << (31 - i)) & 0x80000000u));
             float& place = tile[32 * w + i];
             place = ADD ? place + value : value;
         }
+#endif
 }
 
-// distributions._log_unit in fewer integer operations: the float of the integer stands for itself times 2**24, and
-// subtracting the bits of sqrt(1/2) splits it into an exponent and a mantissa in [sqrt(1/2), sqrt(2)).
-inline float log_unit(u32 word) {
-    constexpr u32 ROOT = 0x3F3504F3u;
-    const u32 b = bits<u32>(float(int((word >> 8) + 1))) - ROOT;
-    const float exponent = float((int(b) >> 23) - 24);
-    const float x = bits<float>((b & 0x007FFFFFu) + ROOT) - 1.0f;
-    const float square = x * x;
-    float y = 7.0376836292e-2f;
-    y = y * x + -1.1514610310e-1f;
-    y = y * x + 1.1676998740e-1f;
-    y = y * x + -1.2420140846e-1f;
-    y = y * x + 1.4249322787e-1f;
-    y = y * x + -1.6668057665e-1f;
-    y = y * x + 2.0000714765e-1f;
-    y = y * x + -2.4999993993e-1f;
-    y = y * x + 3.3333331174e-1f;
-    y = y * x * square;
-    y = y + exponent * -2.12194440e-4f;
-    y = y - square * 0.5f;
-    return (x + y) + exponent * 0.693359375f;
+// distributions._radius: sqrt(-2 ln u) for u = (2 low half + 1) / 2**17
+inline float radius(u32 word) {
+    const u32 u = bits<u32>(float(int((word & 0xFFFFu) * 2u + 1u)) * 0x1p-17f);
+    const int exponent = int(u - 0x3F3504F3u) >> 23; // of u = mantissa * 2**exponent, mantissa in [sqrt(1/2), sqrt(2))
+    const float x = bits<float>(u - (u32(exponent) << 23)) - 1.0f;
+    const float square = x * x; // -2 ln(1 + x) / x by three lines at once, which is faster than one after another
+    const float y = ((0.28674802f * x + -0.44629266f) * square + (0.50928687f * x + -0.66456061f)) * square +
+                    (0.99971165f * x + -2.000024f);
+    return std::sqrt(float(exponent) * -1.3862944f + y * x);
 }
 
-// distributions._cos_sin_turn: the two highest bits of the word, rounded by the next, are the quadrant; the 22 below
-// them, as a signed number, the angle within it.
-inline void cos_sin_turn(u32 word, float& cos, float& sin) {
-    const u32 quadrant = word + (1u << 29); // in its two highest bits
-    const float angle = float(int((word << 2) & ~1023u)) * float(6.283185307179586 / 17179869184.0);
+// distributions._cos_sin: 13 bits are the angle in (0, pi/4), the three highest choose among its eight images
+inline void cos_sin(u32 word, float& cos, float& sin) {
+    const float angle = float(int((word >> 15 & 0x3FFEu) | 1u)) * float(0.7853981633974483 / 16384.0);
     const float square = angle * angle;
-    float sine = (-1.9515295891e-4f * square + 8.3321608736e-3f) * square + -1.6666654611e-1f;
-    sine = sine * square * angle + angle;
-    float cosine = (2.443315711809948e-5f * square + -1.388731625493765e-3f) * square + 4.166664568298827e-2f;
-    cosine = cosine * square * square - square * 0.5f + 1.0f;
-    const bool swap = quadrant & (1u << 30);
+    const float sine = (0.00815299f * square + -0.16662834f) * square * angle + angle;
+    const float cosine = ((-0.00135978f * square + 0.04165629f) * square + -0.49999895f) * square + 1.0f;
+    const bool swap = word & (1u << 29);
     const float c = swap ? sine : cosine, s = swap ? cosine : sine;
-    cos = bits<float>(bits<u32>(c) ^ ((quadrant + (1u << 30)) & 0x80000000u));
-    sin = bits<float>(bits<u32>(s) ^ (quadrant & 0x80000000u));
+    cos = bits<float>(bits<u32>(c) | (word & 0x80000000u));
+    sin = bits<float>(bits<u32>(s) | (word << 1 & 0x80000000u));
 }
 
 template <bool ADD> void put_gaussian(const u32* words, i64 count, float c, float* tile) {
-    for (i64 i = 0; i < count; i += 2) {
-        const float radius = std::sqrt(-2.0f * log_unit(words[i]));
+    for (i64 i = 0; i < count; ++i) {
         float cos, sin;
-        cos_sin_turn(words[i + 1], cos, sin);
-        const float first = radius * cos * c, second = radius * sin * c;
-        tile[i] = ADD ? tile[i] + first : first;
-        tile[i + 1] = ADD ? tile[i + 1] + second : second;
+        const float r = radius(words[i]);
+        cos_sin(words[i], cos, sin);
+        const float first = r * cos * c, second = r * sin * c;
+        tile[2 * i] = ADD ? tile[2 * i] + first : first;
+        tile[2 * i + 1] = ADD ? tile[2 * i + 1] + second : second;
     }
 }
 
@@ -208,11 +222,11 @@ struct Noise {
 
     // tile[e % TILE] = sum of c z(e) for e in [begin, end), which lie in one tile; a query given replaces the terms'.
     void operator()(i64 begin, i64 end, float* tile, const i64* query = nullptr) const {
-        const i64 per_block = kind == RADEMACHER ? 128 : 4, span = LANES * per_block;
+        const i64 per_block = kind == RADEMACHER ? 128 : 8, span = LANES * per_block;
         const i64 from = begin / span * span, to = (end + span - 1) / span * span, n = (to - from) / per_block;
         float* place = tile + from % TILE;
         if (!count) std::fill(place, place + (to - from), 0.0f);
-        u32 words[TILE];
+        u32 words[TILE / 2];
         for (i64 k = 0; k < count; ++k) {
             const Term& t = terms[k];
             blocks({t.k0, t.k1, leaf, query ? u32(*query) : t.query}, u64(from / per_block), n, words);
@@ -310,7 +324,95 @@ void rounding_bits(const Stream& stream, i64 begin, i64 end, u16* random) {
     std::memcpy(random + from % TILE, words, size_t(to - from) * 2);
 }
 
+// Ask for what the next tiles will read: the noise of this one takes longer than memory does.
+template <class T> inline void prefetch(const T* at) {
+    for (i64 i = TILE; i < 2 * TILE; i += 64 / i64(sizeof(T))) __builtin_prefetch(at + i);
+}
+
 // ------------------------------------------------------------------------------------------------------------ sweeps
+
+// Sixteen elements at a time, by the machine's own instructions, for as long as they can: each of these gives the bits of
+// the plain loop behind it, and returns how many elements it did.
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+struct Signs { // z of Rademacher noise, from its bits
+    const u16* masks;
+    __m512 plus, minus;
+    __m512 operator()(i64 i) const { return _mm512_mask_blend_ps(masks[i / 16], plus, minus); }
+};
+
+struct Sums { // z that lies in a tile
+    const float* z;
+    __m512 operator()(i64 i) const { return _mm512_loadu_ps(z + i); }
+};
+
+template <class T> constexpr bool wide = std::is_same_v<T, float> || std::is_same_v<T, BFloat16>;
+
+inline __m512 load(const float* from) { return _mm512_loadu_ps(from); }
+inline __m512 load(const BFloat16* from) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16));
+}
+
+inline void store(__m512 value, float* to) { _mm512_storeu_ps(to, value); }
+inline void store(__m512 value, BFloat16* to) {
+    const __m256bh nearest = _mm512_cvtneps_pbh(value);
+    std::memcpy(to, &nearest, 32);
+    if (_mm512_fpclass_ps_mask(value, 0x20)) // subnormal numbers, which the instruction takes for zeros
+        for (int i = 0; i < 16; ++i) to[i] = BFloat16(value[i]);
+}
+
+template <class Z, class In, class Out> i64 add_wide(const In* in, const Z& z, i64 count, Out* to) {
+    if constexpr (!wide<In> || !wide<Out>) return 0;
+    else {
+        i64 i = 0;
+        for (; i + 16 <= count; i += 16) store(_mm512_add_ps(load(in + i), z(i)), to + i);
+        return i;
+    }
+}
+
+template <bool FUSED, class Z, class T>
+i64 sgd_wide(const Z& z, const u16* random, float step, float decay, i64 count, T* target) {
+    if constexpr (!wide<T>) return 0;
+    else {
+        const auto add = [](__m512 a, __m512 x, __m512 alpha) {
+            return FUSED ? _mm512_fmadd_ps(x, alpha, a) : _mm512_add_ps(a, _mm512_mul_ps(x, alpha));
+        };
+        const __m512 by = _mm512_set1_ps(step), weight_decay = _mm512_set1_ps(decay);
+        const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF), largest = _mm512_set1_epi32(0x7F7F0000);
+        i64 i = 0;
+        for (; i + 16 <= count; i += 16) {
+            const __m512 old = load(target + i), plain = z(i);
+            const __m512 updated = add(old, decay != 0.0f ? add(plain, old, weight_decay) : plain, by);
+            if constexpr (sizeof(T) == 4) store(updated, target + i);
+            else {
+                const __m512i value = _mm512_castps_si512(updated);
+                if (_mm512_cmpgt_epu32_mask(_mm512_and_si512(value, magnitude), largest)) return i;
+                const __m512i bits16 = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(random + i)));
+                const __m256i rounded = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_add_epi32(value, bits16), 16));
+                std::memcpy(target + i, &rounded, 32);
+            }
+        }
+        return i;
+    }
+}
+
+// f(z) for the elements from `begin` to the end of its tile, if z is the signs of one direction
+template <class F> i64 on_signs(const Noise& noise, i64 begin, const F& f) {
+    if (noise.kind != RADEMACHER || noise.count != 1 || begin % 16) return 0;
+    const Term& t = noise.terms[0];
+    u32 words[TILE / 32];
+    blocks({t.k0, t.k1, noise.leaf, t.query}, u64(begin / TILE * (TILE / 128)), TILE / 128, words);
+    u16 masks[TILE / 16];
+    std::memcpy(masks, words, sizeof masks);
+    return f(Signs{masks + begin % TILE / 16, _mm512_set1_ps(t.coefficient), _mm512_set1_ps(-t.coefficient)});
+}
+#else
+struct Sums {
+    const float* z;
+};
+template <class... A> i64 add_wide(const A&...) { return 0; }
+template <bool FUSED, class... A> i64 sgd_wide(const A&...) { return 0; }
+template <class F> i64 on_signs(const Noise&, i64, const F&) { return 0; }
+#endif
 
 template <class In, class Out>
 void perturb(const Noise& noise, i64 start, const i64* rows, i64 n, i64 width, const In* source, Out* out,
@@ -318,22 +420,24 @@ void perturb(const Noise& noise, i64 start, const i64* rows, i64 n, i64 width, c
     using Work = typename Working<In>::type;
     const auto origin = [&](i64 row) { return start + (rows ? rows[row] * width : 0); };
     sweep(n, width, threads, origin, [&](i64 row, i64 column, i64 begin, i64 end) {
-        alignas(64) float tile[TILE];
-        noise(begin, end, tile);
-        const float* z = tile + begin % TILE;
         const In* in = source + (begin - start);
         Out* to = out + (row * width + column);
+        const i64 count = end - begin;
+        prefetch(in);
+        i64 i = on_signs(noise, begin, [&](const auto& z) { return add_wide(in, z, count, to); });
+        if (i == count) return;
+        alignas(64) float tile[TILE];
+        noise(begin + i, end, tile);
+        const float* z = tile + begin % TILE;
+        if (!i) i = add_wide(in, Sums{z}, count, to);
         ELEMENTWISE
-        for (i64 i = 0; i < end - begin; ++i) to[i] = convert<Out>(Work(in[i]) + Work(z[i]));
+        for (i64 j = i; j < count; ++j) to[j] = convert<Out>(Work(in[j]) + Work(z[j]));
     });
 }
 
-template <class T> void round_tile(const Stream& stream, const float* value, i64 begin, i64 end, T* target) {
-    alignas(64) u16 random[TILE];
-    rounding_bits(stream, begin, end, random);
-    const u16* r = random + begin % TILE;
+template <class T> void round_tile(const u16* random, const float* value, i64 count, T* target) {
     ELEMENTWISE
-    for (i64 i = 0; i < end - begin; ++i) target[i] = stochastic<T>(value[i], r[i]);
+    for (i64 i = 0; i < count; ++i) target[i] = stochastic<T>(value[i], random[i]);
 }
 
 // a + x * alpha as torch.add rounds it: once where its kernels use fused multiply-add, else twice
@@ -349,19 +453,28 @@ void sgd(const Noise& noise, const Stream& rounding, i64 start, i64 length, doub
     const Work step = Work(-lr), weight_decay = Work(decay);
     const bool decays = decay != 0.0;
     sweep(1, length, threads, [&](i64) { return start; }, [&](i64, i64 column, i64 begin, i64 end) {
-        alignas(64) float tile[TILE];
-        noise(begin, end, tile);
-        float* z = tile + begin % TILE;
         T* w = target + column;
+        const i64 count = end - begin;
+        prefetch(w);
+        alignas(64) u16 bits16[TILE];
+        if constexpr (sizeof(T) == 2) rounding_bits(rounding, begin, end, bits16);
+        const u16* random = bits16 + begin % TILE;
+        const auto fast = [&](const auto& z) { return sgd_wide<FUSED>(z, random, float(step), float(weight_decay), count, w); };
+        i64 i = on_signs(noise, begin, fast);
+        if (i == count) return;
+        alignas(64) float tile[TILE];
+        noise(begin + i, end, tile);
+        float* z = tile + begin % TILE;
+        if (!i) i = fast(Sums{z});
         Work* updated;
         if constexpr (sizeof(T) == 2) updated = z;
         else updated = w;
         ELEMENTWISE
-        for (i64 i = 0; i < end - begin; ++i) {
-            const Work old = Work(w[i]), plain = Work(z[i]), decayed = add<FUSED>(plain, old, weight_decay);
-            updated[i] = add<FUSED>(old, decays ? decayed : plain, step);
+        for (i64 j = i; j < count; ++j) {
+            const Work old = Work(w[j]), plain = Work(z[j]), decayed = add<FUSED>(plain, old, weight_decay);
+            updated[j] = add<FUSED>(old, decays ? decayed : plain, step);
         }
-        if constexpr (sizeof(T) == 2) round_tile(rounding, z, begin, end, w);
+        if constexpr (sizeof(T) == 2) round_tile(random + i, z + i, count - i, w + i);
     });
 }
 
@@ -470,7 +583,9 @@ void zol_round(u32 k0, u32 k1, u32 leaf, u32 query, i64 start, i64 length, const
         if constexpr (sizeof(T) == 2) {
             T* out = static_cast<T*>(target);
             sweep(1, length, threads, [&](i64) { return start; }, [&](i64, i64 column, i64 begin, i64 end) {
-                round_tile(stream, value + column, begin, end, out + column);
+                alignas(64) u16 random[TILE];
+                rounding_bits(stream, begin, end, random);
+                round_tile(random + begin % TILE, value + column, end - begin, out + column);
             });
         }
     });
