@@ -21,17 +21,23 @@ class Scratch:
     """One reusable buffer for the perturbed weight of the operation that runs now."""
 
     def __init__(self) -> None:
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self.release()
 
     def take(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialised tensor, valid until the next call."""
-        size = torch.Size(shape).numel() * dtype.itemsize
-        if self._buffer.numel() < size or self._buffer.device != device:
-            self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
-        return self._buffer[:size].view(dtype).view(shape)
+        form = (torch.Size(shape), dtype, device)
+        view = self._views.get(form)
+        if view is None:
+            size = form[0].numel() * dtype.itemsize
+            if self._buffer.numel() < size or self._buffer.device != device:
+                self._views.clear()
+                self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
+            view = self._views[form] = self._buffer[:size].view(dtype).view(shape)
+        return view
 
     def release(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._views: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
 
 
 class Leaf(ABC):
@@ -179,9 +185,9 @@ class DenseLeaf(Leaf):
         if not weight.is_contiguous():
             super().perturb_into(out, terms, first_row)
             return
-        start = first_row * math.prod(weight.shape[1:])
-        source = weight.view(-1)[start : start + out.numel()]
-        perturb(out.view(-1), source, self.distribution, terms, self.index, start)
+        if out.shape != weight.shape:
+            weight = weight[first_row : first_row + out.shape[0]]
+        perturb(out, weight, self.distribution, terms, self.index, first_row * math.prod(weight.shape[1:]))
 
     def sgd_(self, terms: Sequence[Term], lr: float, weight_decay: float, key: Key) -> None:
         weight = self.parameter.detach()

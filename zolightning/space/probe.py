@@ -224,7 +224,10 @@ class Unread(TorchFunctionMode):
 
 
 def _reads(leaves: Mapping[int, Leaf], values: Iterable[Any]) -> bool:
-    return any(id(v) in leaves or (isinstance(v, (list, tuple)) and _reads(leaves, v)) for v in values)
+    for value in values:  # a loop, not a generator: this runs for every operation of the model
+        if id(value) in leaves or (isinstance(value, (list, tuple)) and _reads(leaves, value)):
+            return True
+    return False
 
 
 def _is_row_index(index: Any) -> bool:
