@@ -276,11 +276,14 @@ class ZOStrategy(OneDeviceStrategy):
             search = self._search(optimizer, forward, batch)
             examples = batch_examples(batch) if search.examples.losses else None
             with self._isolation.step() as probes:
-                objective = BatchObjective(forward, batch, probes, examples, search.examples.repeats, self._muted)
+                repeats, prefix = search.examples.repeats, search.view.prefix
+                objective = BatchObjective(forward, batch, probes, examples, repeats, self._muted, prefix)
                 estimate = zo_step(objective, search.view, self.estimator, Key(self.seed, self.zo_step, seen))
         except SkipStep:
             return None, None
         estimate = estimate._replace(forwards=estimate.forwards + prepared)
+        if news := search.view.prefix.news():
+            rank_zero_info(f"ZO: {news}")
         self._warn_coarse(objective.dtype, estimate)
         self._window.append(estimate)
         if self.config.conservative:

@@ -78,7 +78,7 @@ class Estimate(NamedTuple):
     Args:
         terms: the (key, coefficient) pairs; coefficients are doubles.
         losses: the mean loss of each probe, in the order they ran.
-        forwards: forward passes spent, counted in batches of the user's size.
+        forwards: probes, counted in batches of the user's size; one that left unperturbed blocks out counts as one.
         ties: how many coefficients came out exactly 0 because both probes gave the same loss.
     """
 

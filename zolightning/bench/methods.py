@@ -121,7 +121,7 @@ def zeroth_order(work: Workload, config: ZOConfig) -> Running:
         nonlocal steps, state
         optimizer.param_groups[0]["lr"] = lr
         with isolation.step() as probes:
-            objective = BatchObjective(loss, work.batch, probes, examples, found.repeats)
+            objective = BatchObjective(loss, work.batch, probes, examples, found.repeats, prefix=view.prefix)
             estimate = merge([zo_step(objective, view, estimator, Key(seed, steps))])
         record, state = finish(estimate, estimate.coefficients, shaping, state, optimizer, steps)
         if record.skipped:

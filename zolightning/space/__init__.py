@@ -4,6 +4,7 @@ from .build import Scales, build_view, take_turns
 from .dominant import dominant_block
 from .leaf import DenseLeaf, Leaf, Rank1Leaf, keep_
 from .lowrank_leaf import LowRankLeaf
+from .prefix import Prefix
 from .scale_leaf import AbsoluteScaleLeaf, RelativeScaleLeaf, ScaleLeaf
 from .scales import expose_scales
 from .select import Select, blocks, select
@@ -33,6 +34,7 @@ __all__ = [
     "LowRank",
     "LowRankLeaf",
     "Place",
+    "Prefix",
     "Rank1",
     "Rank1Leaf",
     "RelativeScaleLeaf",

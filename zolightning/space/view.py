@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..types import Key, Term
 from .leaf import Leaf, Scratch
+from .prefix import unperturbed_prefix
 from .probe import PerExample, Point, Probe, Shared, Tangent, Unread
 
 
@@ -33,6 +34,8 @@ class View:
         self._scratch = Scratch()
         self._compiled_root = compiled
         self.refresh()
+        trained = [leaf.parameter for leaf in self.leaves]
+        self.prefix = unperturbed_prefix(root, trained, compiled=compiled or bool(self._regions))
 
     def refresh(self) -> None:
         """Look again which submodules run as compiled code."""

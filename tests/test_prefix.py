@@ -1,0 +1,209 @@
+"""Leaving out the blocks before the first perturbed one changes no bit of an estimate, and is left off where it could."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import PLAIN, Task, assert_same, fit, tiny_causal_lm, token_batches, weights
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from zolightning.estimators import SPSA
+from zolightning.isolation import Isolation
+from zolightning.noise import Rademacher
+from zolightning.objective import BatchObjective
+from zolightning.space import View, build_view
+from zolightning.types import Estimate, Key
+
+IDS = token_batches(1)[0]
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+Forward = Callable[[Any], Tensor]
+
+
+class Block(nn.Module):
+    """Takes and gives what a test wants, through ``act``."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor] = torch.tanh) -> None:
+        super().__init__()
+        self.linear, self.act = nn.Linear(8, 8), act
+
+    def forward(self, x: Tensor, extra: Any = None) -> Any:
+        if isinstance(x, tuple):
+            return self.act(self.linear(x[0])), {"kept": x[1]["kept"] + 1, "mask": extra}
+        return self.act(self.linear(x))
+
+
+class Net(nn.Module):
+    def __init__(self, acts: dict[int, Callable[[Tensor], Tensor]] | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.embed, self.blocks = nn.Linear(8, 8), nn.ModuleList(Block((acts or {}).get(i, torch.tanh)) for i in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return x.square().sum()
+
+
+def language_model(kind: str) -> tuple[nn.Module, Forward]:
+    model = tiny_causal_lm(kind)
+
+    def forward(ids: Tensor) -> Tensor:
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].double()
+        return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+
+    return model, forward
+
+
+class Structured(Net):
+    """Tuples and dicts between the blocks, a mask by name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        state: Any = (self.embed(x), {"kept": 0, "mask": None})
+        for block in self.blocks:
+            state = block(state, extra=x > 0)
+        return state[0].square().sum() * state[1]["kept"]
+
+
+class Twice(Net):
+    """Enters the stack a second time, as a siamese loss does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) - super().forward(-x)
+
+
+class Residuals(Net):
+    """Uses what every block gave."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        outs = [self.embed(x)]
+        for block in self.blocks:
+            outs.append(block(outs[-1]))
+        return sum(outs[1:], outs[0]).square().sum()
+
+
+class Cached(Net):
+    """Hands its blocks an object that they could write into."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, extra=object())
+        return x.square().sum()
+
+
+def spsa(forward: Forward, view: View, batch: Any, reuse: bool, queries: int = 2) -> tuple[Estimate, int]:
+    """The estimate, and the operations of its matrix products."""
+    torch.manual_seed(4)
+    with torch.no_grad(), Isolation(view.root, torch.device("cpu")).step() as probes, FlopCounterMode(display=False) as flops:
+        objective = BatchObjective(forward, batch, probes, prefix=view.prefix if reuse else None)
+        return SPSA(1e-2, queries)(objective, view, Key(3, 0)), flops.get_total_flops()
+
+
+def view_of(model: nn.Module, select: str) -> View:
+    return build_view(model, model.parameters(), Rademacher(), select_spec=select)
+
+
+CASES: dict[str, Callable[[], tuple[nn.Module, Forward, Any, str]]] = {
+    "llama": lambda: (*language_model("llama"), IDS, "last:1"),
+    "gpt2": lambda: (*language_model("gpt2"), IDS, "last:1"),
+    "plain": lambda: (net := Net(), net, X, "blocks:2-2"),
+    "tuples": lambda: (net := Structured(), net, X, "last:2"),
+    "dropout behind": lambda: (net := Net({2: lambda x: F.dropout(x, 0.5)}), net, X, "last:2"),
+    "writes in place": lambda: (net := Net({2: lambda x: x.relu_(), 3: lambda x: x.tanh_()}), net, X, "last:2"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_estimate_is_that_of_full_forwards(case: str) -> None:
+    model, forward, batch, select = CASES[case]()
+    view, before = view_of(model, select), weights(model)
+    full, flops = spsa(forward, view, batch, reuse=False)
+    for step in range(2):
+        reused, fewer = spsa(forward, view, batch, reuse=True)
+        assert reused == full
+        assert view.prefix.proved
+        if step:  # the first one compares
+            assert fewer < flops
+    assert view.prefix.news().startswith("blocks 0 to ")
+    assert not view.prefix.news()
+    assert_same(weights(model), before)
+
+
+UNFIT: dict[str, Callable[[], tuple[nn.Module, Any, bool | None]]] = {
+    "dropout": lambda: (Net({1: lambda x: F.dropout(x, 0.5)}), X, None),
+    "a second pass": lambda: (Twice(), X, None),
+    "an object": lambda: (Cached(), X, None),
+    "all activations": lambda: (Residuals(), X, False),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_where_it_could_change_something_all_blocks_run(case: str) -> None:
+    model, batch, proved = UNFIT[case]()
+    view = view_of(model, "last:2")
+    assert len(view.prefix) == 2
+    full, flops = spsa(model, view, batch, reuse=False)
+    spsa(model, view, batch, reuse=True)
+    again, same = spsa(model, view, batch, reuse=True)
+    assert again == full
+    assert same == flops
+    assert view.prefix.proved is proved
+    if proved is False:
+        assert "another" in view.prefix.news()
+
+
+def test_other_inputs_run_all_blocks() -> None:
+    net = Net()
+    view, draws = view_of(net, "last:1"), iter(range(100))
+    changing = lambda x: net(x + next(draws))  # noqa: E731
+    spsa(changing, view, X, reuse=True)
+    assert view.prefix.proved is None
+
+
+def test_what_rules_it_out_from_the_start() -> None:
+    net = Net()
+    assert len(view_of(net, "last:1").prefix) == 3
+    assert not view_of(net, "all").prefix
+    assert not view_of(net, "first:1").prefix
+    assert not view_of(net, r"re:embed|blocks\.3").prefix  # what enters the first block is perturbed
+    hook = net.blocks[0].linear.register_forward_hook(lambda *_: None)
+    assert not view_of(net, "last:1").prefix
+    hook.remove()
+
+
+def test_an_exception_leaves_the_blocks_as_they_were() -> None:
+    net = Net()
+    view, calls, before = view_of(net, "last:1"), [], weights(net)
+
+    def forward(x: Tensor) -> Tensor:
+        calls.append(net(x))
+        if len(calls) == 3:
+            raise RuntimeError("in the third forward")
+        return calls[-1]
+
+    with pytest.raises(RuntimeError, match="third forward"):
+        spsa(forward, view, X, reuse=True)
+    assert all("forward" not in block.__dict__ for block in net.blocks)
+    assert_same(weights(net), before)
+
+
+def test_training_is_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    """Against a model that draws a random number in its first block, which rules reuse out and changes nothing else."""
+
+    def loss(net: nn.Module, batch: Any) -> Tensor:
+        return net(batch).double()
+
+    plain = Task(Net(), loss)
+    drawing = copy.deepcopy(plain)
+    drawing.net.blocks[0].act = lambda x: (torch.rand(()), torch.tanh(x))[1]  # type: ignore[union-attr]
+    with caplog.at_level("INFO"):
+        for task in (plain, drawing):
+            fit(task, [X] * 3, PLAIN.override(select="last:2", num_queries=2))
+    assert_same(weights(plain), weights(drawing))
+    assert caplog.text.count("run in the first probe of a step alone") == 1
