@@ -21,7 +21,8 @@ class Scratch:
     """One reusable buffer for the perturbed weight of the operation that runs now."""
 
     def __init__(self) -> None:
-        self.release()
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._views: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
 
     def take(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialised tensor, valid until the next call."""
@@ -37,7 +38,7 @@ class Scratch:
 
     def release(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._views: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
+        self._views.clear()
 
 
 class Leaf(ABC):
