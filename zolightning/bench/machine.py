@@ -20,7 +20,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "system": f"{platform.system()} {platform.machine()}",
-        "kernels": active_rung() if device.type == "cpu" else "torch",
+        "kernels": active_rung(device),
     }
     return facts
 

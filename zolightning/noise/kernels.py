@@ -7,6 +7,7 @@ Each runs on the fastest rung that can take the tensors (see :mod:`zolightning.n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from ..types import Key, Term
 from . import reference, rungs
 from .distributions import Distribution
 from .native import DTYPES, Library
+
+if TYPE_CHECKING:
+    from .triton_kernels import TritonLibrary
 
 
 def noise_sum(dist: Distribution, terms: Sequence[Term], leaf: int, start: int, length: int, device: torch.device) -> Tensor:
@@ -84,7 +88,7 @@ def stochastic_round_(target: Tensor, value: Tensor, key: Key, leaf: int, start:
         start: index of the piece's first element.
     """
     library = _library_for(target, value)
-    if library is None or target.dtype not in (torch.bfloat16, torch.float16) or value.dtype != torch.float32:
+    if library is None or not library.rounds(target.dtype) or value.dtype != torch.float32:
         reference.stochastic_round_(target, value, key, leaf, start)
     else:
         library.stochastic_round_(target, value, key, leaf, start)
@@ -166,8 +170,12 @@ def mixed_sum(words: Tensor, first: int = 0) -> int:
     return reference.mixed_sum(words, first) if library is None else library.mixed_sum(words, first)
 
 
-def _library_for(*tensors: Tensor) -> Library | None:
-    """The native kernels if they can take these tensors: plain, contiguous, in main memory."""
+def _library_for(*tensors: Tensor) -> Library | TritonLibrary | None:
+    """The native kernels for plain contiguous tensors in main memory, Triton's for such on one GPU, or None."""
+    if tensors[0].is_cuda:
+        on_gpu = rungs.gpu_library(tensors[0].device)
+        together = all(t.device == tensors[0].device and type(t) in (Tensor, Parameter) for t in tensors)
+        return on_gpu if on_gpu is not None and together and all(map(on_gpu.takes, tensors)) else None
     library = rungs.library()
     if library is None:
         return None

@@ -112,6 +112,10 @@ class Library:
         self._c.zol_round(*stream, start, target.numel(), *data, torch.get_num_threads())
         _touch(target)
 
+    def rounds(self, dtype: torch.dtype) -> bool:
+        """Whether :meth:`stochastic_round_` takes targets of this type."""
+        return dtype in (torch.bfloat16, torch.float16)
+
     def updates(self, dtype: torch.dtype) -> bool:
         """Whether :meth:`sgd_` takes weights of this type."""
         return self.fused is not None or dtype in (torch.bfloat16, torch.float16)

@@ -1,15 +1,20 @@
-"""Which kernels run: ``native`` (C++, tensors in main memory) where they can be had, else ``torch``. Same bits on both."""
+"""Which kernels run: ``native`` (C++, main memory), ``triton`` (GPU) where they can be had, else ``torch``: the same bits."""
 
 from __future__ import annotations
 
 import logging
 import os
 import threading
-from typing import Literal, cast, get_args
+from typing import TYPE_CHECKING, Literal, cast, get_args
+
+import torch
 
 from .native import Library, NativeUnavailableError, load
 
-Rung = Literal["torch", "native"]
+if TYPE_CHECKING:
+    from .triton_kernels import TritonLibrary
+
+Rung = Literal["torch", "native", "triton"]
 Mode = Literal["auto", "native", "torch"]
 ENV = "ZOLIGHTNING_KERNELS"
 
@@ -17,6 +22,8 @@ _log = logging.getLogger(__name__)
 _lock = threading.Lock()
 _settled = False
 _library: Library | None = None
+_mode: Mode = "auto"
+_on_gpu: dict[torch.device, TritonLibrary | None] = {}
 
 
 def library() -> Library | None:
@@ -28,9 +35,38 @@ def library() -> Library | None:
     return _library
 
 
-def active_rung() -> Rung:
-    """The rung that takes contiguous tensors in main memory; every other tensor is for ``torch``."""
-    return "torch" if library() is None else "native"
+def gpu_library(device: torch.device) -> TritonLibrary | None:
+    """Triton's kernels, compiled and tested on this GPU on the first call, or None on the torch rung."""
+    library()  # settles the mode
+    if device not in _on_gpu:
+        with _lock:
+            if device not in _on_gpu:
+                _on_gpu[device] = None if _mode == "torch" else _try_triton(device)
+    return _on_gpu[device]
+
+
+def _try_triton(device: torch.device) -> TritonLibrary | None:
+    from .selftest import verify_triton
+
+    try:
+        from .triton_kernels import TritonLibrary  # Triton comes with PyTorch's CUDA builds
+
+        found = TritonLibrary()
+        wrong = verify_triton(found, device)
+    except Exception as error:  # a compiler of its own, a driver's version: whatever it is, torch works
+        wrong = f"{type(error).__name__}: {error}"
+    if wrong:
+        _log.warning("noise kernels on %s: torch, slower than Triton: %s", device, wrong)
+        return None
+    _log.info("noise kernels on %s: %s", device, found.description)
+    return found
+
+
+def active_rung(device: torch.device | None = None) -> Rung:
+    """The rung that takes contiguous tensors there, in main memory if no device is given; others are for ``torch``."""
+    if device is not None and device.type == "cuda":
+        return "torch" if gpu_library(device) is None else "triton"
+    return "torch" if (device is not None and device.type != "cpu") or library() is None else "native"
 
 
 def set_rung(mode: Mode) -> None:
@@ -40,6 +76,7 @@ def set_rung(mode: Mode) -> None:
         RuntimeError: ``native`` was asked for and cannot be had; the message says why.
     """
     with _lock:
+        _on_gpu.clear()
         _settle(mode)
 
 
@@ -51,7 +88,8 @@ def _mode_from_environment() -> Mode:
 
 
 def _settle(mode: Mode) -> None:
-    global _library, _settled
+    global _library, _mode, _settled
+    _mode = mode
     if mode == "torch":
         _library, _settled = None, True
         _log.info("noise kernels: torch, as asked for")

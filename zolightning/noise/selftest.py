@@ -1,8 +1,9 @@
-"""Does the native library give the reference's bits on this machine? A few thousand elements of each kernel."""
+"""Do the native and the Triton kernels give the reference's bits on this machine? A few thousand elements of each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from ..types import Key, Term
 from . import reference
 from .distributions import Distribution, Gaussian, Rademacher, elements
 from .native import DTYPES, Library
+
+if TYPE_CHECKING:
+    from .triton_kernels import TritonLibrary
 
 _KEY = Key(seed=0x5EED, step=7, query=2)
 _TERMS = (Term(_KEY, 1e-2), Term(Key(1, 2, 3), -0.37), Term(Key(2**63, 2**40, 0), 3.0))
@@ -26,6 +30,39 @@ def verify(library: Library) -> str:
             if not check():
                 return f"{name} of {dist.name} noise differs from the reference"
     return ""
+
+
+def verify_triton(library: TritonLibrary, device: torch.device) -> str:
+    """What differs between Triton's kernels and torch's on this device, or nothing."""
+    narrow, wide = (specimens(dtype).to(device) for dtype in (torch.bfloat16, torch.float32))
+    for dist in (Rademacher(), Gaussian()):
+        assert dist.native is not None
+        for source in (narrow, wide):
+            for dtype in (torch.bfloat16, torch.float32):
+                ours, expected = torch.empty(2, _LENGTH, dtype=dtype, device=device)
+                library.perturb(ours, source, dist.native, _TERMS, _LEAF, _START)
+                reference.perturb(expected, source, dist, _TERMS, _LEAF, _START)
+                if not same_bits(ours, expected):
+                    return f"the perturbation of {source.dtype} into {dtype} by {dist.name} noise differs from the reference"
+        table, rows = wide[: 90 * 22].view(90, 22), torch.arange(0, 90, 7, device=device).flip(0)
+        ours, expected = torch.empty(2, len(rows), 22, dtype=torch.float32, device=device)
+        library.perturb_rows(ours, table, dist.native, _TERMS, _LEAF, rows)
+        reference.perturb_rows(expected, table, dist, _TERMS, _LEAF, rows)
+        if not same_bits(ours, expected):
+            return f"the perturbation of rows by {dist.name} noise differs from the reference"
+        for decay in (0.0, 0.1):
+            ours, expected = narrow.clone(), narrow.clone()
+            library.sgd_(ours, dist.native, _TERMS, _LEAF, _START, 0.3, decay, _KEY)
+            reference.sgd_(expected, dist, _TERMS, _LEAF, _START, 0.3, decay, _KEY)
+            if not same_bits(ours, expected):
+                return f"the update by {dist.name} noise differs from the reference"
+    ours, expected = narrow.clone(), narrow.clone()
+    library.stochastic_round_(ours, wide, _KEY, _LEAF, _START)
+    reference.stochastic_round_(expected, wide, _KEY, _LEAF, _START)
+    if not same_bits(ours, expected):
+        return "stochastic rounding differs from the reference"
+    a, b = wide[: 3 * 37].view(3, 37), torch.linspace(-1, 1, 3 * 301, dtype=torch.float32, device=device).view(3, 301)
+    return "" if same_bits(library.outer_sum(a, b), reference.outer_sum(a, b)) else "the outer sum differs from the reference"
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

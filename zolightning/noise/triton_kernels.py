@@ -1,0 +1,250 @@
+"""The sweeps as fused Triton kernels, for tensors on a GPU: the bits of :mod:`.reference`, one pass each.
+
+Numbers are made as in native.cpp, every product and sum rounded by itself (``enable_fp_fusion=False``); bfloat16 is read and
+written as integers, so that its rounding is ours. Imported where Triton is installed only.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..types import Key, Term
+from .philox import philox_key, rounding_query
+
+BLOCK = 1024
+_NUMBERS = ["leaf", "start", "width", "length", "k0", "k1", "query", "count", "height", "columns"]
+
+
+def _kernel(function: Any) -> Any:
+    """Compiled once for all values of its numbers: 1 would become a constant, and each multiple of 16 a kernel of its own."""
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return triton.jit(function, do_not_specialize=[name for name in names if name in _NUMBERS])
+
+
+@triton.jit
+def _philox(block, leaf, query, k0, k1):
+    c0, c1 = (block & 0xFFFFFFFF).to(tl.uint32), (block >> 32).to(tl.uint32)
+    c2, c3 = tl.zeros_like(c0) + leaf.to(tl.uint32), tl.zeros_like(c0) + query.to(tl.uint32)
+    k0, k1 = k0.to(tl.uint32), k1.to(tl.uint32)
+    m0, m1 = tl.full((1,), 0xD2511F53, tl.uint32), tl.full((1,), 0xCD9E8D57, tl.uint32)
+    w0, w1 = tl.full((1,), 0x9E3779B9, tl.uint32), tl.full((1,), 0xBB67AE85, tl.uint32)
+    k0, k1 = k0 + tl.zeros_like(w0), k1 + tl.zeros_like(w1)
+    for _ in tl.static_range(10):
+        p0, p1 = c0.to(tl.uint64) * m0.to(tl.uint64), c2.to(tl.uint64) * m1.to(tl.uint64)
+        c0, c1 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, p1.to(tl.uint32)
+        c2, c3 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1, p0.to(tl.uint32)
+        k0, k1 = k0 + w0, k1 + w1
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _word(block, which, leaf, query, k0, k1):
+    """Word ``which`` of each block."""
+    c0, c1, c2, c3 = _philox(block, leaf, query, k0, k1)
+    return tl.where(which == 0, c0, tl.where(which == 1, c1, tl.where(which == 2, c2, c3)))
+
+
+@triton.jit
+def _noise(element, kind: tl.constexpr, leaf, query, k0, k1):
+    if kind == 0:
+        word = _word(element >> 7, (element >> 5) & 3, leaf, query, k0, k1)
+        return 1.0 - 2.0 * ((word >> (element & 31).to(tl.uint32)) & 1).to(tl.float32)
+    word = _word(element >> 3, (element >> 1) & 3, leaf, query, k0, k1)
+    u = ((word & 0xFFFF) * 2 + 1).to(tl.float32) * 7.62939453125e-06
+    bits = u.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) >> 23
+    x = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    square = x * x
+    y = ((0.28674802 * x - 0.44629266) * square + (0.50928687 * x - 0.66456061)) * square + (0.99971165 * x - 2.000024)
+    radius = tl.sqrt_rn(exponent.to(tl.float32) * -1.3862944 + y * x)
+    angle = (((word >> 15) & 0x3FFE) | 1).to(tl.float32) * 4.7936899621426287e-05
+    square = angle * angle
+    sine = (0.00815299 * square - 0.16662834) * square * angle + angle
+    cosine = ((-0.00135978 * square + 0.04165629) * square - 0.49999895) * square + 1.0
+    first = (element & 1) == 0
+    swap = ((word >> 29) & 1) == 1
+    value = tl.where(first != swap, cosine, sine)
+    negative = tl.where(first, (word >> 31) & 1, (word >> 30) & 1) == 1
+    return radius * tl.where(negative, -value, value)
+
+
+@triton.jit
+def _sum(element, kind: tl.constexpr, terms, coefficients, count, leaf):
+    """Σ_k c_k z_k in the terms' order; ``terms`` holds (k0, k1, query) of each."""
+    total = tl.zeros(element.shape, tl.float32)
+    for k in range(count):
+        k0, k1, query = tl.load(terms + 3 * k), tl.load(terms + 3 * k + 1), tl.load(terms + 3 * k + 2)
+        scaled = _noise(element, kind, leaf, query, k0, k1) * tl.load(coefficients + k)
+        total = tl.where(k == 0, scaled, total + scaled)
+    return total
+
+
+@triton.jit
+def _read(pointer, at, inside, narrow: tl.constexpr):
+    value = tl.load(pointer + at, mask=inside, other=0)
+    if narrow:
+        return (value.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return value
+
+
+@triton.jit
+def _nearest(value):
+    """The upper half of a float32 rounded to bfloat16, ties to even."""
+    bits = value.to(tl.uint32, bitcast=True)
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, (bits >> 16) | 0x40, nearest)
+
+
+@triton.jit
+def _stochastic(value, element, leaf, query, k0, k1):
+    """bfloat16 as int16, rounded up or down by 16 random bits an element."""
+    word = _word(element >> 3, (element >> 1) & 3, leaf, query, k0, k1)
+    random = tl.where((element & 1) == 0, word & 0xFFFF, word >> 16)
+    bits = value.to(tl.uint32, bitcast=True)
+    ordinary = (bits & 0x7FFFFFFF) <= 0x7F7F0000
+    return tl.where(ordinary, (bits + random) >> 16, _nearest(value)).to(tl.int16)
+
+
+@_kernel
+def _perturb(
+    out, source, rows, terms, coefficients, count, leaf, start, width, length,
+    kind: tl.constexpr, by_row: tl.constexpr, narrow_in: tl.constexpr, narrow_out: tl.constexpr, size: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
+    inside = at < length
+    place = at
+    if by_row:
+        place = tl.load(rows + at // width, mask=inside, other=0) * width + at % width
+    value = _read(source, place, inside, narrow_in) + _sum(place + start, kind, terms, coefficients, count, leaf)
+    if narrow_out:
+        tl.store(out + at, _nearest(value).to(tl.int16), mask=inside)
+    else:
+        tl.store(out + at, value, mask=inside)
+
+
+@_kernel
+def _sgd(
+    target, terms, coefficients, count, leaf, start, length, k0, k1, query, rates,
+    kind: tl.constexpr, decays: tl.constexpr, size: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
+    inside, element = at < length, at + start
+    old = _read(target, at, inside, True)
+    gradient = _sum(element, kind, terms, coefficients, count, leaf)
+    if decays:
+        gradient = gradient + old * tl.load(rates + 1)
+    updated = old - gradient * tl.load(rates)
+    tl.store(target + at, _stochastic(updated, element, leaf, query, k0, k1), mask=inside)
+
+
+@_kernel
+def _round(target, value, leaf, start, length, k0, k1, query, size: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
+    inside = at < length
+    number = tl.load(value + at, mask=inside, other=0)
+    tl.store(target + at, _stochastic(number, at + start, leaf, query, k0, k1), mask=inside)
+
+
+@_kernel
+def _outer(a, b, out, count, height, columns, size: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
+    inside = at < height * columns
+    row, column = at // columns, at % columns
+    total = tl.zeros((size,), tl.float32)
+    for k in range(count):
+        total += tl.load(a + k * height + row, mask=inside, other=0) * tl.load(b + k * columns + column, mask=inside, other=0)
+    tl.store(out + at, total, mask=inside)
+
+
+_FORM = {torch.float32: False, torch.bfloat16: True}  # dtypes, and whether they are read as integers
+
+
+class TritonLibrary:
+    """The kernels on contiguous tensors of one GPU; :mod:`.kernels` says what each computes."""
+
+    description = f"Triton {triton.__version__}"
+
+    def takes(self, tensor: Tensor) -> bool:
+        """Whether the kernels know its dtype and layout."""
+        return tensor.dtype in _FORM and tensor.is_contiguous()
+
+    def rounds(self, dtype: torch.dtype) -> bool:
+        """Whether :meth:`stochastic_round_` takes targets of this type."""
+        return dtype == torch.bfloat16
+
+    def updates(self, dtype: torch.dtype) -> bool:
+        """Whether :meth:`sgd_` takes weights of this type: how ``torch.add`` rounds wider ones is the device's business."""
+        return dtype == torch.bfloat16
+
+    def perturb(self, out: Tensor, source: Tensor, kind: int, terms: Sequence[Term], leaf: int, start: int) -> None:
+        self._perturb(out, source, kind, terms, leaf, start, None, 1)
+
+    def perturb_rows(self, out: Tensor, source: Tensor, kind: int, terms: Sequence[Term], leaf: int, rows: Tensor) -> None:
+        self._perturb(out, source, kind, terms, leaf, 0, rows.to(torch.int64).contiguous(), source.shape[1])
+
+    def _perturb(
+        self,
+        out: Tensor,
+        source: Tensor,
+        kind: int,
+        terms: Sequence[Term],
+        leaf: int,
+        start: int,
+        rows: Tensor | None,
+        width: int,
+    ) -> None:
+        data = (_raw(out), _raw(source), out if rows is None else rows, *_terms(terms, out.device), len(terms))
+        forms = {"by_row": rows is not None, "narrow_in": _FORM[source.dtype], "narrow_out": _FORM[out.dtype]}
+        _launch(_perturb, out.numel(), *data, leaf, start, width, out.numel(), kind=kind, **forms)
+
+    def sgd_(
+        self, target: Tensor, kind: int, terms: Sequence[Term], leaf: int, start: int, lr: float, weight_decay: float, key: Key
+    ) -> None:
+        rates = _floats(struct.pack("2d", lr, weight_decay), target.device)
+        data = (_raw(target), *_terms(terms, target.device), len(terms), leaf, start, target.numel())
+        rounding = (*philox_key(key), rounding_query(key))
+        _launch(_sgd, target.numel(), *data, *rounding, rates, kind=kind, decays=weight_decay != 0.0)
+
+    def stochastic_round_(self, target: Tensor, value: Tensor, key: Key, leaf: int, start: int) -> None:
+        stream = (*philox_key(key), rounding_query(key))
+        _launch(_round, target.numel(), _raw(target), value, leaf, start, target.numel(), *stream)
+
+    def outer_sum(self, a: Tensor, b: Tensor) -> Tensor:
+        a, b = a.contiguous(), b.contiguous()
+        out = torch.empty(a.shape[1], b.shape[1], dtype=torch.float32, device=a.device)
+        _launch(_outer, out.numel(), a, b, out, a.shape[0], *out.shape)
+        return out
+
+
+def _launch(kernel: Any, length: int, *arguments: Any, **constants: Any) -> None:
+    if length:
+        kernel[(triton.cdiv(length, BLOCK),)](*arguments, **constants, size=BLOCK, enable_fp_fusion=False)
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+
+
+def _terms(terms: Sequence[Term], device: torch.device) -> tuple[Tensor, Tensor]:
+    words = tuple(word for key, _ in terms for word in (*philox_key(key), key.query))
+    return _integers(words or (0,), device), _floats(
+        struct.pack(f"{len(terms) or 1}d", *([c for _, c in terms] or [0.0])), device
+    )
+
+
+@lru_cache(maxsize=8)  # all leaves of a step ask for the same, and a copy to the device waits for it
+def _integers(words: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(words, dtype=torch.int64).to(device)
+
+
+@lru_cache(maxsize=8)  # by their bytes: 0.0 and -0.0 are equal
+def _floats(numbers: bytes, device: torch.device) -> Tensor:
+    return torch.tensor(struct.unpack(f"{len(numbers) // 8}d", numbers), dtype=torch.float32).to(device)
