@@ -35,8 +35,8 @@ MOVED = {
     "qzo-int8": lambda name: name.endswith("scales"),
     "lora-zo": lambda name: "lora_" in name,
     "qlora": lambda name: "lora_" in name,
-    "zeroqat4": lambda name: "parametrizations" in name,
-    "zeroqat3": lambda name: "parametrizations" in name,
+    "zeroqat4": lambda name: name.endswith("proj.weight"),
+    "zeroqat3": lambda name: name.endswith("proj.weight"),
 }
 
 

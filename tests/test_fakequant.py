@@ -17,7 +17,7 @@ from torch.optim import SGD
 
 from zolightning import ZOStrategy
 from zolightning.fakequant import (
-    FakeQuantWeight,
+    FakeQuantLinear,
     QuantizedLinear,
     export_quantized,
     fake_quantize,
@@ -96,12 +96,10 @@ OPTIONS = [{"bits": 2}, {"bits": 3, "group_size": None}, {"bits": 4, "input_bits
 def test_a_layer_by_the_textbook(options: dict[str, Any]) -> None:
     """Group by group and token by token, in Python floats."""
     layer: Any = shaken(net(**options))[0]  # type: ignore[index]
-    quantizer = layer.parametrizations.weight[0]
+    quantizer = layer.quantizer
     smooth, size = quantizer.smooth.tolist(), options.get("group_size", 4) or 8
     weight = []
-    for row, lower, upper in zip(
-        layer.parametrizations.weight.original.tolist(), quantizer.lower, quantizer.upper, strict=True
-    ):
+    for row, lower, upper in zip(layer.weight.tolist(), quantizer.lower, quantizer.upper, strict=True):
         groups = [[w * s for w, s in zip(row, smooth, strict=True)][i : i + size] for i in range(0, 8, size)]
         factors = zip(groups, lower.flatten().tolist(), upper.flatten().tolist(), strict=True)
         weight.append([v for group, low, high in factors for v in rounded(group, options["bits"], low, high)])
@@ -123,9 +121,9 @@ def test_training_follows_the_textbook(options: dict[str, Any]) -> None:
     assert_same(weights(ours), weights(twin), 1e-6)
     moved = {n for n, v in weights(ours).items() if not torch.equal(v, dict(net(**options).named_parameters())[n])}
     assert {
-        "0.parametrizations.weight.original",
-        "0.parametrizations.weight.0.upper",
-        "0.parametrizations.weight.0.smooth",
+        "0.weight",
+        "0.quantizer.upper",
+        "0.quantizer.smooth",
     } <= moved
     assert ("0.input_quantizer.lower" in moved) == ("input_bits" in options)
 
@@ -136,7 +134,7 @@ def test_recipe_learns_at_3_bits() -> None:
     items = [(x, teacher(x).detach()) for x, _ in batches(1, size=64, inputs=8)]
     losses: list[float] = []
     task = Task(fake_quantize(student, 3, group_size=4), optimizer=lambda p: SGD(p, lr=5e-3))
-    student[2].parametrizations.weight.original.data.add_(torch.randn(3, 16) * 0.3)
+    student[2].weight.data.add_(torch.randn(3, 16) * 0.3)
     strategy = ZOStrategy("zeroqat", num_queries=4, seed=0)
     task.on_train_batch_end = lambda *_: losses.append(strategy.last_record.loss)  # type: ignore[assignment, union-attr]
     fit(task, items * 60, strategy)
@@ -184,12 +182,12 @@ def test_light_variant() -> None:
     fit(task, token_batches(3), ZOStrategy("zeroqat", seed=0))
     assert_same(dict(light.named_buffers()), before)
     moved = {name for name, value in weights(task).items() if not torch.equal(value, start[name])}
-    assert moved == {name for name in start if "layers.1." in name and ("parametrizations" in name)}
+    assert moved == {name for name in start if "layers.1." in name and "proj.weight" in name}
 
 
 def test_what_is_treated() -> None:
     model: Any = fake_quantize(tiny_causal_lm("llama", 64), skip=("lm_head", "mlp"))
-    assert isinstance(model.model.layers[0].self_attn.q_proj.parametrizations.weight[0], FakeQuantWeight)
+    assert isinstance(model.model.layers[0].self_attn.q_proj, FakeQuantLinear)
     assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
     assert type(model.lm_head) is nn.Linear
 

@@ -29,11 +29,11 @@ def train(model: nn.Module) -> None:
     fit(Task(model, lm_loss), token_batches(6), QZO)
 
 
-def config(kind: str, double: bool = False) -> Any:
+def config(kind: str, double: bool = False, threshold: float = 0.0) -> Any:
     from transformers import BitsAndBytesConfig
 
     if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double)
 
 
@@ -68,7 +68,7 @@ def test_quantize_train_save_and_read_back(arch: str, kind: Any, settings: dict[
     round_trip(model, tmp_path)
 
 
-@pytest.mark.parametrize(("kind", "settings"), KINDS, ids=str)
+@pytest.mark.parametrize(("kind", "settings"), [*KINDS, ("int8", {"threshold": 6.0})], ids=str)
 def test_a_model_that_transformers_quantised(kind: Any, settings: dict[str, Any], tmp_path: Path) -> None:
     tiny_causal_lm("llama", 64).save_pretrained(tmp_path / "plain")  # type: ignore[operator]
     model = from_pretrained(tmp_path / "plain", quantization_config=config(kind, **settings))

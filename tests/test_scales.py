@@ -64,11 +64,11 @@ def scales(module: nn.Module) -> dict[str, Tensor]:
 def dequantized(layer: Any, scale: Tensor) -> Tensor:
     """The layer's weight in dense tensors: codes times scales."""
     if isinstance(layer, bnb.nn.Linear8bitLt):
-        return layer.weight.float() * scale[:, None] / 127
+        return layer.weight.float() * scale / 127
     state = layer.weight.quant_state
     packed = layer.weight.flatten()
     indices = torch.stack((packed >> 4, packed & 15), dim=-1).flatten().long()
-    return (state.code[indices].view(-1, state.blocksize) * scale[:, None]).view(state.shape)
+    return (state.code[indices].view(-1, state.blocksize) * scale.view(-1, 1)).view(state.shape)
 
 
 def dense_loss(module: nn.Module, batch: Any, values: dict[str, Tensor]) -> float:
@@ -90,7 +90,7 @@ def textbook(
     values = scales(module)
     for step, batch in enumerate(items):
         start = torch.zeros(1, dtype=torch.int64)
-        z = {n: dist.sample(Key(7, step), index[n], start, v.numel())[0] for n, v in values.items()}
+        z = {n: dist.sample(Key(7, step), index[n], start, v.numel())[0].view(v.shape) for n, v in values.items()}
         z = {n: z[n] * v if relative else z[n] for n, v in values.items()}
         plus, minus = (dense_loss(module, batch, {n: v + o * z[n] for n, v in values.items()}) for o in (eps, -eps))
         g = min(max((plus - minus) / (2 * eps), -clip), clip)
@@ -203,7 +203,7 @@ def test_scales_stay_positive_and_are_counted() -> None:
     stats = apply_update(optimizer, view.leaves, terms, Key(0, 0))  # every scale is below 1, so half of them end at the floor
     assert (stats.negative, stats.saturated) == (down, down)
     assert stats.rms is None
-    values = torch.cat(list(scales(module).values()))
+    values = torch.cat([value.flatten() for value in scales(module).values()])
     assert int((values == FLOOR).sum()) == down
     assert int((values > 1).sum()) == len(values) - down
     stats = apply_update(optimizer, view.leaves, [], Key(0, 1), measure=True)
@@ -415,6 +415,30 @@ def test_other_recipes_leave_the_scales() -> None:
     assert_same(scales(task), before)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_8_bit_with_a_threshold(training: bool) -> None:
+    """Columns of the input with outliers are multiplied in 16 bits (in eval mode on CPU), from the trained scales too."""
+    module: Any = nn.Sequential(bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False, threshold=6.0), nn.Linear(64, 3))
+    module = module.to("cpu").train(training)
+    expose_scales(module)
+    x, y = torch.randn(8, 64), torch.randn(8, 3)
+    x[:, 5] *= 30
+    bias = module[0].bias
+    product = module[0](x) - bias
+    dense = x @ dequantized(module[0], module[0].scales.detach()).T
+    assert (product - dense).norm() < 0.02 * dense.norm()  # without the threshold it would be the outlier's error
+    module[0].scales.data.mul_(2)
+    torch.testing.assert_close(module[0](x) - bias, 2 * product, rtol=1e-3, atol=1e-2)
+    before, losses = codes(module), []
+    strategy = ZOStrategy(CONFIG, scales="relative", eps=2e-2, num_queries=4, normalize=True)
+    task = Task(module, optimizer=lambda p: SGD(p, lr=2e-2))
+    task.on_train_batch_end = lambda *_: losses.append(strategy.last_record.loss)  # type: ignore[assignment, union-attr]
+    fit(task, [(x, y)] * 30, strategy)
+    assert task.net.training == training
+    assert sum(losses[-5:]) / 5 < 0.9 * losses[0]
+    assert codes(module) == before
+
+
 # ---- bad input -----------------------------------------------------------------------------------------------------------
 
 
@@ -471,8 +495,6 @@ def test_layers_that_are_not_ready() -> None:
 
 
 def test_8_bit_settings() -> None:
-    with pytest.raises(ValueError, match=r"threshold=6\.0 splits the inputs.*llm_int8_threshold=0\.0"):
-        expose_scales(nn.Sequential(bnb.nn.Linear8bitLt(64, 4, has_fp16_weights=False, threshold=6.0)).to("cpu"))
     with pytest.raises(ValueError, match="has_fp16_weights=True"):
         expose_scales(nn.Sequential(bnb.nn.Linear8bitLt(64, 4)))
 

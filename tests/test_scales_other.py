@@ -68,7 +68,7 @@ class _Kernel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
         assert scales.dtype == torch.float16
-        weight = codes.numpy().astype("float32") * scales.numpy().astype("float32").reshape(-1, 1)
+        weight = codes[..., 0].numpy().T.astype("float32") * scales.numpy().astype("float32").reshape(-1, 1)
         return torch.from_numpy(x.numpy() @ weight.T)
 
 
@@ -81,13 +81,17 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         scale = linear.weight.detach().abs().amax(1) / 7
         codes = (linear.weight.detach() / scale[:, None]).round().to(torch.int8)
-        self.codes = nn.Parameter(codes, requires_grad=False)
+        self.codes = nn.Parameter(codes[..., None], requires_grad=False)
+        self.codebook_size = 256
+        self.gemv_op: type | None = None
         if buffer:
             self.register_buffer("scales", scale.half())
         else:
             self.scales = nn.Parameter(scale.half(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.gemv_op is None:  # as aqlm does on CPU, for good
+            self.codes.data, self.gemv_op = self.codes.data.transpose(0, 1).contiguous(), _Kernel
         with torch.no_grad():
             return _Kernel.apply(x, self.codes, self.scales)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -161,6 +165,8 @@ def test_learns_and_state_dicts_hold_the_scales(name: str) -> None:
         expose_scales(other)
         other.load_state_dict(saved(module))
         torch.testing.assert_close(other(X), expected, rtol=1e-3, atol=1e-4)  # stored in the library's dtype
+        other.load_state_dict(saved(module))  # also after a forward
+        torch.testing.assert_close(other(X), expected, rtol=1e-3, atol=1e-4)
         stock.load_state_dict(saved(module))
         torch.testing.assert_close(stock(X), expected, rtol=1e-3, atol=1e-4)
     assert not any(isinstance(layer, ScaledLayer) for layer in stock.modules())

@@ -48,7 +48,7 @@ class ZOMonitor(Callback):
             raise ValueError(f"`ZOMonitor(min_seconds=...)` must be >= 0, got {min_seconds}")
         self.method, self.every_n_steps, self.min_seconds = method, every_n_steps, min_seconds
         self.forward_passes = self.examples_seen = self.tokens_seen = self.skipped_steps = 0
-        self.train_seconds = 0.0
+        self.train_seconds = self.cpu_seconds = 0.0  # the latter of this process, all threads
         self._buffer: MetricBuffer | None = None
         self.meter: MemoryMeter | None = None
         self._ledger: Path | None = None
@@ -79,7 +79,7 @@ class ZOMonitor(Callback):
             self._buffer.tag(tags)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        self._started = time.perf_counter()
+        self._started, self._cpu_started = time.perf_counter(), time.process_time()
         if isinstance(trainer.strategy, ZOStrategy):
             trainer.strategy.measure_update = trainer.global_step % _SLOW_EVERY == 0
 
@@ -87,6 +87,7 @@ class ZOMonitor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.train_seconds += time.perf_counter() - self._started
+        self.cpu_seconds += time.process_time() - self._cpu_started
         self.examples_seen += batch_examples(batch) or 0
         self.tokens_seen += count_tokens(batch)
         strategy = trainer.strategy

@@ -134,7 +134,7 @@ The unit of eps and lr is the size of the hidden states. Where the module encode
 a probe costs a few positions instead of a whole prompt, hence the queries: four for each example.
 """
 
-QZO = ZOConfig(estimator="spsa", structure="dense", select="scales", scales="relative", eps=2e-2, clip=100.0)
+QZO = ZOConfig(estimator="per_example", select="scales", scales="relative", eps=2e-2, clip=100.0)
 """QZO with relative noise and normalised steps: Δ ← Δ·(1 − lr·ĝz). The learning rate is the relative change of a scale a
 step; 2e-2 trains the demo task.
 
@@ -160,7 +160,7 @@ Hyperparameters of its scripts: eps 1e-3, lr 1e-5 (1e-7 for OPT-6.7B) constant, 
 codes; bitsandbytes' are the largest magnitude of a block, 7 times that at 4 bits.
 """
 
-ZEROQAT = ZOConfig(estimator="spsa", structure="dense", select="re:parametrizations|input_quantizer", eps=1e-2)
+ZEROQAT = ZOConfig(estimator="per_example", select="middle", eps=1e-2)
 """ZeroQAT, arXiv:2509.00031: weights, clipping and smoothing of fake-quantised layers, see :mod:`zolightning.fakequant`.
 
 Two-point SPSA as :data:`SPSA`. The larger eps is for the rounding: a probe moves a weight by a whole grid step or not at

@@ -84,6 +84,10 @@ class Method:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
         return model
 
+    def finish(self, model: nn.Module) -> nn.Module:
+        """The model that is tested after training."""
+        return model
+
 
 ZERO_SHOT = Method("zero-shot", "zero-shot")
 ZO = Method("zo", "ZO (default recipe)", recipe="default", lr=2e-3, decay=True)

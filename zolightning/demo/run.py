@@ -97,6 +97,12 @@ class Result:
     history: list[dict[str, float]]
     """``step``, ``seconds`` of training, ``loss`` and ``accuracy`` on the validation examples."""
 
+    cpu_seconds: float = 0.0
+    """Of training, by all threads of the process: what a busy machine does not stretch."""
+
+    weights: int = 0
+    """Bytes of the model that is trained."""
+
     @staticmethod
     def load(path: Path) -> Result:
         return Result(**json.loads(path.read_text()))
@@ -180,7 +186,8 @@ def run(task: Task, method: Method, seed: int, progress: bool = True) -> Result:
     if method.steps:
         trainer.fit(module, data)
         assert monitor.meter is not None
-        peak = monitor.meter.peak()
+        meter, peak = monitor.meter, monitor.meter.peak()
+        module.model = method.finish(module.model)
     else:
         trainer.validate(module, data, verbose=False)  # libraries load what they need before memory is measured
         meter = MemoryMeter(module, trainer.strategy.root_device)
@@ -198,6 +205,8 @@ def run(task: Task, method: Method, seed: int, progress: bool = True) -> Result:
         forward_passes=monitor.forward_passes,
         examples=monitor.examples_seen,
         history=history.rows,
+        cpu_seconds=monitor.cpu_seconds,
+        weights=meter.weights,
     )
     logger.log_metrics({"summary/peak_memory": peak, "summary/train_seconds": result.seconds}, step=method.steps)
     logger.finalize("success")

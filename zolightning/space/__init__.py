@@ -1,11 +1,12 @@
 """What is perturbed: leaves, the views that hold them, and the probes that read them perturbed."""
 
 from .build import Scales, build_view, take_turns
+from .compute import compute_with
 from .dominant import dominant_block
 from .leaf import DenseLeaf, Leaf, Rank1Leaf, keep_
 from .lowrank_leaf import LowRankLeaf
 from .prefix import Prefix
-from .scale_leaf import AbsoluteScaleLeaf, RelativeScaleLeaf, ScaleLeaf
+from .scale_leaf import AbsoluteScaleLeaf, RelativeScaleLeaf, RowScaleLeaf, ScaleLeaf
 from .scales import expose_scales
 from .select import Select, blocks, select
 from .sparse_leaf import SparseLeaf
@@ -20,6 +21,7 @@ LEAVES: dict[str, type[Leaf]] = {
     "lowrank": LowRankLeaf,
     "absolute-scale": AbsoluteScaleLeaf,
     "relative-scale": RelativeScaleLeaf,
+    "row-scale": RowScaleLeaf,
 }
 """The kinds by name: what a ledger calls them."""
 
@@ -38,6 +40,7 @@ __all__ = [
     "Rank1",
     "Rank1Leaf",
     "RelativeScaleLeaf",
+    "RowScaleLeaf",
     "ScaleLeaf",
     "Scales",
     "Select",
@@ -48,6 +51,7 @@ __all__ = [
     "View",
     "blocks",
     "build_view",
+    "compute_with",
     "dominant_block",
     "expose_scales",
     "keep_",

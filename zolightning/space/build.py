@@ -10,10 +10,10 @@ from torch import nn
 
 from ..noise import Distribution
 from .leaf import Leaf
-from .scale_leaf import AbsoluteScaleLeaf, RelativeScaleLeaf
+from .scale_leaf import AbsoluteScaleLeaf, RelativeScaleLeaf, RowScaleLeaf
 from .scales import refuse_codes, scaled_layers
 from .select import Select, blocks, select
-from .structure import STRUCTURES, Place, Structure
+from .structure import STRUCTURES, Place, Rank1, Structure
 from .turns import Cycle, Turn
 from .view import View
 
@@ -49,6 +49,7 @@ def build_view(
     """
     names = {id(p): (i, n) for i, (n, p) in enumerate(root.named_parameters())}
     kinds = {id(layer.scales): layer.scale_kind for _, layer in scaled_layers(root)}
+    rows = {id(layer.scales) for _, layer in scaled_layers(root) if layer.by_rows and layer.scales.dim() == 2}
     candidates: dict[str, nn.Parameter] = {}
     for parameter in parameters:
         if not parameter.requires_grad:
@@ -81,8 +82,11 @@ def build_view(
     leaves: list[Leaf] = []
     for name, parameter in chosen.items():
         place = Place(name, names[id(parameter)][0], parameter, distribution)
-        scaled = id(parameter) in kinds
-        leaf = scale_type(*place) if scaled else structure.leaf(place, id(parameter) in linear, before.get(name, {}))
+        if id(parameter) in kinds:
+            by_rows = isinstance(structure, Rank1) and scales == "relative" and id(parameter) in rows
+            leaf: Leaf | None = RowScaleLeaf(*place) if by_rows else scale_type(*place)
+        else:
+            leaf = structure.leaf(place, id(parameter) in linear, before.get(name, {}))
         if leaf is not None:
             leaves.append(leaf)
     if not leaves:

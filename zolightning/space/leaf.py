@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..noise import Distribution, noise_sum, outer_sum, perturb, perturb_rows, pieces, sgd_, stochastic_round_, working_dtype
 from ..types import Key, PerExampleError, Term
+from .compute import Compute
 from .turns import Turn
 
 HEAD_BLOCK = 1 << 21  # elements of a weight built at once: a vocabulary-sized head goes through in row blocks
@@ -208,7 +209,46 @@ class DenseLeaf(Leaf):
         return out.view(*indices.shape, weight.shape[1])
 
 
-class Rank1Leaf(Leaf):
+class PerExampleLeaf(Leaf, ABC):
+    """A leaf whose perturbation can act on activations, so that every example of a batch can have a direction of its own."""
+
+    @property
+    def per_example(self) -> bool:
+        return True
+
+    @abstractmethod
+    def compute_each(
+        self, x: Tensor, compute: Compute, bias: Tensor | None, key: Key, queries: Tensor, offsets: Tensor
+    ) -> Tensor:
+        """``compute(W, x)`` with example n of ``x`` seeing W + offsets[n] · z of query queries[n].
+
+        Args:
+            x: (N, …, in), or (N·T, …, in) where an example holds T rows one after another: its flattened tokens, its options.
+            compute: a linear layer, given its weight and input.
+            bias: what it adds.
+            key: names the directions but for their queries.
+            queries: (N,), int64.
+            offsets: (N,), float32.
+
+        Raises:
+            PerExampleError: ``x`` does not hold the examples along dimension 0.
+        """
+
+    def by_example(self, x: Tensor, count: int) -> Tensor:
+        """(N, T, in)."""
+        if x.dim() < 2 or x.shape[0] % count:
+            raise PerExampleError(
+                f"per-example directions need the inputs of {self.name!r} to hold the {count} examples along dimension 0, "
+                f"got shape {tuple(x.shape)}; use ZOStrategy(estimator='spsa') for this model"
+            )
+        return x.reshape(count, -1, x.shape[-1])
+
+    def coordinates(self, key: Key, queries: Tensor, length: int) -> Tensor:
+        """The first coordinates of z, (n, length) in float32, for each of n queries of the key's step."""
+        return self.distribution.sample(key, self.index, torch.zeros_like(queries), length, queries)
+
+
+class Rank1Leaf(PerExampleLeaf):
     r"""A matrix with :math:`z = u v^\top`: out + in coordinates, applied to activations, the weight never copied.
 
     A linear layer sees :math:`W x + \epsilon\,u\,(v^\top x)`, which costs two thin products instead of a sweep over W,
@@ -220,14 +260,10 @@ class Rank1Leaf(Leaf):
             raise ValueError(f"a rank-1 leaf needs a matrix, got {name!r} of shape {tuple(parameter.shape)}")
         super().__init__(name, index, parameter, distribution)
 
-    @property
-    def per_example(self) -> bool:
-        return True
-
     def factors(self, key: Key, queries: Tensor) -> tuple[Tensor, Tensor]:
         """u of shape (n, out) and v of shape (n, in), float32, for each of n queries of the key's step."""
         out, into = self.parameter.shape
-        both = self.distribution.sample(key, self.index, torch.zeros_like(queries), out + into, queries)
+        both = self.coordinates(key, queries, out + into)
         return both[:, :out], both[:, out:]
 
     def noise(self, terms: Sequence[Term], start: int, length: int) -> Tensor:
@@ -236,7 +272,7 @@ class Rank1Leaf(Leaf):
         dtype = working_dtype(weight.dtype)
         first, last = start // width, -(-(start + length) // width)
         left, right = [], []
-        for step_terms in _by_step(terms):
+        for step_terms in by_step(terms):
             queries = torch.tensor([t.key.query for t in step_terms], device=weight.device)
             coefficients = torch.tensor([t.coefficient for t in step_terms], dtype=dtype, device=weight.device)
             u, v = (f.to(dtype) for f in self.factors(step_terms[0].key, queries))
@@ -251,20 +287,12 @@ class Rank1Leaf(Leaf):
             self._add_rank1(flat_out, flat_x, key, torch.tensor([key.query]), torch.tensor([coefficient], dtype=torch.float32))
         return out
 
-    def linear_each(self, x: Tensor, bias: Tensor | None, key: Key, queries: Tensor, offsets: Tensor) -> Tensor:
-        """F.linear with example n of ``x`` seeing W + offsets[n] · u vᵀ of query queries[n].
-
-        ``x`` is (N, …, in), or (N·T, …, in) where an example holds T rows one after another: its flattened tokens, its options.
-        """
-        count = queries.numel()
-        if x.dim() < 2 or x.shape[0] % count:
-            raise PerExampleError(
-                f"per-example directions need the inputs of {self.name!r} to hold the {count} examples along dimension 0, "
-                f"got shape {tuple(x.shape)}; use ZOStrategy(estimator='spsa') for this model"
-            )
-        out = F.linear(x, self.parameter, bias)
-        flat_x, flat_out = x.reshape(count, -1, x.shape[-1]), out.view(count, -1, out.shape[-1])
-        self._add_rank1(flat_out, flat_x, key, queries, offsets)
+    def compute_each(
+        self, x: Tensor, compute: Compute, bias: Tensor | None, key: Key, queries: Tensor, offsets: Tensor
+    ) -> Tensor:
+        by_example = self.by_example(x, queries.numel())
+        out = compute(self.parameter.detach(), x)
+        self._add_rank1(out.view(len(by_example), -1, out.shape[-1]), by_example, key, queries, offsets)
         return out
 
     def _add_rank1(self, out: Tensor, x: Tensor, key: Key, queries: Tensor, offsets: Tensor) -> None:
@@ -280,7 +308,7 @@ def keep_(now: Tensor, before: Tensor, fixed: Tensor) -> None:
     now.copy_(torch.where(fixed.view(now.shape), before.to(now.dtype), now))
 
 
-def _by_step(terms: Sequence[Term]) -> list[list[Term]]:
+def by_step(terms: Sequence[Term]) -> list[list[Term]]:
     """Consecutive terms of one step together, since their factors are drawn in one go."""
     groups: list[list[Term]] = []
     for term in terms:

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..types import Key, PerExampleError, Term
-from .leaf import DenseLeaf, Leaf, Rank1Leaf, Scratch
+from .compute import Compute, compute_with
+from .leaf import DenseLeaf, Leaf, PerExampleLeaf, Scratch
 
 
 class Shared(NamedTuple):
@@ -84,6 +85,8 @@ class Probe(TorchFunctionMode):
         self._leaves, self._point, self._scratch = leaves, point, scratch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is compute_with:
+            return self._compute(*args)
         if not self._reads_leaf(args) and not (kwargs and self._reads_leaf(kwargs.values())):
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
@@ -153,9 +156,20 @@ class Probe(TorchFunctionMode):
             if torch.is_grad_enabled():  # autograd would keep the scratch
                 return F.linear(input, leaf.perturbed(self._point.terms), bias)
             return leaf.linear(input, bias, self._point.terms, self._scratch)
-        if not isinstance(leaf, Rank1Leaf):
+        if not isinstance(leaf, PerExampleLeaf):
             return self._substitute(weight)  # which says why not
-        return leaf.linear_each(input, bias, *self._point)
+        return leaf.compute_each(input, lambda w, x: F.linear(x, w, bias), bias, *self._point)
+
+    def _compute(self, parameter: Tensor, x: Tensor, compute: Compute, bias: Tensor | None) -> Any:
+        def inside(value: Tensor, x: Tensor) -> Tensor:
+            with self:  # what else the layer reads
+                return compute(value, x)
+
+        leaf = self._leaves.get(id(parameter))
+        if not isinstance(self._point, PerExample) or not isinstance(leaf, PerExampleLeaf):
+            return inside(self._substitute(parameter), x)
+        bias = self._vector(bias, x) if id(bias) in self._leaves else bias
+        return leaf.compute_each(x, inside, bias, *self._point)
 
     def _elementwise(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         beside = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and id(a) not in self._leaves), None)

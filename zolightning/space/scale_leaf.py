@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..noise import noise_sum, working_dtype
-from ..types import Term
-from .leaf import Leaf
+from ..noise import noise_sum, outer_sum, working_dtype
+from ..types import Key, Term
+from .compute import Compute
+from .leaf import Leaf, PerExampleLeaf, by_step
 from .scales import FLOOR
 
 
@@ -43,3 +45,54 @@ class RelativeScaleLeaf(ScaleLeaf):
         scales = self.parameter.detach().reshape(-1)[start : start + length]
         total = noise_sum(self.distribution, terms, self.index, start, length, scales.device)
         return total.to(working_dtype(scales.dtype)) * scales
+
+
+class RowScaleLeaf(ScaleLeaf, PerExampleLeaf):
+    r"""Scales of shape (outputs, groups of inputs) with relative noise that acts on activations:
+
+    .. math:: z_{og} = \Delta_{og}\,(u_o + v_g) / \sqrt 2, \qquad
+              y = (1 + \tfrac{\epsilon}{\sqrt 2} u) \odot W\bigl((1 + \tfrac{\epsilon}{\sqrt 2} v) \odot x\bigr)
+
+    which is the layer at :math:`\Delta + \epsilon z` up to :math:`\epsilon^2`, the same on both sides of a central difference.
+    The layer's kernel runs as it is, and every example of a batch can have a direction of its own. With one group
+    :math:`z_o = \Delta_o u_o`.
+    """
+
+    def _split(self, coordinates: Tensor) -> tuple[Tensor, Tensor | None]:
+        """u and v, both divided by √2, or u alone."""
+        outputs, groups = self.parameter.shape
+        if groups == 1:
+            return coordinates, None
+        coordinates = coordinates * math.sqrt(0.5)
+        return coordinates[..., :outputs], coordinates[..., outputs:]
+
+    @property
+    def _length(self) -> int:
+        outputs, groups = self.parameter.shape
+        return outputs + groups if groups > 1 else outputs
+
+    def noise(self, terms: Sequence[Term], start: int, length: int) -> Tensor:
+        scales = self.parameter.detach()
+        weighted = []
+        for step_terms in by_step(terms):
+            queries = torch.tensor([t.key.query for t in step_terms], device=scales.device)
+            coefficients = torch.tensor([t.coefficient for t in step_terms], dtype=torch.float32, device=scales.device)
+            weighted.append(self.coordinates(step_terms[0].key, queries, self._length) * coefficients[:, None])
+        z = torch.cat(weighted)
+        u, v = self._split(outer_sum(z, torch.ones_like(z[:, :1]))[:, 0])
+        total = u[:, None] if v is None else u[:, None] + v
+        return (total * scales).view(-1)[start : start + length]
+
+    def compute_each(
+        self, x: Tensor, compute: Compute, bias: Tensor | None, key: Key, queries: Tensor, offsets: Tensor
+    ) -> Tensor:
+        by_example = self.by_example(x, queries.numel())
+        z = self.coordinates(key, queries.to(x.device), self._length) * offsets.to(x.device)[:, None]
+        u, v = self._split(z)
+        if v is not None:
+            grouped = by_example.view(*by_example.shape[:2], v.shape[1], -1)
+            x = torch.addcmul(grouped, grouped, v.to(x.dtype)[:, None, :, None]).view(x.shape)
+        out = compute(self.parameter.detach(), x)
+        product = out if bias is None else out - bias.to(out.dtype)
+        shape = (len(z), -1, out.shape[-1])
+        return torch.addcmul(out.view(shape), product.view(shape), u.to(out.dtype)[:, None]).view(out.shape)

@@ -14,6 +14,7 @@ class Scaled4bit(ScaledLayer):
     """Linear4bit: one scale, the largest magnitude, for each block of 64 weights."""
 
     scale_kind = "bitsandbytes 4-bit"
+    by_rows = True
     code_names = ("weight",)
 
     @classmethod
@@ -30,7 +31,9 @@ class Scaled4bit(ScaledLayer):
                 f"it has {state.shape[1]} inputs, no multiple of {state.blocksize}: bitsandbytes' CPU kernel reads wrong "
                 "scales then; leave it unquantised, or use 8 bits or CUDA"
             )
-        return state.absmax.T.reshape(-1) if _repacked(state) else _flat(state)
+        scales = state.absmax.T if _repacked(state) else _flat(state)
+        whole = state.shape[1] % state.blocksize == 0  # no block goes over the end of a row
+        return scales.contiguous().view(state.shape[0], -1) if whole else scales
 
     def adopt(self) -> None:
         weight: Any = self.weight
@@ -48,7 +51,7 @@ class Scaled4bit(ScaledLayer):
 
     def use_scales(self, scales: Tensor) -> None:
         weight: Any = self.weight
-        weight.quant_state.absmax = scales
+        weight.quant_state.absmax = scales.view(-1)
 
     def own_layout(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         from bitsandbytes.functional import QuantState
@@ -61,7 +64,7 @@ class Scaled4bit(ScaledLayer):
             for name in ("quant_type", "blocksize", "shape"):
                 if getattr(saved, name) != getattr(own, name):
                     raise ValueError(f"the checkpoint has {name} {getattr(saved, name)}, the module {getattr(own, name)}")
-            found["scales"] = _flat(saved)
+            found["scales"] = _flat(saved).view(self.scales.shape)
         return found
 
 
@@ -83,9 +86,14 @@ def _repacked(state: Any) -> bool:
 
 
 class Scaled8bit(ScaledLayer):
-    """Linear8bitLt: one scale, the largest magnitude, for each row of the weight."""
+    """Linear8bitLt: one scale, the largest magnitude, for each row of the weight.
+
+    With ``threshold`` > 0 (transformers' default is 6) the columns of the input that hold an outlier are multiplied in 16 bits.
+    Their weights are made from the same scales in every forward, so the output stays linear in the scales.
+    """
 
     scale_kind = "bitsandbytes 8-bit"
+    by_rows = True
     code_names = ("weight",)
 
     @classmethod
@@ -97,15 +105,10 @@ class Scaled8bit(ScaledLayer):
         state, weight = layer.state, layer.weight
         if state.has_fp16_weights:
             raise ValueError("has_fp16_weights=True keeps float16 weights, which have no scales; make it with False")
-        if state.threshold > 0:
-            raise ValueError(
-                f"threshold={state.threshold} splits the inputs by outliers, differently in each probe; load the model with "
-                "llm_int8_threshold=0.0, or quantise it with zolightning.quantize(model, 'int8')"
-            )
         scales = weight.SCB if weight.SCB is not None else state.SCB
         if scales is None:
             raise ValueError("it is not quantised yet, which moving it to a device does: module.to('cpu') or .to('cuda')")
-        return scales
+        return scales.view(-1, 1)
 
     def adopt(self) -> None:
         self._load_state_dict_pre_hooks.clear()
@@ -113,9 +116,9 @@ class Scaled8bit(ScaledLayer):
     def use_scales(self, scales: Tensor) -> None:
         weight: Any = self.weight
         state: Any = self.state
-        state.CB, state.SCB = weight.data, scales
+        state.CB, state.SCB = weight.data, scales.view(-1)
         weight.CB = weight.SCB = None  # else the first forward takes them from there
 
     def own_layout(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = {key: value for key, value in state.items() if key not in ("SCB", "weight_format")}
-        return found | ({"scales": state["SCB"]} if "SCB" in state else {})
+        return found | ({"scales": state["SCB"].view(-1, 1)} if "SCB" in state else {})

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..compute import compute_with
+
 FLOOR = 1e-7
 """Smallest scale (QZO, arXiv:2505.13430): an update never makes one zero or negative."""
 
@@ -30,6 +32,9 @@ class ScaledLayer(nn.Module, ABC):
     code_names: ClassVar[tuple[str, ...]] = ()
 
     scales: nn.Parameter
+
+    by_rows: ClassVar[bool] = False
+    """Whether a Parameter of two dimensions holds a scale for each (output, group of neighbouring inputs)."""
 
     @classmethod
     @abstractmethod
@@ -52,10 +57,15 @@ class ScaledLayer(nn.Module, ABC):
         """The layer's part of a state dict in the library's layout → names of this layer's Parameters and buffers."""
         return dict(state)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.use_scales(self.scales.detach())  # inside a probe this reads the perturbed scales
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        compute = lambda scales, x: self.forward_with(scales, x, *args, **kwargs)  # noqa: E731
+        return compute_with(self.scales, x, compute, self._parameters.get("bias"))
+
+    def forward_with(self, scales: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The library's forward with these scales, which inside a probe are perturbed."""
+        self.use_scales(scales.detach())
         try:
-            return super().forward(*args, **kwargs)
+            return super().forward(x, *args, **kwargs)
         finally:
             self.link_scales()
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .layer import ScaledLayer
+from .layer import ScaledLayer, is_a
 
 _READ_EACH_TIME = {  # (package, module, class)
     ("auto_gptq", "qlinear_cuda", "QuantLinear"),
@@ -15,7 +16,6 @@ _READ_EACH_TIME = {  # (package, module, class)
     ("auto_gptq", "qlinear_triton", "QuantLinear"),
     ("gptqmodel", "torch", "TorchLinear"),
     ("awq", "gemm", "WQLinear_GEMM"),
-    ("aqlm", "inference", "QuantizedLinear"),
 }
 
 
@@ -25,8 +25,7 @@ class ScaledPacked(ScaledLayer):
     Layers that copy or repack their scales when they are loaded (ExLlama, Marlin) are of no known kind.
     """
 
-    scale_kind = "GPTQ, AWQ or AQLM"
-    code_names = ("codes",)
+    scale_kind = "GPTQ or AWQ"
 
     @classmethod
     def owns(cls, layer: nn.Module) -> bool:
@@ -45,12 +44,12 @@ class ScaledPacked(ScaledLayer):
     def use_scales(self, scales: Tensor) -> None:
         """The forward hands them over."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward_with(self, scales: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         trained: Any = self._parameters["scales"]
         dtype: Any = self.scales_dtype
-        self._parameters["scales"] = trained.detach().to(dtype)  # inside a probe this reads the perturbed scales
+        self._parameters["scales"] = scales.detach().to(dtype)  # type: ignore[assignment]
         try:
-            return super(ScaledLayer, self).forward(*args, **kwargs)
+            return super(ScaledLayer, self).forward(x, *args, **kwargs)
         finally:
             self._parameters["scales"] = trained
 
@@ -59,3 +58,27 @@ class ScaledPacked(ScaledLayer):
         dtype: Any = self.scales_dtype
         with torch.no_grad():
             destination[prefix + "scales"] = self.scales.detach().to(dtype)
+
+
+class ScaledAQLM(ScaledPacked):
+    """AQLM's QuantizedLinear. Its first forward on CPU swaps two dimensions of the codes; state dicts have them swapped back."""
+
+    scale_kind = "AQLM"
+    code_names = ("codes",)
+
+    @classmethod
+    def owns(cls, layer: nn.Module) -> bool:
+        return is_a(layer, "aqlm", "QuantizedLinear")
+
+    def own_layout(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self._swapped(dict(state), "codes")
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        self._swapped(destination, prefix + "codes")
+
+    def _swapped(self, state: dict[str, Any], key: str) -> dict[str, Any]:
+        codes: Any = self.codes
+        if key in state and self.gemv_op is not None and self.codebook_size == 256 and codes.device.type == "cpu":
+            state[key] = state[key].transpose(0, 1).contiguous()
+        return state
