@@ -1,7 +1,8 @@
 """ZeroQAT (arXiv:2509.00031): linear layers that round their weights and inputs in the forward, trained by forwards alone.
 
-:func:`fake_quantize` puts the rounding in, any :class:`~zolightning.ZOStrategy` trains through it, :func:`export_quantized`
-replaces the layers by ones that hold the codes. Straight after each other the two are plain post-training quantisation.
+:func:`fake_quantize` puts the rounding in, any :class:`~zolightning.ZOStrategy` trains through it or past it, and
+:func:`export_quantized` replaces the layers by ones that hold the codes. Straight after each other the two are plain
+post-training quantisation.
 """
 
 from __future__ import annotations

@@ -135,8 +135,12 @@ a probe costs a few positions instead of a whole prompt, hence the queries: four
 """
 
 QZO = ZOConfig(estimator="per_example", select="scales", scales="relative", eps=2e-2, clip=100.0)
-"""QZO with relative noise and normalised steps: Δ ← Δ·(1 − lr·ĝz). The learning rate is the relative change of a scale a
-step; 2e-2 trains the demo task.
+"""QZO with relative noise, a direction for every example and normalised steps: Δ ← Δ·(1 − lr·ĝz). The learning rate is the
+relative change of a scale a step; 2e-2 trains the demo task.
+
+The directions act on activations: one factor for each output and one for each group of inputs, see
+:class:`~zolightning.space.RowScaleLeaf`. Where examples have no losses of their own, or a library stores its scales in another
+order, it is two-point SPSA with a number for each scale, as ``ZOStrategy("qzo", estimator="spsa", structure="dense")`` is.
 
 On its NF4 model the projected gradients with bfloat16 products correlate with float32's by 0.95 at eps 1e-2 and 0.99 at
 3e-2; with the paper's absolute noise by 0.22 at 1e-3 and 0.89 at 3e-3.
@@ -161,10 +165,12 @@ codes; bitsandbytes' are the largest magnitude of a block, 7 times that at 4 bit
 """
 
 ZEROQAT = ZOConfig(estimator="per_example", select="middle", eps=1e-2)
-"""ZeroQAT, arXiv:2509.00031: weights, clipping and smoothing of fake-quantised layers, see :mod:`zolightning.fakequant`.
+"""After ZeroQAT, arXiv:2509.00031: training through the rounding of :mod:`zolightning.fakequant`.
 
-Two-point SPSA as :data:`SPSA`. The larger eps is for the rounding: a probe moves a weight by a whole grid step or not at
-all, and the share that moves is eps over that step.
+As :data:`DEFAULT`, straight through: a direction for every example acts on the activations of the rounded layer, and moves the
+weights before the rounding. The paper's way, where probes are rounded too, also trains clipping and smoothing:
+``ZOStrategy("zeroqat", estimator="spsa", structure="dense", select="all")``; it needs the larger eps, since a probe then moves a
+weight by a whole grid step or not at all, and the share that moves is eps over that step.
 """
 
 RECIPES: dict[str, ZOConfig] = {

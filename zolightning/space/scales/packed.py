@@ -61,7 +61,7 @@ class ScaledPacked(ScaledLayer):
 
 
 class ScaledAQLM(ScaledPacked):
-    """AQLM's QuantizedLinear. Its first forward on CPU swaps two dimensions of the codes; state dicts have them swapped back."""
+    """AQLM's QuantizedLinear. Its first forward on CPU swaps two dimensions of the codes; state dicts have them as stored."""
 
     scale_kind = "AQLM"
     code_names = ("codes",)
