@@ -169,7 +169,7 @@ ZEROQAT = ZOConfig(estimator="per_example", select="middle", eps=1e-2)
 
 As :data:`DEFAULT`, straight through: a direction for every example acts on the activations of the rounded layer, and moves the
 weights before the rounding. The paper's way, where probes are rounded too, also trains clipping and smoothing:
-``ZOStrategy("zeroqat", estimator="spsa", structure="dense", select="all")``; it needs the larger eps, since a probe then moves a
+``ZOStrategy("zeroqat", estimator="spsa", structure="dense", select="all")``. It needs the larger eps: a probe then moves a
 weight by a whole grid step or not at all, and the share that moves is eps over that step.
 """
 
