@@ -42,7 +42,7 @@ class Quantized(Method):
     """bitsandbytes layers: 'nf4' or 'int8'."""
 
     bits: int | None = None
-    """Fake quantisation, 64 weights a scale; codes when it is tested."""
+    """Bits of zolightning.fakequant, 64 weights a scale; codes when it is tested."""
 
     settings: tuple[tuple[str, Any], ...] = ()
     """What differs from the recipe."""
@@ -64,6 +64,8 @@ class Quantized(Method):
             quantize(model, self.kind)  # type: ignore[arg-type]
         if self.bits is not None:
             fake_quantize(model, self.bits)
+            if self.recipe != "zeroqat":
+                export_quantized(model)
         if self.lora:
             config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
             model = inject_adapter_in_model(config, model)
@@ -72,7 +74,7 @@ class Quantized(Method):
     def finish(self, model: torch.nn.Module) -> torch.nn.Module:
         if self.weights is not None and self.after is None:
             save_model(model, str(self.weights))
-        return model if self.bits is None else export_quantized(model)
+        return export_quantized(model) if self.recipe == "zeroqat" else model
 
 
 def methods(steps: int, backprop_steps: int, batch_size: int, seeds: int) -> list[Quantized]:
@@ -100,6 +102,7 @@ def methods(steps: int, backprop_steps: int, batch_size: int, seeds: int) -> lis
             replace(none, name=f"zo-ptq{bits}", title=f"ZO on bf16, then rounded to {bits} bits", bits=bits, **rounded),
             replace(none, name=f"zeroqat{bits}", title=f"ZeroQAT, {bits} bits", bits=bits, recipe="zeroqat", lr=2e-3, **zo),
         )),
+        replace(none, name="qzo3", title="QZO on 3-bit codes", bits=3, recipe="qzo", lr=2e-2, **zo),
         replace(none, name="zeroqat3-probes", title="ZeroQAT, 3 bits, probes through the rounding", bits=3, recipe="zeroqat",
                 lr=1e-3, settings=one_direction, **zo),
     ]  # fmt: skip

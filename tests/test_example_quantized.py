@@ -31,12 +31,15 @@ METHODS = {m.name: m for m in EXAMPLE.methods(steps=2, backprop_steps=2, batch_s
 MOVED = {
     "zo": lambda name: True,
     "qzo-nf4": lambda name: name.endswith("scales"),
+    "qzo-nf4-batch": lambda name: name.endswith("scales"),
+    "qzo3": lambda name: name.endswith("scales"),
     "qzo-nf4-paper": lambda name: name.endswith("scales"),
     "qzo-int8": lambda name: name.endswith("scales"),
     "lora-zo": lambda name: "lora_" in name,
     "qlora": lambda name: "lora_" in name,
     "zeroqat4": lambda name: name.endswith("proj.weight"),
     "zeroqat3": lambda name: name.endswith("proj.weight"),
+    "zeroqat3-probes": lambda name: True,
 }
 
 

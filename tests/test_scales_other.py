@@ -1,4 +1,4 @@
-"""Scales of torchao, HQQ and packed (GPTQ, AWQ, AQLM) layers: the same promises as for bitsandbytes."""
+"""Scales of torchao, HQQ, packed (GPTQ, AWQ, AQLM) and our own layers: the same promises as for bitsandbytes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from zolightning import ZOConfig, ZOStrategy
+from zolightning.fakequant import export_quantized, fake_quantize
 from zolightning.noise import Gaussian, Rademacher
 from zolightning.space import build_view, expose_scales
 from zolightning.space.scales import FLOOR, ScaledLayer
@@ -109,6 +110,7 @@ MAKE: dict[str, Callable[[], nn.Module]] = {
     **{f"hqq {bits} bits": lambda bits=bits: hqq(bits) for bits in (2, 3, 4, 8)},  # type: ignore[misc]
     "packed, buffer": lambda: packed(True),
     "packed, parameter": lambda: packed(False),
+    "our own, 3 bits": lambda: export_quantized(fake_quantize(plain(), 3, group_size=16)),
 }  # fmt: skip
 every = pytest.mark.parametrize("name", MAKE)
 X = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))

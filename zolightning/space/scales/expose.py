@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .bitsandbytes import Scaled4bit, Scaled8bit
 from .hqq import ScaledHQQ
 from .layer import FLOOR, ScaledLayer, with_scales
-from .packed import ScaledAQLM, ScaledPacked
+from .packed import ScaledAQLM, ScaledGrid, ScaledPacked
 from .torchao import ScaledTorchAO
 
-KINDS: tuple[type[ScaledLayer], ...] = (Scaled4bit, Scaled8bit, ScaledTorchAO, ScaledHQQ, ScaledPacked, ScaledAQLM)
+KINDS: tuple[type[ScaledLayer], ...] = (Scaled4bit, Scaled8bit, ScaledTorchAO, ScaledHQQ, ScaledPacked, ScaledAQLM, ScaledGrid)
 
 
 def expose_scales(module: nn.Module) -> list[str]:

@@ -1,4 +1,4 @@
-"""GPTQ, AWQ and AQLM layers that read a tensor ``scales`` in every forward."""
+"""GPTQ, AWQ and AQLM layers, and our own, that read a tensor ``scales`` in every forward."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ScaledPacked(ScaledLayer):
         return layer.scales  # type: ignore[no-any-return]
 
     def adopt(self) -> None:
-        self.scales_dtype = self.scales.dtype
+        self.scales_dtype, self.scales_shape = self.scales.dtype, self.scales.shape
         self._buffers.pop("scales", None)
         self._parameters.pop("scales", None)
 
@@ -46,8 +46,7 @@ class ScaledPacked(ScaledLayer):
 
     def forward_with(self, scales: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         trained: Any = self._parameters["scales"]
-        dtype: Any = self.scales_dtype
-        self._parameters["scales"] = scales.detach().to(dtype)  # type: ignore[assignment]
+        self._parameters["scales"] = self._as_stored(scales)  # type: ignore[assignment]
         try:
             return super(ScaledLayer, self).forward(x, *args, **kwargs)
         finally:
@@ -55,9 +54,13 @@ class ScaledPacked(ScaledLayer):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super(ScaledLayer, self)._save_to_state_dict(destination, prefix, keep_vars)
-        dtype: Any = self.scales_dtype
         with torch.no_grad():
-            destination[prefix + "scales"] = self.scales.detach().to(dtype)
+            destination[prefix + "scales"] = self._as_stored(self.scales)
+
+    def _as_stored(self, scales: Tensor) -> Tensor:
+        dtype: Any = self.scales_dtype
+        shape: Any = self.scales_shape
+        return scales.detach().to(dtype).view(shape)
 
 
 class ScaledAQLM(ScaledPacked):
@@ -82,3 +85,21 @@ class ScaledAQLM(ScaledPacked):
         if key in state and self.gemv_op is not None and self.codebook_size == 256 and codes.device.type == "cpu":
             state[key] = state[key].transpose(0, 1).contiguous()
         return state
+
+
+class ScaledGrid(ScaledPacked):
+    """The codes of :func:`zolightning.fakequant.export_quantized`, at 2 to 8 bits: a scale for each group of a row."""
+
+    scale_kind = "zolightning.fakequant"
+    by_rows = True
+
+    @classmethod
+    def owns(cls, layer: nn.Module) -> bool:
+        return is_a(layer, "zolightning", "QuantizedLinear")
+
+    @classmethod
+    def stored_scales(cls, layer: Any) -> Tensor:
+        return layer.scales.flatten(1)  # type: ignore[no-any-return]
+
+    def own_layout(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.flatten(1) if name == "scales" else value for name, value in state.items()}
