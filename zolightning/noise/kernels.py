@@ -153,10 +153,10 @@ def keep_large_(out: Tensor, stored: Tensor, limit: float) -> None:
     if out.shape != stored.shape:
         raise ValueError(f"keep_large_: out is {tuple(out.shape)}, stored is {tuple(stored.shape)}")
     library = _library_for(out, stored)
-    if library is None:
-        reference.keep_large_(out, stored, limit)
-    else:
+    if isinstance(library, Library):
         library.keep_large_(out, stored, limit)
+    else:
+        reference.keep_large_(out, stored, limit)
 
 
 def mixed_sum(words: Tensor, first: int = 0) -> int:

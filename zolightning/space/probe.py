@@ -102,7 +102,7 @@ class Probe(TorchFunctionMode):
                 return self._elementwise(func, args, kwargs)
             if func is F.layer_norm or func is F.rms_norm:
                 return self._norm(func, *args, **kwargs)
-        elif func is _T.__getitem__:
+        elif isinstance(self._point, Shared) and func is _T.__getitem__:
             leaf = self._leaves.get(id(args[0]))
             if leaf is not None and _is_row_index(args[1]):
                 return leaf.rows(args[1], self._point.terms)
