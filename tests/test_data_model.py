@@ -14,8 +14,9 @@ from zolightning.data import model as model_module
 from zolightning.data.model import PickledWeightsError
 
 
-def save_tiny(folder: Path) -> LlamaForCausalLM:
-    config = LlamaConfig(vocab_size=400, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+def save_tiny(folder: Path, layers: int = 1) -> LlamaForCausalLM:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": layers, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=400, **sizes)
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)

@@ -20,6 +20,7 @@ from zolightning.demo.methods import PROFILES, select_methods
 from zolightning.demo.module import PromptClassifier, PromptData
 from zolightning.demo.report import markdown_table, text_table, write
 from zolightning.demo.run import Result
+from zolightning.recipes import RECIPES
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -112,13 +113,13 @@ def test_bad_input_is_one_line(args: list[str], message: str) -> None:
 
 def test_demo_on_a_local_model_and_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    save_tiny(tmp_path / "model")
+    save_tiny(tmp_path / "model", layers=2)
     rows = [f"film number {i} is {('dull', 'fine')[i % 2]},{i % 2}" for i in range(120)]
     (tmp_path / "reviews.csv").write_text("\n".join(["text,label", *rows]))
     store, out = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "out"
     done = command(
         *("demo", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "reviews.csv"), "--offline", "true"),
-        *("--methods", '["zero-shot", "zo", "lora"]', "--store", store, "--out", str(out), "--threads", "1"),
+        *("--methods", '["zero-shot", "zo", "reft", "lora"]', "--store", store, "--out", str(out), "--threads", "1"),
     )
     assert done.returncode == 0, done.stderr
     assert "ZO (default recipe)" in done.stdout
@@ -127,6 +128,7 @@ def test_demo_on_a_local_model_and_file(tmp_path: Path) -> None:
     results = {r["method"]: Result(**r) for r in json.loads((out / "results.json").read_text())["results"]}
     steps = {m.name: m.steps for m in PROFILES["quick"].methods}
     assert results["zo"].forward_passes == 2 * steps["zo"]
+    assert results["reft"].forward_passes == (1 + 2 * RECIPES["reft"].num_queries) * steps["reft"]  # the text, once a step
     assert results["lora"].forward_passes == steps["lora"]
     assert results["zero-shot"].forward_passes == 0
     assert all(0 < r.peak_memory < 4e9 for r in results.values())
@@ -134,7 +136,7 @@ def test_demo_on_a_local_model_and_file(tmp_path: Path) -> None:
     experiment = client.get_experiment_by_name("zolightning-demo")
     assert experiment is not None
     runs = {r.info.run_name: r for r in client.search_runs([experiment.experiment_id])}
-    assert set(runs) == {"zero-shot-seed0", "zo-seed0", "lora-seed0"}
+    assert set(runs) == {"zero-shot-seed0", "zo-seed0", "reft-seed0", "lora-seed0"}
     for name, run in runs.items():
         assert run.info.status == "FINISHED"
         assert run.data.metrics["test/accuracy"] == pytest.approx(results[name.removesuffix("-seed0")].accuracy)

@@ -214,7 +214,7 @@ def test_replay_is_training(name: str, precision: str, accumulate: int, tmp_path
     ledger = read(tmp_path / "ledger.zo")
     assert sorted(noted.weights) == list(range(4 // accumulate + 1))
     for step, expected in noted.weights.items():
-        replay(ledger, rebuilt := parameters(noted.weights[0]), step)
+        replay(ledger, rebuilt := parameters(noted.weights[0]), max(step, ledger.header.start))  # its first may change nothing
         assert_same(rebuilt, expected)  # type: ignore[arg-type]
     assert not torch.equal(noted.weights[0]["net.0.weight"], module.net[0].weight)  # type: ignore[index]
 
@@ -306,7 +306,7 @@ def test_standardising_wants_several_directions() -> None:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("noise", DISTRIBUTIONS)
-@pytest.mark.parametrize("lr", [1e-2, 3.0])
+@pytest.mark.parametrize("lr", [1e-2, 1.0])
 def test_conservative(lr: float, noise: str, accumulate: int) -> None:
     """The best of θ, θ − lr·g·z and θ + lr·g·z on the window's batches, with the schedule's lr; each is taken at some time."""
     net, items, dist = mlp(), batches(60), DISTRIBUTIONS[noise]()

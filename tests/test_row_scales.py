@@ -18,7 +18,7 @@ from zolightning.fakequant import export_quantized, fake_quantize
 from zolightning.ledger import fingerprint, read, replay
 from zolightning.noise import Distribution, Gaussian, Rademacher
 from zolightning.quantize import quantize
-from zolightning.space import Rank1Leaf, RelativeScaleLeaf, RowScaleLeaf, View, build_view, expose_scales
+from zolightning.space import DenseLeaf, Rank1Leaf, RelativeScaleLeaf, RowScaleLeaf, View, build_view, expose_scales
 from zolightning.types import Key, PerExampleError, Term
 
 pytest.importorskip("bitsandbytes", reason="pip install 'bitsandbytes>=0.50'")
@@ -159,7 +159,7 @@ def test_which_leaves_the_recipe_takes() -> None:
     assert leaves(Task(net("nf4"), undivided)) == {RelativeScaleLeaf}
     assert leaves(Task(net("nf4")), structure="dense") == {RelativeScaleLeaf}
     mixed = nn.Sequential(net("nf4"), nn.Linear(3, 3, bias=False))
-    assert leaves(Task(mixed), structure="rank1", select="all") == {RowScaleLeaf, Rank1Leaf}
+    assert leaves(Task(mixed), structure="rank1", select="all") == {RowScaleLeaf, Rank1Leaf, DenseLeaf}
 
 
 @torch.no_grad()

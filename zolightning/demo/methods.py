@@ -51,6 +51,9 @@ class Method:
     lora: bool = False
     """Train rank-8 adapters on the attention's query and value projections, and nothing else."""
 
+    interventions: bool = False
+    """Train vectors at the prompt's fixed end in a frozen bfloat16 model, see :mod:`~zolightning.interventions`."""
+
     checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
 
@@ -92,6 +95,7 @@ class Method:
 ZERO_SHOT = Method("zero-shot", "zero-shot")
 ZO = Method("zo", "ZO (default recipe)", recipe="default", lr=2e-3, decay=True)
 SPSA = Method("spsa", "ZO (dense SPSA)", recipe="spsa", lr=1e-3, decay=True)
+REFT = Method("reft", "ZO (ReFT vectors)", recipe="reft", interventions=True, decay=True)
 MEZO = Method("mezo", "ZO (MeZO, paper recipe)", recipe="mezo")
 ADAMW = Method("adamw", "backprop AdamW", lr=2e-5)
 CHECKPOINTED = Method("checkpointed", "backprop AdamW, checkpointed", lr=2e-5, checkpointing=True)
@@ -115,10 +119,11 @@ class Profile:
     """How often a run looks at the validation examples."""
 
 
-def _methods(zo: int, other_zo: int, backprop: int, batch_size: int, seeds: int) -> tuple[Method, ...]:
+def _methods(zo: int, reft: int, other_zo: int, backprop: int, batch_size: int, seeds: int) -> tuple[Method, ...]:
     return (
         ZERO_SHOT,
         replace(ZO, steps=zo, batch_size=batch_size, seeds=seeds),
+        replace(REFT, steps=reft, seeds=seeds),
         replace(SPSA, steps=other_zo, batch_size=batch_size),
         replace(MEZO, steps=other_zo),
         *(replace(m, steps=backprop) for m in (ADAMW, CHECKPOINTED, LORA)),
@@ -127,10 +132,10 @@ def _methods(zo: int, other_zo: int, backprop: int, batch_size: int, seeds: int)
 
 PROFILES = {
     "quick": Profile(
-        _methods(zo=90, other_zo=15, backprop=12, batch_size=16, seeds=1), validation=100, test=300, validations=3
+        _methods(zo=90, reft=60, other_zo=15, backprop=12, batch_size=16, seeds=1), validation=100, test=300, validations=3
     ),
     "full": Profile(
-        _methods(zo=200, other_zo=100, backprop=40, batch_size=32, seeds=3), validation=200, test=1000, validations=5
+        _methods(zo=200, reft=200, other_zo=100, backprop=40, batch_size=32, seeds=3), validation=200, test=1000, validations=5
     ),
 }
 

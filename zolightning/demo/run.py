@@ -17,6 +17,8 @@ from .._lightning import Callback, MLFlowLogger, pl
 from ..data import (
     PromptTemplate,
     Splits,
+    collate,
+    common_ending,
     encode,
     film_snippets,
     load_causal_lm,
@@ -24,6 +26,7 @@ from ..data import (
     read_table,
     verbalizer_ids,
 )
+from ..interventions import intervene
 from ..memory import MemoryMeter
 from ..monitor import ZOMonitor
 from ..tracking import DEFAULT_STORE, mlflow_logger
@@ -141,8 +144,13 @@ def build(task: Task, method: Method, seed: int) -> tuple[PromptClassifier, Prom
     candidates = verbalizer_ids(tokenizer, prompt, texts.label_names)
     train, validation, test = (encode(tokenizer, part, prompt, task.max_length) for part in texts[:3])
     data = PromptData(train, validation, test, tokenizer.pad_token_id, method.batch_size, seed)
+    model = method.prepare(model)
+    if method.interventions:
+        prompts = collate(train[:32], tokenizer.pad_token_id)
+        some = {name: prompts[name] for name in ("input_ids", "attention_mask")}
+        intervene(model.to(torch.bfloat16), common_ending(train), some)
     decay = method.steps if method.decay else 0
-    return method.module_type(method.prepare(model), candidates, method.make_optimizer(), decay), data
+    return method.module_type(model, candidates, method.make_optimizer(), decay), data
 
 
 def start_record(task: Task, method: Method, seed: int, run_name: str) -> MLFlowLogger:

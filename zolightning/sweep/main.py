@@ -31,10 +31,11 @@ def sweep(
     """Methods × learning rates × seeds at equal budgets. Example: zolightning sweep --seconds 300 --methods '[default, adamw]'
 
     Each run has a process of its own and leaves a file; the same command again does what is not done yet. A sweep of your
-    own is a file: ``zolightning sweep --config examples/sweep/films.yaml``.
+    own is a file: ``zolightning sweep --config examples/sweep/ranking.yaml``.
 
     Args:
-        entries: what is compared, in a file. Default: default, spsa, spsa-all, mezo, mezo-published, adamw, checkpointed, lora.
+        entries: what is compared, in a file. Default: default, reft, spsa, spsa-all, mezo, mezo-published, adamw,
+            checkpointed, lora.
         methods: names of the entries to run now. Default: all.
         seconds: training seconds of a run; validation and logging are not counted.
         forwards: instead of seconds, forward passes of a run.
