@@ -183,7 +183,7 @@ def test_bad_input_is_refused(task: Task) -> None:
         Budget(0, "forwards")
     with pytest.raises(ValueError, match=r"`lrs` of zo must be numbers > 0, got \[\]"):
         Entry(ZO, ())
-    with pytest.raises(ValueError, match=r"'sspa' is unknown; allowed: default, spsa, .*; did you mean spsa"):
+    with pytest.raises(ValueError, match=r"'sspa' is unknown; allowed: default, reft, spsa, .*; did you mean spsa"):
         choose(None, ["sspa"])
     with pytest.raises(ValueError, match="a method name of its own"):
         choose([Entry(ZO, (1.0,)), Entry(ZO, (2.0,))], None)
