@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -19,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zolightning import ZOMixin, ZOMonitor, ZOStrategy
-from zolightning.data import PromptTemplate, candidate_logits, encode, film_snippets, load_causal_lm, verbalizer_ids
-from zolightning.demo.module import PromptData
+from zolightning import ZOMonitor, ZOStrategy
+from zolightning.data import PromptTemplate, collate, common_ending, encode, film_snippets, load_causal_lm, verbalizer_ids
+from zolightning.demo.module import PromptClassifier, PromptData
+from zolightning.interventions import intervene
 from zolightning.objectives import soft_zero_one, zero_one
 
 Objective = Callable[[Tensor, Tensor], Tensor]
@@ -31,59 +33,38 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels, reduction="none")
 
 
-OBJECTIVES: dict[str, tuple[Objective, float | None]] = {
-    "accuracy": (zero_one, 2e-2),  # a larger eps, so that some answers change
-    "soft_accuracy": (soft_zero_one, None),
-    "cross_entropy": (cross_entropy, None),
-}
-"""Each with its eps; None: the dtype's default."""
+OBJECTIVES: dict[str, Objective] = {"accuracy": zero_one, "soft_accuracy": soft_zero_one, "cross_entropy": cross_entropy}
+EPS = {("weights", "accuracy"): 2e-2, ("vectors", "accuracy"): 0.4}
+"""Larger than the recipe's, so that some answers change."""
 
 
-class Sentiment(ZOMixin, L.LightningModule):
+class Sentiment(PromptClassifier):
     """Trained on any score of its answers."""
 
-    def __init__(self, model: torch.nn.Module, candidates: Tensor, objective: Objective, lr: float, steps: int) -> None:
-        super().__init__()
-        self.model, self.objective, self.lr, self.steps = model, objective, lr, steps
-        self.register_buffer("candidates", candidates, persistent=False)
+    def __init__(self, objective: Objective, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.objective = objective
         self.history: list[dict[str, float]] = []
-
-    def forward(self, batch):
-        return candidate_logits(self.model, batch, self.candidates)
 
     def zo_objective(self, batch):
         return self.objective(self(batch), batch["labels"])  # (B,): a score per example
 
-    def validation_step(self, batch, batch_idx):
-        logits, labels = self(batch), batch["labels"]
-        self.log("val/accuracy", 1 - zero_one(logits, labels).mean(), batch_size=len(labels), prog_bar=True)
-        self.log("val/cross_entropy", F.cross_entropy(logits, labels), batch_size=len(labels), prog_bar=True)
-
     def on_validation_epoch_end(self):
         values = self.trainer.callback_metrics
-        self.history.append(
-            {"step": self.global_step} | {name: float(values[f"val/{name}"]) for name in ("accuracy", "cross_entropy")}
-        )
-
-    def test_step(self, batch, batch_idx):
-        logits, labels = self(batch), batch["labels"]
-        self.log("test/accuracy", 1 - zero_one(logits, labels).mean(), batch_size=len(labels))
-        self.log("test/cross_entropy", F.cross_entropy(logits, labels), batch_size=len(labels))
-
-    def configure_optimizers(self):
-        optimizer = torch.optim.SGD(self.parameters(), lr=self.lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        scores = {name: float(values[f"val/{name}"]) for name in ("accuracy", "loss")}
+        self.history.append({"step": self.global_step} | scores)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--objective", choices=OBJECTIVES, default="accuracy")
+    parser.add_argument("--train", choices=("vectors", "weights"), default="vectors", help="vectors: ReFT's, ten times as fast")
     parser.add_argument("--steps", type=int, default=120, help="optimizer steps (default: 120)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="RMS change per weight and step at the start")
+    parser.add_argument("--batch", type=int, default=32, help="examples a step (default: 32)")
+    parser.add_argument("--queries", type=int, help="directions for each example (default: the recipe's)")
+    parser.add_argument("--lr", type=float, help="RMS change of a step at the start (default: 4e-2, weights 2e-3)")
     parser.add_argument("--eps", type=float, help="perturbation scale (default: the objective's)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--precision", default="bf16-true")
     parser.add_argument("--test", type=int, default=500, help="test examples (default: 500)")
     parser.add_argument("--out", type=Path, default=Path("accuracy-only"), help="folder of the results")
     args = parser.parse_args()
@@ -92,15 +73,21 @@ def main() -> None:
     model, tokenizer = load_causal_lm()
     texts, prompt = film_snippets(validation=100, test=args.test), PromptTemplate()
     train, validation, test = (encode(tokenizer, part, prompt) for part in texts[:3])
-    data = PromptData(train, validation, test, tokenizer.pad_token_id, batch_size=32, seed=args.seed)
-    objective, eps = OBJECTIVES[args.objective]
+    data = PromptData(train, validation, test, tokenizer.pad_token_id, batch_size=args.batch, seed=args.seed)
+    model, recipe, lr = model.to(torch.bfloat16).train(), "default", 2e-3
+    if args.train == "vectors":
+        prompts = collate(train[:32], tokenizer.pad_token_id)
+        intervene(model, common_ending(train), {name: prompts[name] for name in ("input_ids", "attention_mask")})
+        recipe, lr = "reft", 4e-2
+    changes = {"eps": args.eps or EPS.get((args.train, args.objective)), "num_queries": args.queries}
+    strategy = ZOStrategy(recipe, ledger=False, **{name: value for name, value in changes.items() if value})
     candidates = verbalizer_ids(tokenizer, prompt, texts.label_names)
-    module = Sentiment(model, candidates, objective, args.lr, args.steps)
+    make_optimizer = partial(torch.optim.SGD, lr=args.lr or lr)
+    module = Sentiment(OBJECTIVES[args.objective], model, candidates, make_optimizer, decay_steps=args.steps)
     trainer = L.Trainer(
-        strategy=ZOStrategy(eps=args.eps or eps, ledger=False),
-        precision=args.precision,
+        strategy=strategy,
         max_steps=args.steps,
-        val_check_interval=40,
+        val_check_interval=max(1, args.steps // 4),
         check_val_every_n_epoch=None,
         num_sanity_val_steps=-1,  # the first point: zero-shot
         logger=False,
