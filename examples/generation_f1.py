@@ -124,8 +124,8 @@ def main() -> None:
         return {**tokenizer([data[i].prompt for i in items], padding=True, return_tensors="pt"), "index": torch.tensor(items)}
 
     def loader(name, **settings):
-        places = [i for i, question in enumerate(data) if question in set(split[name])]
-        return DataLoader(places, collate_fn=collate, **settings)
+        first = {"train": 0, "validation": len(split["train"]), "test": len(data) - len(split["test"])}[name]
+        return DataLoader(range(first, first + len(split[name])), collate_fn=collate, **settings)
 
     generator = torch.Generator().manual_seed(args.seed)
     train = loader("train", batch_size=args.batch, shuffle=True, drop_last=True, generator=generator)

@@ -126,12 +126,12 @@ FORWARD_GRADIENT = MEZO.override(estimator="forward_gradient", eps=None, lr=5e-7
 lr is ZO-Bench's for OPT-1.3B on SST-2. One forward, with a tangent beside every activation.
 """
 
-REFT = ZOConfig(eps=0.2, lr=4e-2, num_queries=4)
+REFT = ZOConfig(eps=0.2, lr=4e-2, num_queries=2)
 """Vectors at the last positions of a frozen language model, see :func:`~zolightning.interventions.intervene`: per-example
 directions, normalised steps. ReFT, Wu et al. 2024, arXiv:2404.03592, trained by forwards.
 
 The unit of eps and lr is the size of the hidden states. Where the module encodes the text before them in ``zo_prepare``,
-a probe costs a few positions instead of a whole prompt, hence the queries: four for each example.
+a probe costs a few positions instead of a whole prompt, hence the two queries for each example.
 """
 
 QZO = ZOConfig(estimator="per_example", select="scales", scales="relative", eps=2e-2, clip=100.0)

@@ -123,7 +123,7 @@ def _methods(zo: int, reft: int, other_zo: int, backprop: int, batch_size: int, 
     return (
         ZERO_SHOT,
         replace(ZO, steps=zo, batch_size=batch_size, seeds=seeds),
-        replace(REFT, steps=reft, seeds=seeds),
+        replace(REFT, steps=reft, batch_size=32, seeds=seeds),
         replace(SPSA, steps=other_zo, batch_size=batch_size),
         replace(MEZO, steps=other_zo),
         *(replace(m, steps=backprop) for m in (ADAMW, CHECKPOINTED, LORA)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..demo.methods import ADAMW, CHECKPOINTED, LORA, REFT, Method
@@ -46,7 +46,7 @@ ENTRIES = {
     entry.method.name: entry
     for entry in (
         _zo("default", "ZO (default recipe)", 1e-3, 2e-3, 4e-3, batch_size=32),
-        Entry(REFT, (2e-2, 4e-2, 8e-2), precision="32-true"),
+        Entry(replace(REFT, batch_size=32), (2e-2, 4e-2, 8e-2), precision="32-true"),
         _zo("spsa", "dense SPSA, middle blocks", 5e-4, 1e-3, 2e-3),
         _zo("spsa-all", "dense SPSA, all weights", 2e-4, 5e-4, 1e-3, recipe="spsa", select="all"),
         _zo("mezo", "MeZO, exact", 1e-5, 3e-5, 1e-4),
