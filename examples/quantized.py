@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_model, save_model
 
@@ -69,6 +70,10 @@ class Quantized(Method):
         if self.lora:
             config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
             model = inject_adapter_in_model(config, model)
+        if self.recipe is None:
+            for layer in model.modules():
+                if isinstance(layer, Linear4bit):  # an evaluation would repack it, and gradients do not come through that
+                    layer.support_avx512bf16_for_cpu = False
         return model if self.steps else self.finish(model)
 
     def finish(self, model: torch.nn.Module) -> torch.nn.Module:

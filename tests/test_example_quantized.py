@@ -62,6 +62,20 @@ def test_row(name: str) -> None:
     assert all(MOVED[name](n) for n in moved), moved
 
 
+def test_gradients_come_through_after_an_evaluation() -> None:
+    model, ids = METHODS["qlora"].prepare(tiny_causal_lm("llama", 64)), token_batches(1)[0]
+    with torch.no_grad():
+        model.eval()(ids)
+    lm_loss(model.train(), ids).mean().backward()
+    adapters = {name: p for name, p in model.named_parameters() if "lora_B" in name}
+    assert all(p.grad is not None and p.grad.any() for p in adapters.values())
+    twin = METHODS["qlora"].prepare(tiny_causal_lm("llama", 64))
+    lm_loss(twin.train(), ids).mean().backward()
+    for name, p in twin.named_parameters():
+        if name in adapters:
+            assert torch.equal(p.grad, adapters[name].grad)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [

@@ -1,0 +1,33 @@
+"""The examples that train on scores, end to end on the demo's model: a few steps, on real texts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.parametrize(
+    ("example", "options", "scores"),
+    [
+        ("accuracy_only.py", ["--objective", "accuracy"], ["accuracy", "loss"]),
+        ("accuracy_only.py", ["--objective", "soft_accuracy", "--train", "weights", "--batch", "4"], ["accuracy", "loss"]),
+        ("generation_f1.py", ["--batch", "2", "--validation", "4"], ["f1", "exact_match"]),
+    ],
+)
+def test_a_few_steps(example: str, options: list[str], scores: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / example), "--steps", "2", "--test", "8", "--out", str(tmp_path), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.json")
+    result = json.loads(path.read_text())
+    for part in ("zero_shot", "tested"):
+        assert all(f"test/{name}" in result[part] for name in scores), result[part]
+    assert result["history"]
