@@ -22,7 +22,6 @@ class Board {
     this.configured = true;
     this.styles = new Map(series.map((s) => [s.id, s]));
     this.show(before);
-    for (const chart of this.charts) chart.signature = null;
     this.refresh();
   }
 
