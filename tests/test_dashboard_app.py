@@ -35,6 +35,14 @@ START = 1_700_000_000_000
 MARKUP = ("*bold*", "$x$", ":red[x]", "[a](http://b)", ":smile:", "`code`", "<b>x</b>")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _main_module() -> Iterator[None]:
+    """Streamlit leaves the app as ``__main__``, which processes that are spawned later would run."""
+    main = sys.modules["__main__"]
+    yield
+    sys.modules["__main__"] = main
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("stores")
