@@ -321,6 +321,24 @@ def test_new_points_are_shown(page: Page, busy_server: Server, busy: Path) -> No
     assert chart["mounts"] == 1
 
 
+def test_a_page_that_is_built_anew_keeps_its_charts(page: Page, busy_server: Server, busy: Path) -> None:
+    """A metric that comes up, or another selection, runs the whole script again."""
+    client, run = MlflowClient(uri(busy)), run_id(busy, "by hand")
+    log(client, run, "steady", [(1, time.time_ns() // 1_000_000, 1.0)])
+    traffic = Traffic()
+    traffic.watch(page)
+    page.goto(f"{busy_server.url}/curves?key=steady&runs={run[:10]}")
+    wait_drawn(page)
+    wait_settled(page)
+    built = len(traffic.runs)
+    log(client, run, "new", [(1, time.time_ns() // 1_000_000, 1.0)])
+    wait_until(lambda: not page.wait_for_timeout(200) and len(traffic.runs) > built)
+    listed(page, "adamw").locator("input").check()  # has no such metric: a chip, no line
+    chip(page, run_id(busy, "adamw")).wait_for()
+    wait_settled(page)
+    assert charts(page)["steady"]["mounts"] == 1
+
+
 def test_charts_are_drawn_before_streamlit_is_up_and_stay(page: Page, quiet_server: Server) -> None:
     page.route("**/_stcore/health", lambda route: None)  # Streamlit waits for it
     page.goto(f"{quiet_server.url}/curves?key=train/loss&key=memory/peak")
@@ -344,10 +362,11 @@ def test_charts_are_drawn_before_streamlit_is_up_and_stay(page: Page, quiet_serv
 
 
 def test_the_address_brings_the_view_back(page: Page, browser: Browser, busy_server: Server, busy: Path) -> None:
-    page.goto(f"{busy_server.url}/curves?live=0&key=train/loss&key=memory/peak")
+    runs = {name: run_id(busy, name)[:10] for name in ("adamw", "zo-0", "zo-1", "by hand")}  # not one that begins meanwhile
+    page.goto(f"{busy_server.url}/curves?live=0&key=train/loss&key=memory/peak&runs={','.join(runs.values())}")
     wait_drawn(page, 2)
     listed(page, "by hand").locator("input").uncheck()
-    page.wait_for_url(re.compile("runs="))
+    page.wait_for_url(lambda url: "runs=" in url and runs["by hand"] not in url)
     toggle(page, "Log y").click()
     page.wait_for_url(re.compile("log=1"))
     page.get_by_role("slider", name="Smoothing").press("ArrowRight")

@@ -22,7 +22,7 @@ class Board {
     this.configured = true;
     this.styles = new Map(series.map((s) => [s.id, s]));
     this.show(before);
-    this.refresh();
+    this.refresh(); // plots ask for their colours at each drawing: none is made anew
   }
 
   theme(host) {
