@@ -106,7 +106,8 @@ def quiet(folder: Path) -> Path:
         log(client, run, "memory/peak", [(s, START + 100 * s, 2.0**30 * (1 + i)) for s in (1, 79)])
         log(client, run, "val/accuracy", [(79, START + 7900, 0.5 + i / 50)])
         client.set_terminated(run, "FINISHED", end_time=START + 8000)
-    run = client.create_run(experiment, start_time=START + 99, run_name="blew up", tags={"zo.method": "AdamW"}).info.run_id
+    tags = {"zo.method": "AdamW", "zo.device_memory": str(2**40)}
+    run = client.create_run(experiment, start_time=START + 99, run_name="blew up", tags=tags).info.run_id
     log(client, run, "train/loss", [(s, START + 100 * s, BLOWN_UP.get(s, 1 / s)) for s in range(1, 80)])
     log(client, run, "memory/peak", [(1, START, 2.0**34)])
     log(client, run, "val/accuracy", [(79, START + 7900, 0.9)])
@@ -459,6 +460,22 @@ def test_values_that_are_not_finite_stand_at_their_step(page: Page, quiet_server
         assert (np.abs(mark.astype(int) - rgb).sum(-1) < 60).sum() > 5, f"nothing is drawn at step {step}"
         page.mouse.move(x, box["y"] + 60)
         page.locator(".zo-tip", has_text=re.compile(text)).wait_for()
+
+
+def test_the_budget_is_dragged_and_a_device_far_above_does_not_flatten_the_lines(page: Page, quiet_server: Server) -> None:
+    page.goto(f"{quiet_server.url}/memory?budget=20")
+    wait_drawn(page)
+    wait_settled(page)
+    low, high = charts(page)["memory/peak"]["y"]
+    assert 20 < high < 30  # the largest peak is 16 GiB, the device has 1024
+    page.get_by_text("13 of 13 runs fit into 20 GiB").wait_for()
+    over = page.locator("[data-key='memory/peak'] .u-over")
+    height = over.evaluate("one => one.clientHeight")
+    for level, press in ((20, page.mouse.down), (10.5, page.mouse.up)):
+        over.hover(position={"x": 100, "y": height * (high - level) / (high - low)})
+        press()
+    page.wait_for_url(re.compile(r"budget=10\.[3-7]"))
+    page.get_by_text(re.compile(r"10 of 13 runs fit into 10\.\d GiB")).wait_for()
 
 
 @pytest.mark.parametrize("which", PAGES)

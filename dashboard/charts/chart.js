@@ -8,6 +8,7 @@ const MARKS = {
 };
 const PARTS = ["settled", "live"];
 const TIP_ROWS = 10;
+const FAR = 4; // times the highest value: a level beyond is named at the edge, lest it flatten the lines
 const MANY_POINTS = 6000; // beyond, lines are one pixel wide and not dashed: twenty times faster without a graphics card
 
 class Chart {
@@ -127,7 +128,8 @@ class Chart {
   }
 
   yRange(low, high) {
-    const levels = this.options.rules.map((r) => r.y).filter((y) => Number.isFinite(y));
+    const near = (r) => r.drag || high === null || r.y <= FAR * high;
+    const levels = this.options.rules.filter(near).map((r) => r.y).filter((y) => Number.isFinite(y));
     if (low === null && !levels.length) return this.options.log ? [0.1, 10] : [0, 1];
     const [least, most] = [Math.min(low ?? Infinity, ...levels), Math.max(high ?? -Infinity, ...levels)];
     if (this.options.log) return uPlot.rangeLog(least, most, 10, true);

@@ -30,11 +30,17 @@ function drawRules({ u, options, board, dragged }) {
   const { ctx, bbox } = u, px = devicePixelRatio;
   ctx.save();
   ctx.font = `${12 * px}px sans-serif`;
-  ctx.textAlign = "right";
+  let above = 0;
   for (const rule of options.rules) {
     const y = u.valToPos(rule.drag && dragged !== undefined ? dragged : rule.y, "y", true);
-    if (!Number.isFinite(y) || y < bbox.top || y > bbox.top + bbox.height) continue;
+    if (!Number.isFinite(y) || y > bbox.top + bbox.height) continue;
     ctx.strokeStyle = ctx.fillStyle = rule.drag ? board.accent : board.ink;
+    if (y < bbox.top) {
+      ctx.textAlign = "left";
+      ctx.fillText(`↑ ${rule.label}`, bbox.left + 6 * px, bbox.top + (14 + 16 * above++) * px);
+      continue;
+    }
+    ctx.textAlign = "right";
     ctx.lineWidth = 1.5 * px;
     ctx.setLineDash(rule.drag ? [] : [6 * px, 4 * px]);
     ctx.beginPath(); ctx.moveTo(bbox.left, y); ctx.lineTo(bbox.left + bbox.width, y); ctx.stroke();

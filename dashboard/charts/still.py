@@ -100,6 +100,8 @@ def trade_off(title: str, x_name: str, y_name: str, dots: Sequence[Dot], dark: b
                 "formatter": _literal(dot.name if len(dot.name) <= _LABEL else dot.name[: _LABEL - 1] + "…"),
                 "color": _ink(dark),
                 "fontSize": 11,
+                "textBorderColor": _paper(dark),  # the dashed line passes behind it
+                "textBorderWidth": 3,
             },
             "labelLayout": {"hideOverlap": True},
         }
