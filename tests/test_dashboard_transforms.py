@@ -266,6 +266,14 @@ def test_a_member_counts_from_its_first_point_to_its_last() -> None:
     assert repr(found.std.round(12).tolist()) == repr([round(math.sqrt(2), 12), 2.0, math.nan])
 
 
+def test_members_that_meet_at_their_start_alone_are_read_off_their_lines() -> None:
+    found = band([curve([(0, 1.0), (4, 5.0), (8, 9.0)]), curve([(0, 3.0), (6, 9.0), (12, 15.0)])])
+    assert not found.exact  # what the longer one has beyond the other's end is no meeting
+    assert found.x.tolist() == [0.0, 4.0, 6.0, 8.0, 12.0]
+    assert found.n.tolist() == [2, 2, 2, 2, 1]
+    assert found.mean.tolist() == [2.0, 6.0, 8.0, 10.0, 15.0]
+
+
 def test_members_that_never_meet_are_read_off_their_lines_and_it_says_so() -> None:
     a, b = curve([(0, 0.0), (2, 2.0), (4, 4.0)]), curve([(1, 11.0), (3, 13.0), (5, math.nan)])
     found = band([a, b])

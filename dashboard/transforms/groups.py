@@ -45,7 +45,9 @@ def band(curves: Sequence[Curve]) -> Band:
     if not members:
         return Band(np.empty(0), np.empty(0), np.empty(0), np.empty(0, np.int64), exact=True)
     together = coincide(members)
-    if 2 * len(together.x) >= min(len(curve.x) for curve in members):
+    x, times = np.unique(np.concatenate([curve.x for curve in members]), return_counts=True)
+    shared = np.isin(together.x, x[times > 1]).sum()  # what one member has beyond the end of the others says nothing
+    if len(members) == 1 or 2 * shared >= min(len(curve.x) for curve in members):
         return together
     return interpolate(members)
 
