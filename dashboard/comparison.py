@@ -106,7 +106,8 @@ def compare(runs: Sequence[Run], series: ReadSeries, quality: str | None = None)
 
     A task is an experiment, and within it the same model and data where the runs logged them. The baseline is the backprop
     method that came to the best quality there, so the one that somebody with memory enough would take; of equal ones, the
-    one that needs least memory. Only runs that ended are baselines; failed and killed runs are left out on both sides.
+    one that needs least memory. Only runs that ended are baselines; failed and killed runs are left out on both sides, and
+    so is a method of which there is no figure yet.
 
     Args:
         runs: of any kind; those that are neither zeroth-order nor backprop are passed over.
@@ -122,7 +123,8 @@ def compare(runs: Sequence[Run], series: ReadSeries, quality: str | None = None)
         costs = [cost(rival, series, key) for rival in rivals]
         if costs:
             found.append(_saving(cost(group, series, key), min(costs, key=lambda c: (_loss(c, key), c.peak)), key))
-    return sorted(found, key=lambda saving: _loss(saving.method, saving.quality_key))
+    telling = [one for one in found if not all(map(math.isnan, (one.memory, one.time, one.quality)))]
+    return sorted(telling, key=lambda saving: _loss(saving.method, saving.quality_key))
 
 
 def cost(runs: Sequence[Run], series: ReadSeries, quality: str | None) -> Cost:

@@ -91,6 +91,10 @@ class Scene:
         """The selected runs, newest first."""
         return [run for run in self.runs if view.shows(run.id)]
 
+    def sound(self, view: View) -> list[Run]:
+        """The selected runs that neither failed nor were killed."""
+        return [run for run in self.shown(view) if self.states[run.id].kind not in ("failed", "killed")]
+
     def members(self, view: View) -> list[Member]:
         """The lines of the selected runs: each its own, or one for the runs that differ in their seed alone."""
         shown = self.shown(view)
@@ -99,18 +103,24 @@ class Scene:
         return found[:MOST_LINES]
 
     def labels(self, view: View) -> dict[str, str]:
-        """A legend for each member, by its id: what tells the lines apart."""
+        """A legend for each member, by its id: its method where these differ, and what tells it from others of its method."""
         members = self.members(view)
-        if not view.group:
-            return legends([member.runs[-1] for member in members])
-        titles = {m.id: m.runs[-1].tags.get("zo.method") or m.runs[-1].name for m in members}
-        twice = [title for title in titles.values() if list(titles.values()).count(title) > 1]
-        telling = legends([member.runs[-1] for member in members])
-        return {
-            m.id: (telling[m.id] if titles[m.id] in twice else titles[m.id])
-            + (f" (n={len(m.runs)})" if len(m.runs) > 1 else "")
-            for m in members
-        }
+        kinds: dict[str, list[Run]] = {}
+        for member in members:
+            kinds.setdefault(_method(member), []).append(member.runs[-1])
+        telling = {run_id: label for kind in kinds.values() for run_id, label in legends(kind).items()}
+
+        def label(member: Member) -> str:
+            method = _method(member)
+            if not method or (len(kinds) == 1 and not view.group):
+                return telling[member.id]
+            return method if len(kinds[method]) == 1 else f"{method}: {telling[member.id]}"
+
+        return {m.id: label(m) + (f" (n={len(m.runs)})" if len(m.runs) > 1 else "") for m in members}
+
+
+def _method(member: Member) -> str:
+    return member.runs[-1].tags.get("zo.method", "")
 
 
 def look(store: Store, chosen: Sequence[str]) -> Scene:

@@ -28,6 +28,10 @@ from streamlit.util import calc_hash
 
 import dashboard
 from dashboard import launch
+from dashboard.charts.lines import Plotter
+from dashboard.scene import Store, look
+from dashboard.source import open_source
+from dashboard.view import View
 
 ROOT = Path(dashboard.__file__).parent
 PAGES = ("overview", "curves", "memory", "tradeoffs", "diff")
@@ -332,17 +336,35 @@ def test_a_link_opens_no_other_store(ours: Path) -> None:
     assert app.query_params["store"] == f"sqlite:///{ours}"
 
 
+@pytest.mark.parametrize(
+    ("group", "expected"),
+    [
+        (False, {"AdamW", "ZO: lr=1e-3, seed=0", "ZO: lr=1e-3, seed=1", "ZO: lr=1e-4, seed=0"}),
+        (True, {"AdamW", "ZO: lr=1e-3 (n=2)", "ZO: lr=1e-4"}),
+    ],
+)
+def test_legends_name_the_method_and_what_tells_its_runs_apart(group: bool, expected: set[str], ours: Path) -> None:
+    source = open_source(f"sqlite:///{ours}")
+    scene = look(Store(source, Plotter(source)), ())
+    assert set(scene.labels(View(group=group)).values()) == expected
+
+
 def test_a_run_whose_process_is_gone_is_killed(folder: Path) -> None:
     path = folder / "gone.db"
     client = make_store(path)
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    tags = {"zo.pid": str(child.pid), "zo.host": socket.gethostname()}
+    ended = client.create_run("0", run_name="adamw", tags={"zo.method": "AdamW"}).info.run_id
+    log(client, ended, "val/loss", [(1, time.time_ns() // 1_000_000, 0.5)])
+    client.set_terminated(ended)
+    tags = {"zo.pid": str(child.pid), "zo.host": socket.gethostname(), "zo.method": "ZO", "zo.recipe": "default"}
     run = client.create_run("0", run_name="gone", tags=tags).info.run_id
-    log(client, run, "loss", [(1, time.time_ns() // 1_000_000, 1.0)])
+    log(client, run, "val/loss", [(1, time.time_ns() // 1_000_000, 1.0)])
     app = open_app(path)
-    assert table(app, "status") == ["killed"]
-    assert "Nothing is running" in [one.value for one in app.subheader]
+    assert table(app, "status") == ["killed", "finished"]
+    headings = [one.value for one in app.subheader]
+    assert "Nothing is running" in headings
+    assert "Zeroth-order training against backprop" not in headings
 
 
 def test_the_launcher_stays_on_this_machine_unless_told() -> None:

@@ -89,6 +89,7 @@ def test_forward_passes_are_never_exceeded(task: Task, method: Method, forwards:
     assert experiment is not None
     (logged,) = client.search_runs([experiment.experiment_id])
     assert logged.info.status == "FINISHED"
+    assert ("zo.recipe" in logged.data.tags) == (method is not ADAMW)  # else the dashboard takes it for backprop
     assert logged.data.metrics["forward_passes"] == done.forward_passes
     assert logged.data.metrics["val/accuracy"] == done.history[-1]["accuracy"]
     assert logged.data.metrics["test/accuracy"] == pytest.approx(done.test["accuracy"])

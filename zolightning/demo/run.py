@@ -155,7 +155,8 @@ def build(task: Task, method: Method, seed: int) -> tuple[PromptClassifier, Prom
 
 def start_record(task: Task, method: Method, seed: int, run_name: str) -> MLFlowLogger:
     """The run in the task's store, with its settings."""
-    logger = mlflow_logger(run_name, experiment=task.experiment, store=task.store, tags={"seed": seed}, folder=task.out)
+    tags = {"seed": seed} | ({"zo.recipe": "published"} if method.published else {})  # zeroth-order without our strategy
+    logger = mlflow_logger(run_name, experiment=task.experiment, store=task.store, tags=tags, folder=task.out)
     logger.log_hyperparams({k: v for k, v in asdict(method).items() if v is not None} | {"seed": seed})
     logger.log_hyperparams({"model": model_name(task.model), "precision": task.precision})
     return logger
