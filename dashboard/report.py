@@ -70,7 +70,8 @@ def report(scene: Scene, view: View, store: str) -> str:
 
 
 def _savings(scene: Scene, view: View, runs: Sequence[Run]) -> str:
-    found = compare(scene.sound(view), scene.store.source.series, quality_key(runs, view.quality))
+    key = quality_key(runs, view.quality)
+    found = compare(scene.sound(view), scene.store.source.series, key if key == view.quality else None)
     items = "".join(
         f"<li><b>{_text(one.method.name)}</b> against {_text(one.baseline.name)}: {_text(one.text, 200)}.<br>"
         f'<span class="faint">{_text(one.detail, 600)}</span></li>'

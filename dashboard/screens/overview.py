@@ -35,7 +35,7 @@ def _draw(scene: Scene) -> None:
     scene.read(scene.runs, [*READ, *([key] if key is not None else [])])
     series = scene.store.source.series
     found = {run.id: facts(run, series, key) for run in scene.runs}
-    savings = compare(scene.sound(view), series, key)
+    savings = compare(scene.sound(view), series, key if key == view.quality else None)
     _running(scene, found)
     _savings(savings)
     if shown:
