@@ -114,6 +114,8 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
         log(client, run, "loss", [(s, START + 1000 * s, float(v)) for s, v in enumerate(values)])
         log(client, run, "memory/peak", [(0, START, 2.0**30 * count / 100)])
         log(client, run, "memory/weights", [(0, START, 2.0**28)])
+        if "seed" in params:
+            log(client, run, "at its own steps", [(s + int(params["seed"]), START, 1.0) for s in (0, 2, 4)])
         if ended:
             client.set_terminated(run, end_time=START + 1000 * count)
     source = open_source(f"sqlite:///{path}")
@@ -166,6 +168,12 @@ def test_seeds_become_a_mean_with_its_deviation(scene: Scene) -> None:
     np.testing.assert_allclose(lines["line"], values.mean(0), atol=1e-2)
     np.testing.assert_allclose(lines["high"] - lines["line"], values.std(0, ddof=1), atol=2e-2)
     assert scene.labels(View(group=True))[ours.id].endswith("(n=2)")
+
+
+def test_a_mean_that_is_not_of_points_says_so(scene: Scene) -> None:
+    charts = drawn(scene, View(group=True), ("loss", "at its own steps"))["settled"]["charts"]
+    assert "between the seeds' own points" in charts["at its own steps"]["note"]
+    assert "between" not in charts["loss"]["note"]
 
 
 def test_values_without_a_place_on_a_log_axis_are_marked(scene: Scene) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..source import MetricSource, Run
-from ..transforms import COUNTERS, Curve, Grid, band, by_counter, by_elapsed, by_step, log_axis, marks, smooth, thin
+from ..transforms import COUNTERS, Band, Curve, Grid, band, by_counter, by_elapsed, by_step, log_axis, marks, smooth, thin
 from ..words import GIB, is_bytes
 from .memo import Memo
 from .pack import Drawing, Line, Mark, pack
@@ -106,6 +106,7 @@ class Plotter:
         owners: list[tuple[str, str]] = []
         curves: list[Curve] = []
         found: list[Mark] = []
+        exact = True
         for member in members:
             raw = [self.curve(run, key, look.axis) for run in member.runs]
             found += [Mark(member.id, m.kind, m.x, m.points) for curve in raw for m in marks(curve, grid, look.log)]
@@ -114,14 +115,17 @@ class Plotter:
             if len(raw) == 1:
                 drawn = {"line": smoothed[0]} if not look.smoothing else {"raw": raw[0], "line": smoothed[0]}
             else:
-                drawn = _band(smoothed, look.log)
+                mean = band(smoothed)
+                drawn = _edged(mean, look.log)
+                exact &= mean.exact
             for role, curve in drawn.items():
                 if len(curve.x):
                     owners.append((member.id, role))
                     curves.append(curve)
         thinned = thin(curves, grid)
         lines = [Line(id_, role, one.x, one.y) for (id_, role), one in zip(owners, thinned, strict=True)]
-        return Drawing(lines, found, _note(curves, grid))
+        notes = [_thinning(curves, grid), "" if exact else "means on lines between the seeds' own points"]
+        return Drawing(lines, found, "; ".join(filter(None, notes)))
 
     def _grid(self, key: str, members: Sequence[Member], look: Look, buckets: int) -> Grid:
         """The page's buckets; wide by a power of two and begun at a multiple of it, so that more points move none."""
@@ -154,9 +158,8 @@ class Plotter:
         return run.id, run.started, key, *((len(s.step), float(s.time[-1]) if len(s.time) else 0.0) for s in found)
 
 
-def _band(curves: Sequence[Curve], log: bool) -> dict[str, Curve]:
+def _edged(found: Band, log: bool) -> dict[str, Curve]:
     """Mean and its edges, one deviation away; on a log axis the lower edge stops where it is not positive."""
-    found = band(curves)
     low = found.mean - found.std
     if log:
         low = np.where(low > 0, low, np.nan)
@@ -170,7 +173,7 @@ def _fitting(lines: int) -> int:
     return max(fewest, min(most, _BYTES // _POINT // max(1, lines)))
 
 
-def _note(curves: Sequence[Curve], grid: Grid) -> str:
+def _thinning(curves: Sequence[Curve], grid: Grid) -> str:
     """What was left out for want of pixels."""
     inside = [np.searchsorted(c.x, grid.high, "right") - np.searchsorted(c.x, grid.low) for c in curves]
     most = max(inside, default=0)
