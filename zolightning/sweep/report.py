@@ -123,7 +123,7 @@ def picture(outcomes: Sequence[Outcome], path: Path) -> Path:
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 5.6), layout="constrained")
     for i, runs in enumerate(ranking(outcomes)):
-        colour = COLOURS[i % len(COLOURS)]
+        colour = COLOURS[(i + 1) % len(COLOURS)]  # the first is grey
         for axes, name in ((left, "forward_passes"), (middle, "seconds")):
             validations = list(zip(*(run.history for run in runs), strict=False))
             x = [mean(row[name] for row in rows) for rows in validations]
@@ -137,7 +137,7 @@ def picture(outcomes: Sequence[Outcome], path: Path) -> Path:
     left.set(xlabel="forward passes", ylabel="validation accuracy, %", xscale="symlog", title="Accuracy against forward passes")
     middle.set(xlabel=f"training time, {clock} seconds", ylabel="validation accuracy, %", title="Accuracy against time")
     right.set(xlabel="peak memory, GB (left is better)", ylabel="test accuracy, %", title="Accuracy against memory")
-    right.set_xlim(left=0)
+    right.set_xlim(0, 1.05 * right.get_xlim()[1])
     for axes in (left, middle, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
