@@ -25,6 +25,7 @@ from zolightning.data import PromptTemplate, collate, common_ending, encode, fil
 from zolightning.demo.module import PromptClassifier, PromptData
 from zolightning.interventions import intervene
 from zolightning.objectives import soft_zero_one, zero_one
+from zolightning.recipes import RECIPES
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--train", choices=("vectors", "weights"), default="vectors", help="vectors: ReFT's, ten times as fast")
     parser.add_argument("--steps", type=int, default=120, help="optimizer steps (default: 120)")
     parser.add_argument("--batch", type=int, default=32, help="examples a step (default: 32)")
-    parser.add_argument("--queries", type=int, help="directions for each example (default: the recipe's)")
+    parser.add_argument("--queries", type=int, default=8, help="directions for each example (default: 8)")
     parser.add_argument("--lr", type=float, help="RMS change of a step at the start (default: 4e-2, weights 2e-3)")
     parser.add_argument("--eps", type=float, help="perturbation scale (default: the objective's)")
     parser.add_argument("--seed", type=int, default=0)
@@ -79,8 +80,8 @@ def main() -> None:
         prompts = collate(train[:32], tokenizer.pad_token_id)
         intervene(model, common_ending(train), {name: prompts[name] for name in ("input_ids", "attention_mask")})
         recipe, lr = "reft", 4e-2
-    changes = {"eps": args.eps or EPS.get((args.train, args.objective)), "num_queries": args.queries}
-    strategy = ZOStrategy(recipe, ledger=False, **{name: value for name, value in changes.items() if value})
+    eps = args.eps or EPS.get((args.train, args.objective)) or RECIPES[recipe].eps
+    strategy = ZOStrategy(recipe, ledger=False, eps=eps, num_queries=args.queries)
     candidates = verbalizer_ids(tokenizer, prompt, texts.label_names)
     make_optimizer = partial(torch.optim.SGD, lr=args.lr or lr)
     module = Sentiment(OBJECTIVES[args.objective], model, candidates, make_optimizer, decay_steps=args.steps)
