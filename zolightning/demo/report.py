@@ -14,6 +14,9 @@ COLOURS = (
     *("#7f7f7f", "#d62728", "#ff9896", "#1f77b4", "#17becf", "#2ca02c", "#9467bd", "#8c564b"),
     *("#bcbd22", "#e377c2", "#ff7f0e", "#98df8a", "#000000"),
 )
+MARKERS = "osD^"
+"""The next one where the colours begin again."""
+
 HEADER = ("method", "accuracy %", "test loss", "peak memory GB", "train s", "forward passes", "examples")
 
 
@@ -99,13 +102,14 @@ def picture(results: Sequence[Result], path: Path) -> Path:
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.2), layout="constrained")
     for i, runs in enumerate(groups(results)):
         colour, title = COLOURS[i % len(COLOURS)], runs[0].title
+        marker = MARKERS[i // len(COLOURS) % len(MARKERS)]
         trained = [r for r in runs if r.history]
         for j, run in enumerate(trained):
             left.plot(
                 [h["seconds"] for h in run.history],
                 [h["loss"] for h in run.history],
                 color=colour,
-                marker="o",
+                marker=marker,
                 markersize=3,
                 alpha=1.0 if len(trained) == 1 else 0.7,
                 label=title if j == 0 else None,
@@ -115,7 +119,9 @@ def picture(results: Sequence[Result], path: Path) -> Path:
         memory = [r.peak_memory / 1e9 for r in runs]
         accuracy = [100 * r.accuracy for r in runs]
         error = stdev(accuracy) if len(accuracy) > 1 else math.nan
-        right.errorbar(mean(memory), mean(accuracy), yerr=error, color=colour, marker="o", markersize=9, capsize=4, label=title)
+        right.errorbar(
+            mean(memory), mean(accuracy), yerr=error, color=colour, marker=marker, markersize=9, capsize=4, label=title
+        )
     left.set(xlabel="training time, seconds", ylabel="validation loss", title="Loss against time")
     left.set_ylim(bottom=0)
     right.set(xlabel="peak memory, GB (left is better)", ylabel="test accuracy, %", title="Memory against accuracy")
@@ -124,7 +130,7 @@ def picture(results: Sequence[Result], path: Path) -> Path:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = right.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path

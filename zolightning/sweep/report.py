@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 
-from ..demo.report import COLOURS, aligned, markdown, spread
+from ..demo.report import COLOURS, MARKERS, aligned, markdown, spread
 from .run import Outcome
 
 
@@ -124,15 +124,17 @@ def picture(outcomes: Sequence[Outcome], path: Path) -> Path:
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 5.6), layout="constrained")
     for i, runs in enumerate(ranking(outcomes)):
         colour = COLOURS[(i + 1) % len(COLOURS)]  # the first is grey
+        marker = MARKERS[(i + 1) // len(COLOURS) % len(MARKERS)]
         for axes, name in ((left, "forward_passes"), (middle, "seconds")):
             validations = list(zip(*(run.history for run in runs), strict=False))
             x = [mean(row[name] for row in rows) for rows in validations]
             accuracy = [[100 * row["accuracy"] for row in rows] for rows in validations]
-            axes.plot(x, [mean(a) for a in accuracy], color=colour, marker="o", markersize=3)
+            axes.plot(x, [mean(a) for a in accuracy], color=colour, marker=marker, markersize=3)
             axes.fill_between(x, [min(a) for a in accuracy], [max(a) for a in accuracy], color=colour, alpha=0.15, lw=0)
         memory, tests = max(run.peak_memory for run in runs) / 1e9, [100 * a for a in _tests(runs, "accuracy")]
         error = stdev(tests) if len(tests) > 1 else math.nan
-        right.errorbar(memory, mean(tests), yerr=error, color=colour, marker="o", markersize=9, capsize=4, label=runs[0].title)
+        style = {"color": colour, "marker": marker, "markersize": 9, "capsize": 4}
+        right.errorbar(memory, mean(tests), yerr=error, label=runs[0].title, **style)
     clock = outcomes[0].settings["budget"]["clock"]
     left.set(xlabel="forward passes", ylabel="validation accuracy, %", xscale="symlog", title="Accuracy against forward passes")
     middle.set(xlabel=f"training time, {clock} seconds", ylabel="validation accuracy, %", title="Accuracy against time")
