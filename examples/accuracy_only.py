@@ -21,9 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zolightning import ZOMonitor, ZOStrategy
-from zolightning.data import PromptTemplate, collate, common_ending, encode, film_snippets, load_causal_lm, verbalizer_ids
-from zolightning.demo.module import PromptClassifier, PromptData
-from zolightning.interventions import intervene
+from zolightning.data import PromptTemplate, encode, film_snippets, load_causal_lm, verbalizer_ids
+from zolightning.demo.module import PromptClassifier, PromptData, intervene_at_ending
 from zolightning.objectives import soft_zero_one, zero_one
 from zolightning.recipes import RECIPES
 
@@ -77,8 +76,7 @@ def main() -> None:
     data = PromptData(train, validation, test, tokenizer.pad_token_id, batch_size=args.batch, seed=args.seed)
     model, recipe, lr = model.to(torch.bfloat16).train(), "default", 2e-3
     if args.train == "vectors":
-        prompts = collate(train[:32], tokenizer.pad_token_id)
-        intervene(model, common_ending(train), {name: prompts[name] for name in ("input_ids", "attention_mask")})
+        intervene_at_ending(model, train, tokenizer.pad_token_id)
         recipe, lr = "reft", 4e-2
     eps = args.eps or EPS.get((args.train, args.objective)) or RECIPES[recipe].eps
     strategy = ZOStrategy(recipe, ledger=False, eps=eps, num_queries=args.queries)

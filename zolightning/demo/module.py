@@ -13,8 +13,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
 from .._lightning import pl
-from ..data import Encoded, SimilarLengths, candidate_logits, collate, encode_text
-from ..interventions import idle, interventions
+from ..data import Encoded, SimilarLengths, candidate_logits, collate, common_ending, encode_text
+from ..interventions import idle, intervene, interventions
 from ..mixin import ZOMixin
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
@@ -73,6 +73,12 @@ class PromptClassifier(ZOMixin, pl.LightningModule):
             return optimizer
         schedule = CosineAnnealingLR(optimizer, self.decay_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def intervene_at_ending(model: nn.Module, prompts: Sequence[Encoded], pad_id: int) -> None:
+    """Train vectors at the tokens that all prompts end with, and nothing else; the first prompts tell their scale."""
+    some = collate(prompts[:32], pad_id)
+    intervene(model, common_ending(prompts), {name: some[name] for name in ("input_ids", "attention_mask")})
 
 
 class PromptData(pl.LightningDataModule):

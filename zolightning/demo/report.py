@@ -15,9 +15,12 @@ COLOURS = (
     *("#bcbd22", "#e377c2", "#ff7f0e", "#98df8a", "#000000"),
 )
 MARKERS = "osD^"
-"""The next one where the colours begin again."""
-
 HEADER = ("method", "accuracy %", "test loss", "peak memory GB", "train s", "forward passes", "examples")
+
+
+def look(i: int) -> tuple[str, str]:
+    """Colour and marker of the i-th method: the next marker where the colours begin again."""
+    return COLOURS[i % len(COLOURS)], MARKERS[i // len(COLOURS) % len(MARKERS)]
 
 
 def groups(results: Iterable[Result]) -> list[list[Result]]:
@@ -101,8 +104,7 @@ def picture(results: Sequence[Result], path: Path) -> Path:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.2), layout="constrained")
     for i, runs in enumerate(groups(results)):
-        colour, title = COLOURS[i % len(COLOURS)], runs[0].title
-        marker = MARKERS[i // len(COLOURS) % len(MARKERS)]
+        (colour, marker), title = look(i), runs[0].title
         trained = [r for r in runs if r.history]
         for j, run in enumerate(trained):
             left.plot(

@@ -17,8 +17,6 @@ from .._lightning import Callback, MLFlowLogger, pl
 from ..data import (
     PromptTemplate,
     Splits,
-    collate,
-    common_ending,
     encode,
     film_snippets,
     load_causal_lm,
@@ -26,12 +24,11 @@ from ..data import (
     read_table,
     verbalizer_ids,
 )
-from ..interventions import intervene
 from ..memory import MemoryMeter
 from ..monitor import ZOMonitor
 from ..tracking import DEFAULT_STORE, mlflow_logger
 from .methods import Method
-from .module import PromptClassifier, PromptData
+from .module import PromptClassifier, PromptData, intervene_at_ending
 
 
 @dataclass(frozen=True)
@@ -146,9 +143,7 @@ def build(task: Task, method: Method, seed: int) -> tuple[PromptClassifier, Prom
     data = PromptData(train, validation, test, tokenizer.pad_token_id, method.batch_size, seed)
     model = method.prepare(model)
     if method.interventions:
-        prompts = collate(train[:32], tokenizer.pad_token_id)
-        some = {name: prompts[name] for name in ("input_ids", "attention_mask")}
-        intervene(model.to(torch.bfloat16), common_ending(train), some)
+        intervene_at_ending(model.to(torch.bfloat16), train, tokenizer.pad_token_id)
     decay = method.steps if method.decay else 0
     return method.module_type(model, candidates, method.make_optimizer(), decay), data
 

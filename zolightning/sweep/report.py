@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 
-from ..demo.report import COLOURS, MARKERS, aligned, markdown, spread
+from ..demo.report import aligned, look, markdown, spread
 from .run import Outcome
 
 
@@ -123,8 +123,7 @@ def picture(outcomes: Sequence[Outcome], path: Path) -> Path:
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 5.6), layout="constrained")
     for i, runs in enumerate(ranking(outcomes)):
-        colour = COLOURS[(i + 1) % len(COLOURS)]  # the first is grey
-        marker = MARKERS[(i + 1) // len(COLOURS) % len(MARKERS)]
+        colour, marker = look(i + 1)  # the first is grey
         for axes, name in ((left, "forward_passes"), (middle, "seconds")):
             validations = list(zip(*(run.history for run in runs), strict=False))
             x = [mean(row[name] for row in rows) for rows in validations]
