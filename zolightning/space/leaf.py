@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -247,6 +248,16 @@ class PerExampleLeaf(Leaf, ABC):
         """The first coordinates of z, (n, length) in float32, for each of n queries of the key's step."""
         return self.distribution.sample(key, self.index, torch.zeros_like(queries), length, queries)
 
+    def drawn(self, terms: Sequence[Term], length: int) -> tuple[Tensor, Tensor]:
+        """The first coordinates of each term's z, (n, length), and the coefficients, (n, 1), in the working dtype."""
+        device, dtype = self.parameter.device, working_dtype(self.parameter.dtype)
+        parts = []
+        for _, group in groupby((term.key for term in terms), lambda key: key[:2]):  # all queries of a step in one go
+            keys = list(group)
+            parts.append(self.coordinates(keys[0], torch.tensor([key.query for key in keys], device=device), length))
+        coefficients = torch.tensor([[term.coefficient] for term in terms], dtype=dtype, device=device)
+        return torch.cat(parts).to(dtype), coefficients
+
 
 class Rank1Leaf(PerExampleLeaf):
     r"""A matrix with :math:`z = u v^\top`: out + in coordinates, applied to activations, the weight never copied.
@@ -267,18 +278,11 @@ class Rank1Leaf(PerExampleLeaf):
         return both[:, :out], both[:, out:]
 
     def noise(self, terms: Sequence[Term], start: int, length: int) -> Tensor:
-        weight = self.parameter
-        width = weight.shape[1]
-        dtype = working_dtype(weight.dtype)
-        first, last = start // width, -(-(start + length) // width)
-        left, right = [], []
-        for step_terms in by_step(terms):
-            queries = torch.tensor([t.key.query for t in step_terms], device=weight.device)
-            coefficients = torch.tensor([t.coefficient for t in step_terms], dtype=dtype, device=weight.device)
-            u, v = (f.to(dtype) for f in self.factors(step_terms[0].key, queries))
-            left.append(u[:, first:last] * coefficients[:, None])
-            right.append(v)
-        return outer_sum(torch.cat(left), torch.cat(right)).view(-1)[start - first * width :][:length]
+        out, into = self.parameter.shape
+        first, last = start // into, -(-(start + length) // into)
+        z, coefficients = self.drawn(terms, out + into)
+        u, v = z[:, first:last] * coefficients, z[:, out:].contiguous()
+        return outer_sum(u, v).view(-1)[start - first * into :][:length]
 
     def linear(self, x: Tensor, bias: Tensor | None, terms: Sequence[Term], scratch: Scratch) -> Tensor:
         out = F.linear(x, self.parameter, bias)
@@ -306,14 +310,3 @@ class Rank1Leaf(PerExampleLeaf):
 def keep_(now: Tensor, before: Tensor, fixed: Tensor) -> None:
     """Put the values from before back where ``fixed`` says so."""
     now.copy_(torch.where(fixed.view(now.shape), before.to(now.dtype), now))
-
-
-def by_step(terms: Sequence[Term]) -> list[list[Term]]:
-    """Consecutive terms of one step together, since their factors are drawn in one go."""
-    groups: list[list[Term]] = []
-    for term in terms:
-        if groups and groups[-1][0].key[:2] == term.key[:2]:
-            groups[-1].append(term)
-        else:
-            groups.append([term])
-    return groups

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..noise import noise_sum, outer_sum, working_dtype
 from ..types import Key, Term
 from .compute import Compute
-from .leaf import Leaf, PerExampleLeaf, by_step
+from .leaf import Leaf, PerExampleLeaf
 from .scales import FLOOR
 
 
@@ -72,16 +72,10 @@ class RowScaleLeaf(ScaleLeaf, PerExampleLeaf):
         return outputs + groups if groups > 1 else outputs
 
     def noise(self, terms: Sequence[Term], start: int, length: int) -> Tensor:
-        scales = self.parameter.detach()
-        weighted = []
-        for step_terms in by_step(terms):
-            queries = torch.tensor([t.key.query for t in step_terms], device=scales.device)
-            coefficients = torch.tensor([t.coefficient for t in step_terms], dtype=torch.float32, device=scales.device)
-            weighted.append(self.coordinates(step_terms[0].key, queries, self._length) * coefficients[:, None])
-        z = torch.cat(weighted)
-        u, v = self._split(outer_sum(z, torch.ones_like(z[:, :1]))[:, 0])
+        z, coefficients = self.drawn(terms, self._length)
+        u, v = self._split(outer_sum(z, coefficients)[:, 0])
         total = u[:, None] if v is None else u[:, None] + v
-        return (total * scales).view(-1)[start : start + length]
+        return (total * self.parameter.detach()).view(-1)[start : start + length]
 
     def compute_each(
         self, x: Tensor, compute: Compute, bias: Tensor | None, key: Key, queries: Tensor, offsets: Tensor
