@@ -57,8 +57,16 @@ def test_plan_repeats_zeroth_order_methods() -> None:
     assert [s for m, s in plan(methods) if m.name == "zo"] == [0, 1, 2]
 
 
+def test_names_of_methods() -> None:
+    quick = PROFILES["quick"]
+    for given in ("reft, zo", ["reft", "zo"], "reft,zo,,reft"):
+        assert [m.name for m in select_methods(quick, given)] == ["reft", "zo"]
+    assert [m.name for m in select_methods(quick, "reft")] == ["reft"]
+    assert select_methods(quick, "") == quick.methods
+
+
 def test_unknown_method_and_seeds() -> None:
-    with pytest.raises(ValueError, match=r"unknown methods sgd; allowed: zero-shot, zo, "):
+    with pytest.raises(ValueError, match=r"`methods`: 'sgd' is unknown; allowed: zero-shot, zo, "):
         select_methods(PROFILES["quick"], ["zo", "sgd"])
     with pytest.raises(ValueError, match="`seeds` must be >= 1, got 0"):
         plan((), 0)
@@ -93,15 +101,16 @@ def command(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_shows_an_example() -> None:
-    shown = command("demo", "--help").stdout
-    assert "zolightning demo --profile quick" in " ".join(shown.split())
+    shown = " ".join(command("demo", "--help").stdout.split())
+    assert "zolightning demo --profile quick" in shown
+    assert ", ".join(m.name for m in PROFILES["quick"].methods) in shown.replace("- ", "-")
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
         (["--data", "no-such.csv"], "no-such.csv"),
-        (["--methods", '["sgd"]'], "unknown methods sgd"),
+        (["--methods", "zo,sgd"], "'sgd' is unknown"),
     ],
 )
 def test_bad_input_is_one_line(args: list[str], message: str) -> None:
@@ -119,7 +128,7 @@ def test_demo_on_a_local_model_and_file(tmp_path: Path) -> None:
     store, out = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "out"
     done = command(
         *("demo", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "reviews.csv"), "--offline", "true"),
-        *("--methods", '["zero-shot", "zo", "reft", "lora"]', "--store", store, "--out", str(out), "--threads", "1"),
+        *("--methods", "zero-shot,zo,reft,lora", "--store", store, "--out", str(out), "--threads", "1"),
     )
     assert done.returncode == 0, done.stderr
     assert "ZO (default recipe)" in done.stdout

@@ -19,6 +19,7 @@ from test_demo import PNG, command
 
 from zolightning import ZOStrategy
 from zolightning.bench.reference import ReferenceMeZO
+from zolightning.cli import main
 from zolightning.data import Example, PromptTemplate, encode, load_causal_lm
 from zolightning.demo.methods import Method
 from zolightning.demo.module import PromptClassifier, PromptData
@@ -194,8 +195,20 @@ def test_bad_input_is_refused(task: Task) -> None:
         target_accuracy([], "best")
     with pytest.raises(ValueError, match="give the budget of a run: one of `seconds` and `forwards`"):
         sweep(task=task)
-    assert [entry.method.name for entry in choose(None, ["adamw", "spsa"])] == ["spsa", "adamw"]
+    for names in (["adamw", "spsa"], "adamw, spsa"):
+        assert [entry.method.name for entry in choose(None, names)] == ["spsa", "adamw"]
     assert all(entry.method.name == name for name, entry in ENTRIES.items())
+
+
+def test_methods_on_the_command_line(task: Task, tmp_path: Path) -> None:
+    config = tmp_path / "task.yaml"
+    config.write_text(json.dumps({"task": asdict(task)}))
+    options = ["sweep", "--config", str(config), "--forwards", "1", "--report_only", "true", "--methods"]
+    with pytest.raises(SystemExit, match=r"'adam' is unknown; allowed: default, .*; did you mean adamw"):
+        main([*options, "lora,adam"])
+    for names in ("lora,adamw", "lora", "[lora, adamw]"):
+        with pytest.raises(SystemExit, match="no final run is finished"):
+            main([*options, names])
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)

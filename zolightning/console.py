@@ -1,11 +1,29 @@
-"""Commands talk to a person: progress and results go to standard output as they come."""
+"""What the commands share: the names that a person gives them, and the lines that they answer as they work."""
 
 from __future__ import annotations
 
+import difflib
 import sys
+from collections.abc import Collection, Sequence
 
 
 def say(line: str) -> None:
     """Print a line now."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
+
+
+def pick(names: Sequence[str] | str | None, known: Collection[str]) -> list[str]:
+    """The ``methods`` asked for, a list or names separated by commas, each once and in the order given.
+
+    Raises:
+        ValueError: a name that is not among the known ones.
+    """
+    asked = names.split(",") if isinstance(names, str) else names or ()
+    wanted = list(dict.fromkeys(name.strip() for name in asked if name.strip()))
+    for name in wanted:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"`methods`: {name!r} is unknown; allowed: {', '.join(known)}{hint}")
+    return wanted

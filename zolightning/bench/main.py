@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Literal
 
-from ..console import say
+from ..console import pick, say
 
 
 def bench(
@@ -91,12 +90,7 @@ def select_methods(names: list[str] | str | None, master: bool) -> list[str]:
     """
     from .methods import DEFAULT_METHODS, FORWARD, FORWARD_MASTER, METHODS
 
-    asked = names.split(",") if isinstance(names, str) else names or DEFAULT_METHODS
-    wanted = {name.strip() for name in asked if name.strip()}
-    for name in sorted(wanted - set(METHODS)):
-        close = difflib.get_close_matches(name, METHODS, 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"`methods`: {name!r} is unknown; allowed: {', '.join(METHODS)}{hint}")
+    wanted = set(pick(names, METHODS) or DEFAULT_METHODS)
     if FORWARD_MASTER.name in wanted and not master:
         raise ValueError(f"`methods`: {FORWARD_MASTER.name} is the forward on fp32 masters; it needs master=fp32")
     wanted |= {FORWARD.name, FORWARD_MASTER.name} if master else {FORWARD.name}

@@ -27,7 +27,7 @@ def demo(
     label: str = "label",
     template: str = "{text} It was",
     verbalizers: list[str] | None = None,
-    methods: list[str] | None = None,
+    methods: list[str] | str | None = None,
     seeds: int | None = None,
     precision: str = "32-true",
     max_length: int = 128,
@@ -49,7 +49,7 @@ def demo(
         label: column of the labels.
         template: the prompt; {text} stands for the text.
         verbalizers: the next word for each label, labels in sorted order; each must be one token.
-        methods: which to run: zero-shot, zo, spsa, mezo, adamw, checkpointed, lora. Default: all.
+        methods: names separated by commas: zero-shot, zo, reft, spsa, mezo, adamw, checkpointed, lora. Default: all.
         seeds: runs of each ZO method. Default: the profile's; 'full' runs the default recipe three times.
         precision: the Trainer's.
         max_length: longest prompt in tokens.

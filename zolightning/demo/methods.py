@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import SGD, AdamW
 
+from ..console import pick
 from ..peft import lora
 from ..recipes import RECIPES
 from ..strategy import ZOStrategy
@@ -140,12 +141,7 @@ PROFILES = {
 }
 
 
-def select_methods(profile: Profile, names: list[str] | None) -> tuple[Method, ...]:
+def select_methods(profile: Profile, names: list[str] | str | None) -> tuple[Method, ...]:
     """The profile's methods of those names; ValueError for an unknown one."""
-    if not names:
-        return profile.methods
     known = {m.name: m for m in profile.methods}
-    unknown = [n for n in names if n not in known]
-    if unknown:
-        raise ValueError(f"unknown methods {', '.join(unknown)}; allowed: {', '.join(known)}")
-    return tuple(known[n] for n in names)
+    return tuple(known[name] for name in pick(names, known) or known)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..console import pick
 from ..demo.methods import ADAMW, CHECKPOINTED, LORA, REFT, Method
 
 
@@ -59,7 +59,7 @@ ENTRIES = {
 """Ready-made entries, for ``--methods``."""
 
 
-def choose(entries: list[Entry] | None, methods: list[str] | None) -> list[Entry]:
+def choose(entries: list[Entry] | None, methods: list[str] | str | None) -> list[Entry]:
     """The entries of a sweep, or the ready-made ones, narrowed down to ``methods``.
 
     Raises:
@@ -68,9 +68,5 @@ def choose(entries: list[Entry] | None, methods: list[str] | None) -> list[Entry
     known = ENTRIES if entries is None else {entry.method.name: entry for entry in entries}
     if entries is not None and len(known) < len(entries):
         raise ValueError(f"each entry needs a method name of its own, got {[e.method.name for e in entries]}")
-    for name in methods or ():
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ValueError(f"`methods`: {name!r} is unknown; allowed: {', '.join(known)}{hint}")
-    return [entry for name, entry in known.items() if not methods or name in methods]
+    wanted = pick(methods, known) or known
+    return [entry for name, entry in known.items() if name in wanted]

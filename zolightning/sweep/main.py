@@ -17,7 +17,7 @@ _TASK = Task(experiment="zolightning-sweep", out="zolightning-sweep")
 
 def sweep(
     entries: list[Entry] | None = None,
-    methods: list[str] | None = None,
+    methods: list[str] | str | None = None,
     seconds: float | None = None,
     forwards: int | None = None,
     clock: Clock = "wall",
@@ -28,7 +28,7 @@ def sweep(
     task: Task = _TASK,
     report_only: bool = False,
 ) -> None:
-    """Methods × learning rates × seeds at equal budgets. Example: zolightning sweep --seconds 300 --methods '[default, adamw]'
+    """Methods × learning rates × seeds at equal budgets. Example: zolightning sweep --seconds 300 --methods default,adamw
 
     Each run has a process of its own and leaves a file; the same command again does what is not done yet. A sweep of your
     own is a file: ``zolightning sweep --config examples/sweep/ranking.yaml``.
@@ -36,7 +36,7 @@ def sweep(
     Args:
         entries: what is compared, in a file. Default: default, reft, spsa, spsa-all, mezo, mezo-published, adamw,
             checkpointed, lora.
-        methods: names of the entries to run now. Default: all.
+        methods: names of the entries to run now, separated by commas. Default: all.
         seconds: training seconds of a run; validation and logging are not counted.
         forwards: instead of seconds, forward passes of a run.
         clock: of the seconds. cpu: CPU time of all threads, fair where other programs share the machine.
