@@ -22,6 +22,8 @@ LAYERS = [
     {"step", "objective", "config", "mixin", "rates", "ledger"},
     {"recipes", "one_device", "ledger_io", "search"},
     {"run_ledger"},
+    {"fit_strategy"},
+    {"resumable"},
     {"strategy"},
 ]
 """The core, lowest first: a file imports from lower layers only, and what is not listed stands above all of them."""
@@ -31,6 +33,8 @@ LIGHTNING = {
     "one_device",
     "ledger_io",
     "run_ledger",
+    "fit_strategy",
+    "resumable",
     "strategy",
     "monitor",
     "cli",
