@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_model, save_model
 
@@ -62,7 +61,7 @@ class Quantized(Method):
         if self.after is not None and self.weights is not None:
             load_model(model, self.weights)
         if self.kind is not None:
-            quantize(model, self.kind)  # type: ignore[arg-type]
+            quantize(model, self.kind, backprop=self.recipe is None)  # type: ignore[arg-type]
         if self.bits is not None:
             fake_quantize(model, self.bits)
             if self.recipe != "zeroqat":
@@ -70,10 +69,6 @@ class Quantized(Method):
         if self.lora:
             config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
             model = inject_adapter_in_model(config, model)
-        if self.recipe is None:
-            for layer in model.modules():
-                if isinstance(layer, Linear4bit):  # an evaluation would repack it, and gradients do not come through that
-                    layer.support_avx512bf16_for_cpu = False
         return model if self.steps else self.finish(model)
 
     def finish(self, model: torch.nn.Module) -> torch.nn.Module:

@@ -128,6 +128,32 @@ def test_lora_on_a_quantised_base(strategy: str, kind: Any) -> None:
     assert moved == {name for name in before if "lora_" in name}
 
 
+@pytest.mark.parametrize(("kind", "settings"), KINDS, ids=str)
+def test_gradients_come_through_after_an_evaluation(kind: Any, settings: dict[str, Any]) -> None:
+    def layer() -> Any:
+        torch.manual_seed(3)
+        return quantize(nn.Linear(64, 32), kind, backprop=True, **settings)
+
+    x = torch.randn(2, 64, requires_grad=True)
+    (expected,) = torch.autograd.grad(layer()(x).sum(), x)
+    evaluated = layer().eval()
+    evaluated(x.detach())
+    (gradient,) = torch.autograd.grad(evaluated.train()(x).sum(), x)
+    assert torch.equal(gradient, expected)
+    weight = evaluated(torch.eye(64)).detach() - evaluated.bias  # one row an input
+    torch.testing.assert_close(gradient, weight.sum(1).expand(2, 64), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.skipif(not bnb.functional.has_avx512bf16(), reason="bitsandbytes repacks on CPUs with AVX512-BF16 only")
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered:UserWarning")
+def test_why_backprop_has_to_be_said() -> None:
+    layer: Any = quantize(nn.Linear(64, 32, bias=False))
+    x = torch.randn(2, 64, requires_grad=True)
+    layer.eval()(x.detach())
+    layer.train()(x).sum().backward()
+    assert x.grad is None  # else the argument can go
+
+
 @pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "fp4"])
 def test_lightning_s_precision_plugin(mode: Any) -> None:
     """Lightning allows it on CUDA only, which this goes around: the layers are quantised when the strategy moves them."""

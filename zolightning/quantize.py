@@ -23,6 +23,7 @@ def quantize(
     skip: Sequence[str] = ("lm_head",),
     double: bool = False,
     compute_dtype: torch.dtype | None = None,
+    backprop: bool = False,
 ) -> nn.Module:
     """Replace linear layers by bitsandbytes' quantised ones, in place, one at a time.
 
@@ -36,6 +37,9 @@ def quantize(
             to the embedding) always are.
         double: quantise the scales too ('nf4', 'fp4'), 0.4 bits less a weight; training them undoes it.
         compute_dtype: dtype of the products at 4 bits; None: the weight's.
+        backprop: keep the layers ones that gradients come through, for adapters trained by backprop (QLoRA). On CPUs with
+            AVX512-BF16 a 4-bit layer repacks its codes at its first forward in eval mode; it is faster then, but no gradient
+            comes through any more, and no error says so. Not kept by a saved model: it is for the layers made here.
 
     Returns:
         The module, or its replacement where it is itself a linear layer.
@@ -72,7 +76,7 @@ def quantize(
                 "it to `quantize(skip=...)`, or use 'int8' or CUDA"
             )
     for name in list(found):
-        new = _quantized(bnb, found.pop(name), kind, double, compute_dtype)
+        new = _quantized(bnb, found.pop(name), kind, double, compute_dtype, backprop)
         if not name:
             return new
         module.set_submodule(name, new)
@@ -97,7 +101,7 @@ def _skipped(name: str, skip: Sequence[str]) -> bool:
     return any(f".{part}." in f".{name}." for part in skip)
 
 
-def _quantized(bnb: Any, layer: Any, kind: Kind, double: bool, compute_dtype: torch.dtype | None) -> nn.Module:
+def _quantized(bnb: Any, layer: Any, kind: Kind, double: bool, compute_dtype: torch.dtype | None, backprop: bool) -> nn.Module:
     weight = layer.weight.data
     if not isinstance(layer, nn.Linear):
         weight = weight.T.contiguous()  # Conv1D's is (in, out)
@@ -109,6 +113,7 @@ def _quantized(bnb: Any, layer: Any, kind: Kind, double: bool, compute_dtype: to
         new = bnb.nn.Linear4bit(inputs, outputs, bias, compute_dtype or weight.dtype, double, kind, device="meta")
         codes = bnb.nn.Params4bit(weight, requires_grad=False, compress_statistics=double, quant_type=kind, module=new)
         new.weight = codes.to(device)
+        new.support_avx512bf16_for_cpu &= not backprop
     new.bias = layer.bias
     return new.train(layer.training)  # type: ignore[no-any-return]
 
