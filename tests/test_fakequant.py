@@ -12,8 +12,10 @@ import torch
 from helpers import PLAIN, Task, assert_same, batches, fit, lm_loss, mlp, mse, tiny_causal_lm, token_batches, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from zolightning import ZOStrategy
 from zolightning.fakequant import (
@@ -165,6 +167,25 @@ def test_weights_that_are_not_rounded_at_8_bits_are_near() -> None:
     assert errors == sorted(errors)
     assert errors[0] < 0.01
     assert errors[-1] > 0.2
+
+
+@pytest.mark.parametrize("rows", [1, 700, 1024])
+@torch.no_grad()
+def test_rounding_by_blocks_of_rows(rows: int) -> None:
+    """The same bits as all at once, and float32 copies of a few rows at a time."""
+    layer: Any = shaken(fake_quantize(nn.Sequential(nn.Linear(512, rows)).bfloat16(), 3))[0]  # type: ignore[index]
+    expected = layer.quantizer.grid(layer.weight).values().flatten(1).bfloat16()
+    sizes: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.dtype == torch.float32)
+            return out
+
+    with Sizes():
+        assert torch.equal(layer.quantizer(layer.weight), expected)
+    assert max(sizes) <= 1 << 18
 
 
 def test_light_variant() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .space import Select, compute_with, select
 
 _LEAST_FACTOR, _LEAST_SCALE = 0.05, 1e-8
+_BLOCK = 1 << 18  # weights rounded at once: float32 copies of a whole matrix break up a CPU allocator's memory
 
 
 class Grid(NamedTuple):
@@ -73,12 +74,19 @@ class FakeQuantWeight(nn.Module):
 
     def grid(self, weight: Tensor) -> Grid:
         """The weight's grid, of shape (out, groups, size)."""
-        smoothed = weight.to(torch.float32) * _factor(self.smooth)  # reads the weight once: each read builds a probe's
-        groups = smoothed.view(len(smoothed), -1, self.size)
-        return quantize_to_grid(groups, self.bits, _factor(self.lower), _factor(self.upper))
+        return self._grid(weight, _factor(self.smooth), _factor(self.lower), _factor(self.upper))
+
+    def _grid(self, weight: Tensor, smooth: Tensor, lower: Tensor, upper: Tensor) -> Grid:
+        smoothed = weight.to(torch.float32) * smooth
+        return quantize_to_grid(smoothed.view(len(smoothed), -1, self.size), self.bits, lower, upper)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return self.grid(weight).values().flatten(1).to(weight.dtype)
+        smooth, lower, upper = _factor(self.smooth), _factor(self.lower), _factor(self.upper)  # each read builds a probe's
+        out, rows = torch.empty_like(weight), max(1, _BLOCK // weight.shape[1])
+        for first in range(0, len(weight), rows):
+            now = slice(first, first + rows)
+            out[now] = self._grid(weight[now], smooth, lower[now], upper[now]).values().flatten(1)
+        return out
 
 
 class FakeQuantInput(nn.Module):
