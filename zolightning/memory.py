@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import sys
@@ -49,11 +50,19 @@ def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}.values())
 
 
+def _give_back() -> None:
+    """Let the C allocator return freed memory to the system, where it can (glibc)."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 class MemoryMeter:
     """Peak memory of training: the allocator's on CUDA, elsewhere this process's resident memory.
 
     Resident memory counts the interpreter and its libraries too. They are what was resident at the start beyond the
-    module's own weights, and are subtracted, so that the figure stands beside an allocator's.
+    module's own weights, and are subtracted, so that the figure stands beside an allocator's. What was freed before, as the
+    weights of a model that has been quantised, is given back first: training would live in it unseen.
 
     Args:
         module: the module on its device, before the first step.
@@ -67,6 +76,7 @@ class MemoryMeter:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         else:
+            _give_back()
             self._libraries = max(0, rss() - self.weights)
             with contextlib.suppress(OSError):
                 _CLEAR_REFS.write_text("5")  # Linux: the high-water mark starts again from here
