@@ -40,7 +40,7 @@ needs_native = pytest.mark.skipif(bool(reason := unavailable()), reason=reason)
 
 
 @pytest.fixture
-def library() -> native.Library:
+def library() -> native.NativeLibrary:
     found = rungs.library()
     assert found is not None
     return found
@@ -102,6 +102,18 @@ class TestSameBits:
         assert same_bits(mine, expected)
         noise.perturb(w, w, dist, terms, leaf, start)  # in place
         assert source != out or same_bits(w, expected)
+
+    @settings(max_examples=40, deadline=None)
+    @given(distributions, keys, st.floats(-4, 4, width=32), starts, lengths, floats, floats)
+    def test_perturb_both(
+        self, dist: Distribution, key: Key, offset: float, start: int, length: int, source: torch.dtype, out: torch.dtype
+    ) -> None:
+        w = specimen(source, length)
+        plus, minus, expected = torch.empty(3, length, dtype=out)
+        noise.perturb_both(plus, minus, w, dist, Term(key, offset), 7, start)
+        for mine, side in ((plus, offset), (minus, -offset)):
+            reference.perturb(expected, w, dist, [Term(key, side)], 7, start)
+            assert same_bits(mine, expected)
 
     @settings(max_examples=40, deadline=None)
     @given(distributions, terms, leaves, st.lists(st.integers(0, 19), max_size=9), st.integers(1, 130), floats, floats)
@@ -196,7 +208,7 @@ def test_narrower_vectors(machine: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @needs_native
-def test_one_openmp_runtime(library: native.Library) -> None:
+def test_one_openmp_runtime(library: native.NativeLibrary) -> None:
     """The threads are torch's own: no second pool spins beside it."""
     maps = Path("/proc/self/maps")
     if not maps.exists():
@@ -215,7 +227,7 @@ def test_one_openmp_runtime(library: native.Library) -> None:
 
 
 @needs_native
-def test_tensors_the_library_cannot_take(library: native.Library) -> None:
+def test_tensors_the_library_cannot_take(library: native.NativeLibrary) -> None:
     class Odd(Tensor):
         pass
 

@@ -7,7 +7,6 @@ Each runs on the fastest rung that can take the tensors (see :mod:`zolightning.n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,18 +15,15 @@ from torch.nn import Parameter
 from ..types import Key, Term
 from . import reference, rungs
 from .distributions import Distribution
-from .native import DTYPES, Library
-
-if TYPE_CHECKING:
-    from .triton_kernels import TritonLibrary
+from .library import Library
 
 
 def noise_sum(dist: Distribution, terms: Sequence[Term], leaf: int, start: int, length: int, device: torch.device) -> Tensor:
     """Σ_k c_k z_k over elements ``start … start + length``: float32 of shape (length,), summed in the terms' order."""
-    library = rungs.library() if device.type == "cpu" else None
+    library = rungs.library_on(device)
     if library is None or dist.native is None:
         return reference.noise_sum(dist, terms, leaf, start, length, device)
-    return library.noise(dist.native, terms, leaf, torch.tensor([start]), length)[0]
+    return library.noise(dist.native, terms, leaf, torch.full((1,), start, device=device), length)[0]
 
 
 def perturb(out: Tensor, source: Tensor, dist: Distribution, terms: Sequence[Term], leaf: int, start: int = 0) -> None:
@@ -48,6 +44,28 @@ def perturb(out: Tensor, source: Tensor, dist: Distribution, terms: Sequence[Ter
         reference.perturb(out, source, dist, terms, leaf, start)
     else:
         library.perturb(out, source, dist.native, terms, leaf, start)
+
+
+def perturb_both(
+    plus: Tensor, minus: Tensor, source: Tensor, dist: Distribution, term: Term, leaf: int, start: int = 0
+) -> None:
+    """``plus = source + c z`` and ``minus = source - c z``: two calls of :func:`perturb` that make the noise once.
+
+    Args:
+        plus: any dtype, the source's shape; not the source itself.
+        minus: likewise, of the same dtype.
+        source: the weights.
+        dist: the distribution of the direction.
+        term: the direction and how far to go along it, either way.
+        leaf: the leaf's index.
+        start: index of the source's first element in the leaf.
+    """
+    library = _library_for(plus, minus, source)
+    if library is None or dist.native is None:
+        for out, side in ((plus, 1.0), (minus, -1.0)):
+            perturb(out, source, dist, [Term(term.key, side * term.coefficient)], leaf, start)
+    else:
+        library.perturb_both(plus, minus, source, dist.native, term, leaf, start)
 
 
 def perturb_rows(out: Tensor, source: Tensor, dist: Distribution, terms: Sequence[Term], leaf: int, rows: Tensor) -> None:
@@ -122,7 +140,7 @@ def sgd_(
     """
     library = _library_for(target)
     if library is None or dist.native is None or not library.updates(target.dtype):
-        reference.sgd_(target, dist, terms, leaf, start, lr, weight_decay, key)
+        reference.sgd_(target, dist, terms, leaf, start, lr, weight_decay, key, noise_sum)
     else:
         library.sgd_(target, dist.native, terms, leaf, start, lr, weight_decay, key)
 
@@ -153,10 +171,10 @@ def keep_large_(out: Tensor, stored: Tensor, limit: float) -> None:
     if out.shape != stored.shape:
         raise ValueError(f"keep_large_: out is {tuple(out.shape)}, stored is {tuple(stored.shape)}")
     library = _library_for(out, stored)
-    if isinstance(library, Library):
-        library.keep_large_(out, stored, limit)
-    else:
+    if library is None:
         reference.keep_large_(out, stored, limit)
+    else:
+        library.keep_large_(out, stored, limit)
 
 
 def mixed_sum(words: Tensor, first: int = 0) -> int:
@@ -166,20 +184,17 @@ def mixed_sum(words: Tensor, first: int = 0) -> int:
         words: int64 of shape (n,), contiguous.
         first: number of the first word, >= 0.
     """
-    library = rungs.library() if words.device.type == "cpu" else None
+    library = rungs.library_on(words.device)
     return reference.mixed_sum(words, first) if library is None else library.mixed_sum(words, first)
 
 
-def _library_for(*tensors: Tensor) -> Library | TritonLibrary | None:
-    """The native kernels for plain contiguous tensors in main memory, Triton's for such on one GPU, or None."""
-    if tensors[0].is_cuda:
-        on_gpu = rungs.gpu_library(tensors[0].device)
-        together = all(t.device == tensors[0].device and type(t) in (Tensor, Parameter) for t in tensors)
-        return on_gpu if on_gpu is not None and together and all(map(on_gpu.takes, tensors)) else None
-    library = rungs.library()
+def _library_for(*tensors: Tensor) -> Library | None:
+    """The rung of plain tensors of one device that it takes, or None."""
+    device = tensors[0].device
+    library = rungs.library_on(device)
     if library is None:
         return None
     for t in tensors:
-        if t.device.type != "cpu" or type(t) not in (Tensor, Parameter) or t.dtype not in DTYPES or not t.is_contiguous():
+        if t.device != device or type(t) not in (Tensor, Parameter) or not library.takes(t):
             return None
     return library

@@ -338,6 +338,7 @@ struct Signs { // z of Rademacher noise, from its bits
     const u16* masks;
     __m512 plus, minus;
     __m512 operator()(i64 i) const { return _mm512_mask_blend_ps(masks[i / 16], plus, minus); }
+    Signs operator-() const { return {masks, minus, plus}; }
 };
 
 struct Sums { // z that lies in a tile
@@ -432,6 +433,35 @@ void perturb(const Noise& noise, i64 start, const i64* rows, i64 n, i64 width, c
         if (!i) i = add_wide(in, Sums{z}, count, to);
         ELEMENTWISE
         for (i64 j = i; j < count; ++j) to[j] = convert<Out>(Work(in[j]) + Work(z[j]));
+    });
+}
+
+// plus = source + c z, minus = source - c z
+template <class In, class Out>
+void perturb_both(const Noise& noise, i64 start, i64 length, const In* source, Out* plus, Out* minus, int threads) {
+    using Work = typename Working<In>::type;
+    sweep(1, length, threads, [&](i64) { return start; }, [&](i64, i64 column, i64 begin, i64 end) {
+        const In* in = source + column;
+        Out *up = plus + column, *down = minus + column;
+        const i64 count = end - begin;
+        prefetch(in);
+        const i64 done = on_signs(noise, begin, [&](const auto& z) {
+            add_wide(in, z, count, up);
+            return add_wide(in, -z, count, down);
+        });
+        if (done == count) return;
+        alignas(64) float tile[TILE];
+        noise(begin + done, end, tile);
+        float* z = tile + begin % TILE;
+        const auto rest = [&](Out* to) {
+            const i64 i = done ? done : add_wide(in, Sums{z}, count, to);
+            ELEMENTWISE
+            for (i64 j = i; j < count; ++j) to[j] = convert<Out>(Work(in[j]) + Work(z[j]));
+        };
+        rest(up);
+        ELEMENTWISE
+        for (i64 j = done; j < count; ++j) z[j] = -z[j];
+        rest(down);
     });
 }
 
@@ -570,6 +600,19 @@ void zol_perturb(int kind, const Term* terms, i64 count, u32 leaf, i64 start, co
         dispatch(out_type, [&](auto* to) {
             perturb(noise, start, rows, n_rows, width, static_cast<decltype(in)>(const_cast<void*>(source)),
                     static_cast<decltype(to)>(out), threads);
+        });
+    });
+}
+
+// plus, minus = source +- c z, over one run
+void zol_perturb_both(int kind, const Term* terms, i64 count, u32 leaf, i64 start, i64 length, int source_type,
+                      const void* source, int out_type, void* plus, void* minus, int threads) {
+    const Noise noise{kind, terms, count, leaf};
+    dispatch(source_type, [&](auto* in) {
+        dispatch(out_type, [&](auto* to) {
+            using Out = decltype(to);
+            perturb_both(noise, start, length, static_cast<decltype(in)>(const_cast<void*>(source)),
+                         static_cast<Out>(plus), static_cast<Out>(minus), threads);
         });
     });
 }

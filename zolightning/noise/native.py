@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..cache import cache_dir, private
 from ..types import Key, Term
+from .library import Library
 from .philox import philox_key, rounding_query
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # the codes of native.cpp
@@ -42,6 +43,7 @@ _SIGNATURES = {
     "zol_set_parallel": (_P,),
     "zol_noise": (*_NOISE, _P, _P, _I64, _I64, _P, _I32),
     "zol_perturb": (*_NOISE, _I64, _P, _I64, _I64, _I32, _P, _I32, _P, _I32),
+    "zol_perturb_both": (*_NOISE, _I64, _I64, _I32, _P, _I32, _P, _P, _I32),
     "zol_round": (_U32, _U32, _U32, _U32, _I64, _I64, _P, _I32, _P, _I32),
     "zol_sgd": (*_NOISE, _U32, _U32, _U32, _I64, _I64, _F64, _F64, _I32, _I32, _P, _I32),
     "zol_outer_sum": (_P, _P, _I64, _I64, _I64, _P, _I32),
@@ -50,8 +52,8 @@ _SIGNATURES = {
 }
 
 
-class Library:
-    """The functions of native.cpp on contiguous tensors in main memory; :mod:`.kernels` says what each computes.
+class NativeLibrary(Library):
+    """The functions of native.cpp on contiguous tensors in main memory.
 
     Args:
         path: the shared library.
@@ -71,6 +73,15 @@ class Library:
         self.fused: bool | None = None
         self.description = path.name if region else f"{path.name}, one thread: torch brings no OpenMP"
 
+    def takes(self, tensor: Tensor) -> bool:
+        return tensor.dtype in DTYPES and tensor.is_contiguous()
+
+    def rounds(self, dtype: torch.dtype) -> bool:
+        return dtype in (torch.bfloat16, torch.float16)
+
+    def updates(self, dtype: torch.dtype) -> bool:
+        return self.fused is not None or dtype in (torch.bfloat16, torch.float16)
+
     def noise(
         self, kind: int, terms: Sequence[Term], leaf: int, starts: Tensor, length: int, queries: Tensor | None = None
     ) -> Tensor:
@@ -85,6 +96,12 @@ class Library:
 
     def perturb(self, out: Tensor, source: Tensor, kind: int, terms: Sequence[Term], leaf: int, start: int) -> None:
         self._perturb(out, source, kind, terms, leaf, start, None, 1, source.numel())
+
+    def perturb_both(self, plus: Tensor, minus: Tensor, source: Tensor, kind: int, term: Term, leaf: int, start: int) -> None:
+        data = (DTYPES[source.dtype], source.data_ptr(), DTYPES[plus.dtype], plus.data_ptr(), minus.data_ptr())
+        self._c.zol_perturb_both(*_noise(kind, [term], leaf), start, source.numel(), *data, torch.get_num_threads())
+        _touch(plus)
+        _touch(minus)
 
     def perturb_rows(self, out: Tensor, source: Tensor, kind: int, terms: Sequence[Term], leaf: int, rows: Tensor) -> None:
         rows = rows.to(torch.int64).contiguous()
@@ -112,24 +129,8 @@ class Library:
         self._c.zol_round(*stream, start, target.numel(), *data, torch.get_num_threads())
         _touch(target)
 
-    def rounds(self, dtype: torch.dtype) -> bool:
-        """Whether :meth:`stochastic_round_` takes targets of this type."""
-        return dtype in (torch.bfloat16, torch.float16)
-
-    def updates(self, dtype: torch.dtype) -> bool:
-        """Whether :meth:`sgd_` takes weights of this type."""
-        return self.fused is not None or dtype in (torch.bfloat16, torch.float16)
-
     def sgd_(
-        self,
-        target: Tensor,
-        kind: int,
-        terms: Sequence[Term],
-        leaf: int,
-        start: int,
-        lr: float,
-        weight_decay: float,
-        key: Key,
+        self, target: Tensor, kind: int, terms: Sequence[Term], leaf: int, start: int, lr: float, weight_decay: float, key: Key
     ) -> None:
         rounding = (*philox_key(key), rounding_query(key))
         rule = (lr, weight_decay, bool(self.fused))
@@ -184,7 +185,7 @@ def _parallel_region() -> int | None:
     return None
 
 
-def load(verify: Callable[[Library], str], extra_flags: Sequence[str] = ()) -> Library:
+def load(verify: Callable[[NativeLibrary], str], extra_flags: Sequence[str] = ()) -> NativeLibrary:
     """The native library, from the cache if it is there, built if not.
 
     Args:
@@ -215,9 +216,9 @@ def load(verify: Callable[[Library], str], extra_flags: Sequence[str] = ()) -> L
             shutil.rmtree(directory, ignore_errors=True)
 
 
-def _verified(path: Path, verify: Callable[[Library], str]) -> Library:
+def _verified(path: Path, verify: Callable[[NativeLibrary], str]) -> NativeLibrary:
     try:
-        library = Library(path)
+        library = NativeLibrary(path)
     except (OSError, AttributeError) as error:
         raise NativeUnavailableError(f"{path.name} does not load: {error}") from error
     if wrong := verify(library):

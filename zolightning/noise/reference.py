@@ -6,7 +6,7 @@ row-major order whatever the memory layout. Chunks only bound the temporaries: t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ from torch import Tensor
 from ..types import Key, Term
 from .distributions import Distribution, elements, rounding_bits, run
 
-CHUNK = 1 << 18
+CHUNK = 1 << 18  # elements
+_DEVICE_CHUNK = 1 << 22  # where it is the kernel launches that take time
+NoiseSum = Callable[[Distribution, Sequence[Term], int, int, int, torch.device], Tensor]
 _LARGEST = {torch.bfloat16: 0x7F7F0000, torch.float16: 0x477FE000}  # the largest finite numbers, as bits of a float32
 
 
@@ -33,7 +35,8 @@ def _slices(*tensors: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
     """:func:`pieces` of tensors of one shape, cut alike."""
     flat = tuple(t.view(-1) for t in tensors) if all(t.is_contiguous() for t in tensors) else tensors
     width = flat[0][0].numel() if flat[0].numel() else 1
-    rows = max(1, CHUNK // max(1, width))
+    chunk = CHUNK if flat[0].device.type == "cpu" else _DEVICE_CHUNK
+    rows = max(1, chunk // max(1, width))
     for row in range(0, flat[0].shape[0], rows):
         yield row * width, tuple(t[row : row + rows] for t in flat)
 
@@ -41,7 +44,7 @@ def _slices(*tensors: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
 def noise_sum(dist: Distribution, terms: Sequence[Term], leaf: int, start: int, length: int, device: torch.device) -> Tensor:
     """Σ_k c_k z_k over elements ``start … start + length``: float32 of shape (length,), summed in the terms' order."""
     total = torch.zeros(length, dtype=torch.float32, device=device)
-    for at in range(0, length, CHUNK):
+    for at in range(0, length, CHUNK):  # several int64 temporaries an element of it
         piece = total[at : at + CHUNK]
         for k, (key, coefficient) in enumerate(terms):
             z = run(dist, key, leaf, start + at, piece.numel(), device, key.query)
@@ -106,11 +109,12 @@ def sgd_(
     lr: float,
     weight_decay: float,
     key: Key,
+    noise: NoiseSum = noise_sum,
 ) -> None:
     """``w -= lr * (Σ_k c_k z_k + weight_decay * w)``, by the very operations of ``torch.optim.SGD`` in float32, float64."""
     wide = target.dtype not in _LARGEST
     for offset, (w,) in _slices(target):
-        d = noise_sum(dist, terms, leaf, start + offset, w.numel(), w.device).view(w.shape)
+        d = noise(dist, terms, leaf, start + offset, w.numel(), w.device).view(w.shape)
         if wide:
             d = d.to(w.dtype)
             w.add_(d.add(w, alpha=weight_decay) if weight_decay else d, alpha=-lr)
@@ -140,7 +144,7 @@ _STEP, _FIRST, _SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644EC
 
 def mixed_sum(words: Tensor, first: int) -> int:
     """Σ_i mix(word_i ^ (first + i)·STEP) modulo 2^64, in integer arithmetic that wraps, which every device does alike."""
-    chunk = CHUNK if words.device.type == "cpu" else 1 << 24  # where it is the kernel launches that take time
+    chunk = CHUNK if words.device.type == "cpu" else 1 << 24
     total = torch.zeros((), dtype=torch.int64, device=words.device)
     places = torch.arange(min(chunk, words.numel()), device=words.device) * _STEP
     for start in range(0, words.numel(), chunk):

@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from typing import TYPE_CHECKING, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
 
-from .native import Library, NativeUnavailableError, load
-
-if TYPE_CHECKING:
-    from .triton_kernels import TritonLibrary
+from .library import Library
+from .native import NativeLibrary, NativeUnavailableError, load
 
 Rung = Literal["torch", "native", "triton"]
 Mode = Literal["auto", "native", "torch"]
@@ -21,12 +19,19 @@ ENV = "ZOLIGHTNING_KERNELS"
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
 _settled = False
-_library: Library | None = None
+_library: NativeLibrary | None = None
 _mode: Mode = "auto"
-_on_gpu: dict[torch.device, TritonLibrary | None] = {}
+_on_gpu: dict[torch.device, Library | None] = {}
 
 
-def library() -> Library | None:
+def library_on(device: torch.device) -> Library | None:
+    """The kernels for tensors there, or None on the torch rung."""
+    if device.type == "cpu":
+        return library()
+    return gpu_library(device) if device.type == "cuda" else None
+
+
+def library() -> NativeLibrary | None:
     """The native kernels, built and tested on the first call, or None on the torch rung."""
     if not _settled:
         with _lock:
@@ -35,7 +40,7 @@ def library() -> Library | None:
     return _library
 
 
-def gpu_library(device: torch.device) -> TritonLibrary | None:
+def gpu_library(device: torch.device) -> Library | None:
     """Triton's kernels, compiled and tested on this GPU on the first call, or None on the torch rung."""
     library()  # settles the mode
     if device not in _on_gpu:
@@ -45,7 +50,7 @@ def gpu_library(device: torch.device) -> TritonLibrary | None:
     return _on_gpu[device]
 
 
-def _try_triton(device: torch.device) -> TritonLibrary | None:
+def _try_triton(device: torch.device) -> Library | None:
     from .selftest import verify_triton
 
     try:
@@ -64,9 +69,10 @@ def _try_triton(device: torch.device) -> TritonLibrary | None:
 
 def active_rung(device: torch.device | None = None) -> Rung:
     """The rung that takes contiguous tensors there, in main memory if no device is given; others are for ``torch``."""
-    if device is not None and device.type == "cuda":
-        return "torch" if gpu_library(device) is None else "triton"
-    return "torch" if (device is not None and device.type != "cpu") or library() is None else "native"
+    device = device or torch.device("cpu")
+    if library_on(device) is None:
+        return "torch"
+    return "native" if device.type == "cpu" else "triton"
 
 
 def set_rung(mode: Mode) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,10 +10,8 @@ from torch import Tensor
 from ..types import Key, Term
 from . import reference
 from .distributions import Distribution, Gaussian, Rademacher, elements
-from .native import DTYPES, Library
-
-if TYPE_CHECKING:
-    from .triton_kernels import TritonLibrary
+from .library import Library
+from .native import DTYPES, NativeLibrary
 
 _KEY = Key(seed=0x5EED, step=7, query=2)
 _TERMS = (Term(_KEY, 1e-2), Term(Key(1, 2, 3), -0.37), Term(Key(2**63, 2**40, 0), 3.0))
@@ -23,7 +20,7 @@ _LENGTH = 2 * 1024 + 77
 _START = (1 << 35) + 1000  # beyond 32-bit block numbers even of Rademacher noise, and in the middle of a block
 
 
-def verify(library: Library) -> str:
+def verify(library: NativeLibrary) -> str:
     """What differs, or nothing. Settles how the library's wide updates round, too."""
     for dist in (Rademacher(), Gaussian()):
         for name, check in _checks(library, dist).items():
@@ -32,7 +29,7 @@ def verify(library: Library) -> str:
     return ""
 
 
-def verify_triton(library: TritonLibrary, device: torch.device) -> str:
+def verify_triton(library: Library, device: torch.device) -> str:
     """What differs between Triton's kernels and torch's on this device, or nothing."""
     narrow, wide = (specimens(dtype).to(device) for dtype in (torch.bfloat16, torch.float32))
     for dist in (Rademacher(), Gaussian()):
@@ -44,6 +41,15 @@ def verify_triton(library: TritonLibrary, device: torch.device) -> str:
                 reference.perturb(expected, source, dist, _TERMS, _LEAF, _START)
                 if not same_bits(ours, expected):
                     return f"the perturbation of {source.dtype} into {dtype} by {dist.name} noise differs from the reference"
+                if not _perturbs_both(library, source, dtype, dist):
+                    return f"{source.dtype} moved both ways into {dtype} by {dist.name} noise differs from the reference"
+        starts, queries = torch.tensor([[0, 5, _START], [1, 0, 2**31 - 1]], device=device)
+        ours = library.noise(dist.native, [Term(_KEY, 1.0)], _LEAF, starts, _LENGTH, queries)
+        if not same_bits(ours, elements(dist, _KEY, _LEAF, starts, _LENGTH, queries[:, None])):
+            return f"the sample of {dist.name} noise differs from the reference"
+        ours = library.noise(dist.native, _TERMS, _LEAF, starts[2:], _LENGTH)[0]
+        if not same_bits(ours, reference.noise_sum(dist, _TERMS, _LEAF, _START, _LENGTH, device)):
+            return f"the sum of {dist.name} noise differs from the reference"
         table, rows = wide[: 90 * 22].view(90, 22), torch.arange(0, 90, 7, device=device).flip(0)
         ours, expected = torch.empty(2, len(rows), 22, dtype=torch.float32, device=device)
         library.perturb_rows(ours, table, dist.native, _TERMS, _LEAF, rows)
@@ -61,8 +67,26 @@ def verify_triton(library: TritonLibrary, device: torch.device) -> str:
     reference.stochastic_round_(expected, wide, _KEY, _LEAF, _START)
     if not same_bits(ours, expected):
         return "stochastic rounding differs from the reference"
+    for source in (narrow, wide):
+        ours, expected = torch.ones(2, _LENGTH, dtype=torch.bfloat16, device=device)
+        library.keep_large_(ours, source, 0.5)
+        reference.keep_large_(expected, source, 0.5)
+        if not same_bits(ours, expected):
+            return "what is kept differs from the reference"
     a, b = wide[: 3 * 37].view(3, 37), torch.linspace(-1, 1, 3 * 301, dtype=torch.float32, device=device).view(3, 301)
     return "" if same_bits(library.outer_sum(a, b), reference.outer_sum(a, b)) else "the outer sum differs from the reference"
+
+
+def _perturbs_both(library: Library, source: Tensor, dtype: torch.dtype, dist: Distribution) -> bool:
+    """Each way as a perturbation by itself."""
+    assert dist.native is not None
+    plus, minus, expected = torch.empty(3, _LENGTH, dtype=dtype, device=source.device)
+    library.perturb_both(plus, minus, source, dist.native, Term(_KEY, 0.37), _LEAF, _START)
+    agree = True
+    for ours, side in ((plus, 0.37), (minus, -0.37)):
+        reference.perturb(expected, source, dist, [Term(_KEY, side)], _LEAF, _START)
+        agree &= same_bits(ours, expected)
+    return agree
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -80,7 +104,7 @@ def specimens(dtype: torch.dtype) -> Tensor:
     return values.to(dtype)
 
 
-def _checks(library: Library, dist: Distribution) -> dict[str, Callable[[], bool]]:
+def _checks(library: NativeLibrary, dist: Distribution) -> dict[str, Callable[[], bool]]:
     kind = dist.native
     assert kind is not None
 
@@ -97,7 +121,7 @@ def _checks(library: Library, dist: Distribution) -> dict[str, Callable[[], bool
                 native, expected = torch.empty(2, _LENGTH, dtype=dtype)
                 library.perturb(native, source, kind, _TERMS, _LEAF, _START)
                 reference.perturb(expected, source, dist, _TERMS, _LEAF, _START)
-                agree &= same_bits(native, expected)
+                agree &= same_bits(native, expected) and _perturbs_both(library, source, dtype, dist)
         return agree
 
     def perturb_rows() -> bool:

@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..types import Key, Term
+from . import reference
+from .library import Library
 from .philox import philox_key, rounding_query
 
 BLOCK = 1024
@@ -131,6 +133,51 @@ def _perturb(
 
 
 @_kernel
+def _perturb_both(
+    plus, minus, source, terms, coefficients, leaf, start, length,
+    kind: tl.constexpr, narrow_in: tl.constexpr, narrow_out: tl.constexpr, size: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
+    inside = at < length
+    value = _read(source, at, inside, narrow_in)
+    noise = _noise(at + start, kind, leaf, tl.load(terms + 2), tl.load(terms), tl.load(terms + 1)) * tl.load(coefficients)
+    if narrow_out:
+        tl.store(plus + at, _nearest(value + noise).to(tl.int16), mask=inside)
+        tl.store(minus + at, _nearest(value - noise).to(tl.int16), mask=inside)
+    else:
+        tl.store(plus + at, value + noise, mask=inside)
+        tl.store(minus + at, value - noise, mask=inside)
+
+
+@_kernel
+def _sample(
+    out, starts, queries, terms, coefficients, count, leaf, width, length,
+    kind: tl.constexpr, own_queries: tl.constexpr, size: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
+    inside = at < length
+    element = tl.load(starts + at // width, mask=inside, other=0) + at % width
+    if own_queries:
+        query = tl.load(queries + at // width, mask=inside, other=0)
+        value = _noise(element, kind, leaf, query, tl.load(terms), tl.load(terms + 1)) * tl.load(coefficients)
+    else:
+        value = _sum(element, kind, terms, coefficients, count, leaf)
+    tl.store(out + at, value, mask=inside)
+
+
+@_kernel
+def _keep_large(out, stored, limits, length, narrow_in: tl.constexpr, narrow_out: tl.constexpr, size: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
+    inside = at < length
+    value = _read(stored, at, inside, narrow_in)
+    large = inside & (tl.abs(value) > tl.load(limits))
+    if narrow_out:
+        tl.store(out + at, _nearest(value).to(tl.int16), mask=large)
+    else:
+        tl.store(out + at, value, mask=large)
+
+
+@_kernel
 def _sgd(
     target, terms, coefficients, count, leaf, start, length, k0, k1, query, rates,
     kind: tl.constexpr, decays: tl.constexpr, size: tl.constexpr,
@@ -167,25 +214,37 @@ def _outer(a, b, out, count, height, columns, size: tl.constexpr):
 _FORM = {torch.float32: False, torch.bfloat16: True}  # dtypes, and whether they are read as integers
 
 
-class TritonLibrary:
-    """The kernels on contiguous tensors of one GPU; :mod:`.kernels` says what each computes."""
+class TritonLibrary(Library):
+    """The kernels on contiguous tensors of one GPU."""
 
     description = f"Triton {triton.__version__}"
 
     def takes(self, tensor: Tensor) -> bool:
-        """Whether the kernels know its dtype and layout."""
         return tensor.dtype in _FORM and tensor.is_contiguous()
 
     def rounds(self, dtype: torch.dtype) -> bool:
-        """Whether :meth:`stochastic_round_` takes targets of this type."""
         return dtype == torch.bfloat16
 
     def updates(self, dtype: torch.dtype) -> bool:
-        """Whether :meth:`sgd_` takes weights of this type: how ``torch.add`` rounds wider ones is the device's business."""
-        return dtype == torch.bfloat16
+        return dtype == torch.bfloat16  # how ``torch.add`` rounds wider ones is the device's business
+
+    def noise(
+        self, kind: int, terms: Sequence[Term], leaf: int, starts: Tensor, length: int, queries: Tensor | None = None
+    ) -> Tensor:
+        starts = starts.to(torch.int64).contiguous()
+        own = starts if queries is None else queries.to(starts.device, torch.int64).expand(starts.shape).contiguous()
+        out = torch.empty(starts.numel(), length, dtype=torch.float32, device=starts.device)
+        data = (out, starts, own, *_terms(terms, out.device), len(terms), leaf, length, out.numel())
+        _launch(_sample, out.numel(), *data, kind=kind, own_queries=queries is not None)
+        return out
 
     def perturb(self, out: Tensor, source: Tensor, kind: int, terms: Sequence[Term], leaf: int, start: int) -> None:
         self._perturb(out, source, kind, terms, leaf, start, None, 1)
+
+    def perturb_both(self, plus: Tensor, minus: Tensor, source: Tensor, kind: int, term: Term, leaf: int, start: int) -> None:
+        data = (_raw(plus), _raw(minus), _raw(source), *_terms([term], source.device), leaf, start, source.numel())
+        forms = {"narrow_in": _FORM[source.dtype], "narrow_out": _FORM[plus.dtype]}
+        _launch(_perturb_both, source.numel(), *data, kind=kind, **forms)
 
     def perturb_rows(self, out: Tensor, source: Tensor, kind: int, terms: Sequence[Term], leaf: int, rows: Tensor) -> None:
         self._perturb(out, source, kind, terms, leaf, 0, rows.to(torch.int64).contiguous(), source.shape[1])
@@ -222,6 +281,14 @@ class TritonLibrary:
         out = torch.empty(a.shape[1], b.shape[1], dtype=torch.float32, device=a.device)
         _launch(_outer, out.numel(), a, b, out, a.shape[0], *out.shape)
         return out
+
+    def keep_large_(self, out: Tensor, stored: Tensor, limit: float) -> None:
+        limits = _floats(struct.pack("d", limit), out.device)
+        forms = {"narrow_in": _FORM[stored.dtype], "narrow_out": _FORM[out.dtype]}
+        _launch(_keep_large, out.numel(), _raw(out), _raw(stored), limits, out.numel(), **forms)
+
+    def mixed_sum(self, words: Tensor, first: int) -> int:
+        return reference.mixed_sum(words, first)
 
 
 def _launch(kernel: Any, length: int, *arguments: Any, **constants: Any) -> None:
