@@ -170,3 +170,19 @@ def test_ties_are_counted() -> None:
     objective.function = lambda x: torch.arange(len(x), dtype=torch.float64) * 0
     assert SPSA(1e-3, 3)(objective, view, Key(0, 0)).ties == 3
     assert PerExampleSPSA(1e-3)(objective, view, Key(0, 0)).ties == 6
+
+
+@pytest.mark.parametrize("make", [quadratic, transformer])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_both_probes_in_one_batch_give_the_estimate_of_two(make: Callable[[], tuple[nn.Module, Losses]], queries: int) -> None:
+    net, losses = make()
+    view = build_view(net, net.parameters(), Gaussian(), select_spec="all", structure="dense")
+    key, estimator = Key(4, 2, 5), SPSA(1e-3, queries)
+    together = estimator(losses, view, key)
+    assert losses.calls == queries
+    losses.repeats = False
+    apart = estimator(losses, view, key)
+    assert [t.key for t in together.terms] == [t.key for t in apart.terms]
+    assert (together.forwards, len(together.losses)) == (apart.forwards, len(apart.losses)) == (2 * queries, 2 * queries)
+    assert together.coefficients == pytest.approx(apart.coefficients, rel=1e-8)
+    assert together.losses == pytest.approx(apart.losses, rel=1e-12)

@@ -18,7 +18,7 @@ from zolightning.memory import MemoryMeter
 from zolightning.noise import Distribution, Gaussian, Rademacher
 from zolightning.space import View, build_view
 from zolightning.space.leaf import HEAD_BLOCK, DenseLeaf
-from zolightning.types import Key, Term
+from zolightning.types import Key, PerExampleError, Term
 
 IDS = torch.tensor([[0, 3, 3], [5, 1, 6]])
 X = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
@@ -362,3 +362,70 @@ def test_repeated_probes_use_the_scratch_safely() -> None:
     assert torch.equal(first, kept)
     view.release()
     assert torch.equal(probed(net, view, Key(0, 0), 0.1), kept)
+
+
+def both_sides(
+    net: nn.Module, view: View, forward: Callable[[], Tensor], halves: list[Callable[[], Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """The output with both sides in one batch, and that of each side by itself."""
+    key = Key(3, 1, 2)
+    with torch.no_grad():
+        with view.along_both(key, 0.1):
+            together = forward()
+        apart = []
+        for half, offset in zip(halves, (0.1, -0.1), strict=True):
+            with view.along(key, offset):
+                apart.append(half())
+    return together, torch.cat(apart)
+
+
+class Layers(nn.Module):
+    """An embedding with a tied head, vectors in products and sums, norms, a convolution, linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.norm, self.rms = nn.Embedding(9, 8), nn.LayerNorm(8), nn.RMSNorm(8)
+        self.conv, self.linear, self.plain = nn.Conv1d(8, 8, 3, padding=1), nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+        self.scale, self.shift = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.norm(self.embedding(ids)) * self.scale + self.shift
+        x = x + self.conv(x.transpose(1, 2)).transpose(1, 2)
+        x = self.rms(self.plain(F.relu(self.linear(x))))
+        return F.linear(x, self.embedding.weight)
+
+
+@pytest.mark.parametrize("structure", ["dense", "rank1", "lowrank", "sparse"])
+@pytest.mark.parametrize("noise", [Rademacher(), Gaussian()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block", [HEAD_BLOCK, 24])
+def test_both_sides_in_one_batch(
+    structure: str, noise: Distribution, dtype: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each half of the examples is computed as in a probe of its own, to the bit where the products have its shapes."""
+    monkeypatch.setattr("zolightning.space.leaf.HEAD_BLOCK", block)
+    net = Layers().to(dtype)
+    before = weights(net)
+    view = build_view(net, net.parameters(), noise, select_spec="all", structure=structure)
+    ids = torch.randint(0, 9, (6, 5), generator=torch.Generator().manual_seed(1))
+    together, apart = both_sides(net, view, lambda: net(ids), [lambda: net(ids[:3]), lambda: net(ids[3:])])
+    if block == HEAD_BLOCK:
+        assert torch.equal(together, apart)
+    torch.testing.assert_close(together, apart)  # products of narrower blocks may sum in another order
+    assert not torch.equal(together[:3], net(ids)[:3])
+    assert_same(weights(net), before)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [lambda m, x: x @ m.linear.weight, lambda m, x: x.sum() * m.linear.weight, lambda m, x: m.linear(x[:5])],
+    ids=["matmul", "no examples", "odd number"],
+)
+def test_both_sides_need_examples_where_a_weight_is_read(call: Callable[..., Tensor]) -> None:
+    net = Calls(call, torch.randn(6, 8), linear=nn.Linear(8, 8))
+    view = build_view(net, net.parameters(), Rademacher(), select_spec="all", structure="dense")
+    before = weights(net)
+    with pytest.raises(PerExampleError, match="one_batch=False"), view.along_both(Key(0, 0), 0.1):
+        net()
+    assert_same(weights(net), before)

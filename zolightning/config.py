@@ -69,8 +69,9 @@ class ZOConfig:
     they are, with what else is trainable trained."""
 
     one_batch: bool = True
-    """Run both probes of per-example directions in one batch of twice the size, where the module gives its losses by
-    ``zo_objective``: faster at small batches. False: two forwards, with the activation memory of inference."""
+    """Run both probes in one batch of twice the size, where the module gives its losses by ``zo_objective`` and, for a
+    direction that the examples share, the batch is small (256 tokens): faster. False: two forwards, with the activation
+    memory of inference."""
 
     normalize: bool | Literal["std"] = True
     """Divide g by its running RMS, so that lr is the RMS change per weight and step. 'std': by its standard deviation over
@@ -173,7 +174,7 @@ class Overrides(TypedDict, total=False):
         cycle: How blocks of the selection take turns; null: all at once.
         structure: 'dense', 'rank1', 'sparse' or 'lowrank' perturbations, or a Structure; 'auto': 'rank1' where it can run.
         scales: Scales of quantised layers: 'absolute' noise, 'relative' noise, or 'frozen'.
-        one_batch: Both probes of per-example directions in one batch of twice the size, where the module allows it.
+        one_batch: Both probes in one batch of twice the size, where the module allows it.
         normalize: Divide g by its running RMS, so that lr is the RMS change per weight and step; 'std': by its standard
             deviation over the step's directions.
         normalize_beta: Decay of that running RMS, in [0, 1).

@@ -64,7 +64,8 @@ class SPSA(FiniteDifference):
     .. math:: g_k = \frac{L(\theta + \epsilon z_k) - L(\theta - \epsilon z_k)}{2\epsilon}, \qquad
               \hat g = \frac1q \sum_k g_k z_k
 
-    Spall 1992; MeZO, arXiv:2305.17333. With ``stencil=FORWARD`` one-sided: q + 1 forwards instead of 2q.
+    Spall 1992; MeZO, arXiv:2305.17333. With ``stencil=FORWARD`` one-sided: q + 1 forwards instead of 2q. Both probes of a
+    direction run in one batch, each weight's noise made once, where the objective takes a repeated batch.
 
     Args:
         eps: perturbation scale, > 0; about 1e-3 in float32, 3e-3 where the forward runs in bfloat16.
@@ -82,8 +83,12 @@ class SPSA(FiniteDifference):
         base: float | None = None
         for query in range(self.num_queries):
             direction = key._replace(query=query)
-            values = []
-            for offset in self.stencil.offsets:
+            values: list[float] = []
+            if self.stencil is CENTRAL and objective.repeats:
+                with view.along_both(direction, self.eps):
+                    values = objective.per_example(2).view(2, -1).mean(1).tolist()
+                losses += values
+            for offset in self.stencil.offsets[len(values) :]:
                 if offset == 0.0 and base is not None:
                     values.append(base)
                     continue

@@ -6,16 +6,16 @@ import numbers
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from .isolation import Isolation, _Probes
+from .isolation import _Probes
 from .losses import LossSplitter
-from .space import Prefix, View
-from .types import Key, PerExampleError, SkipStep
+from .space import Prefix
+from .types import SkipStep
 
 
 class BatchObjective:
@@ -136,6 +136,13 @@ def batch_examples(batch: Any) -> int | None:
     return None
 
 
+def batch_numel(batch: Any) -> int:
+    """Elements of the batch's largest tensor."""
+    if isinstance(batch, Tensor):
+        return batch.numel()
+    return max(map(batch_numel, _children(batch)), default=0)
+
+
 def repeat_batch(batch: Any, examples: int, copies: int) -> Any:
     """The batch with every tensor, and every list of plain values, of ``examples`` entries repeated ``copies`` times."""
     if isinstance(batch, Tensor):
@@ -154,61 +161,6 @@ def repeat_batch(batch: Any, examples: int, copies: int) -> Any:
     if is_dataclass(batch) and not isinstance(batch, type):
         return replace(batch, **{f.name: repeat_batch(getattr(batch, f.name), examples, copies) for f in fields(batch)})
     return batch
-
-
-_FAR = 0.05  # a perturbation that no loss can fail to notice
-
-
-class Examples(NamedTuple):
-    """What a step can say of its examples.
-
-    Args:
-        losses: each has a loss of its own.
-        repeats: the step takes a repeated batch, and the copies get equal losses (dropout would draw for each).
-    """
-
-    losses: bool
-    repeats: bool
-
-
-def inspect_step(forward: Callable[[Any], Any], batch: Any, view: View, isolation: Isolation, repeatable: bool) -> Examples:
-    """Try the step with a direction for each example, and leave no trace.
-
-    Args:
-        forward: batch → the user's output.
-        batch: the first micro-batch.
-        view: rank-1 leaves.
-        isolation: of the module.
-        repeatable: whether ``forward`` evaluates the batch that it is given.
-    """
-    examples = batch_examples(batch)
-    if examples is None or not view.per_example:
-        return Examples(False, False)
-
-    def losses(copies: int, offsets: Tensor) -> Tensor | None:
-        count = examples * copies
-        with (
-            isolation.dry(),
-            view.along_each(Key(0, 0), torch.arange(count), offsets),
-            LossSplitter(count) as splitter,
-        ):
-            return example_losses(forward(repeat_batch(batch, examples, copies)), count, splitter)
-
-    try:
-        plain = losses(1, torch.zeros(examples, dtype=torch.float32))
-        moved = losses(1, torch.arange(examples).eq(0).to(torch.float32) * _FAR)
-    except PerExampleError:
-        return Examples(False, False)
-    if plain is None or moved is None or not _close(plain[1:], moved[1:]):
-        return Examples(False, False)  # moving one example moves others: they have no losses of their own
-    if not repeatable:
-        return Examples(True, False)
-    double = losses(2, torch.zeros(2 * examples, dtype=torch.float32))
-    return Examples(True, double is not None and _close(double[:examples], double[examples:]))
-
-
-def _close(left: Tensor, right: Tensor) -> bool:
-    return torch.allclose(left, right, rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
 def example_losses(out: Any, examples: int, splitter: LossSplitter) -> Tensor | None:

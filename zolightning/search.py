@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 
 from .config import ZOConfig
 from .estimators import Estimator, PerExampleSPSA
+from .inspection import Examples, inspect_step, takes_both
 from .isolation import Isolation
 from .mixin import ZOMixin
-from .objective import Examples, inspect_step
 from .space import Rank1, Select, Structure, View, build_view, dominant_block, take_turns
 
 
@@ -31,6 +31,9 @@ class Calibration:
     leaves: dict[str, dict[str, float]] = field(default_factory=dict)
     """Settings of the leaves, by name."""
 
+    both: bool | None = None
+    """Whether both probes of a shared direction run in one batch, where it is small."""
+
 
 class Search(NamedTuple):
     """The view of an optimizer's parameters, and what a step can say of its examples."""
@@ -42,13 +45,15 @@ class Search(NamedTuple):
     """Ids of the optimizer's parameters that were trainable."""
     select: Select
     """The selection; the block that 'dominant' stands for."""
+    both: bool
+    """Whether both probes of a direction that the examples share run in one batch, where it is small."""
 
     def describe(self, estimator: Estimator, weights: int) -> str:
         """One line for the user when training starts."""
         kinds = Counter(re.sub("(?<=.)([A-Z])", r" \1", type(leaf).__name__).lower() for leaf in self.view.leaves)
         leaves = " and ".join(f"{count} {kind.replace('leaf', 'leaves')}" for kind, count in kinds.items())
         direction = "a direction for each example" if self.examples.losses else "a direction for the batch"
-        probes = ", both probes in one batch" if self.examples.repeats else ""
+        probes = ", both probes in one batch" if self.examples.repeats or self.both else ""
         turn = self.view.leaves[0].turn
         turns = "" if turn is None else f"; {min(turn.cycle.blocks, turn.of)} of {turn.of} blocks in each step"
         return (
@@ -110,10 +115,10 @@ def new_search(
 
     view = build("dense" if config.structure == "auto" else config.structure)
     examples = Examples(losses=False, repeats=False)
+    repeatable = config.one_batch and isinstance(module, ZOMixin)
     if isinstance(estimator, PerExampleSPSA):
         # vectors too, if the model reads them where an example can have its own
         wanted = [Rank1(), Rank1(vectors=False)] if config.structure == "auto" else [config.structure]
-        repeatable = config.one_batch and isinstance(module, ZOMixin)
         for structure in wanted:
             try:
                 candidate = build(structure)
@@ -125,10 +130,13 @@ def new_search(
                 if examples.losses:
                     view = candidate
                     break
+    if calibration.both is None:
+        with muted():
+            calibration.both = not examples.losses and repeatable and takes_both(forward, batch, view, isolation, estimator)
     if config.cycle is not None:  # only now: all of them were looked at
         take_turns(module, view.leaves, config.cycle)
     calibration.leaves.update({leaf.name: leaf.settings for leaf in view.leaves if leaf.settings})
-    return Search(optimizer, view, examples, trainable(optimizer), selected)
+    return Search(optimizer, view, examples, trainable(optimizer), selected, calibration.both)
 
 
 def compute_dtype(module: nn.Module, precision: str) -> torch.dtype:

@@ -1,7 +1,8 @@
-"""Peak memory of each method, alone in a process of its own."""
+"""Peak memory of each method, alone: on a CPU in a process of its own, on a GPU by its allocator's count."""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -36,7 +37,7 @@ class Memory(NamedTuple):
 
 
 def measure_memory(spec: Spec, method: Method, steps: int = 2) -> Memory:
-    """The most memory that ``steps`` steps hold, measured in a fresh process.
+    """The most memory that ``steps`` steps hold, measured in a fresh process; on a GPU in this one.
 
     That process gives freed memory back to the system at once, so that resident memory is what is in use and not what
     the C library kept for later.
@@ -44,8 +45,11 @@ def measure_memory(spec: Spec, method: Method, steps: int = 2) -> Memory:
     Raises:
         RuntimeError: the process failed for another reason than memory; its own message is on standard error.
     """
-    # a fork server imports the libraries once for all methods; with CUDA, forking is not safe
-    forks = sys.platform.startswith("linux") and spec.device == "cpu"
+    if spec.device == "cuda":
+        found = _attempt(spec, method, steps)
+        gc.collect()  # the model is gone before the next one comes
+        return found
+    forks = sys.platform.startswith("linux")  # a fork server imports the libraries once for all methods
     context = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
         context.set_forkserver_preload([__name__])
@@ -69,15 +73,18 @@ def measure_memory(spec: Spec, method: Method, steps: int = 2) -> Memory:
 @hushed()
 def _child(spec: Spec, name: str, steps: int, send: Connection) -> None:
     torch.set_num_threads(spec.threads)
-    method = METHODS[name]
+    send.send(_attempt(spec, METHODS[name], steps))
+
+
+def _attempt(spec: Spec, method: Method, steps: int) -> Memory:
     try:
-        send.send(peak_here(spec, method, steps))
+        return peak_here(spec, method, steps)
     except Unavailable as error:
-        send.send(Memory(None, 0, str(error)))
+        return Memory(None, 0, str(error))
     except Exception as error:
         if not out_of_memory(error):
             raise
-        send.send(Memory(None, 0, "out of memory"))
+        return Memory(None, 0, "out of memory")
 
 
 def peak_here(spec: Spec, method: Method, steps: int) -> Memory:

@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from .._lightning import Callback, pl
 from ..config import EPS_BY_DTYPE, ZOConfig
+from ..inspection import Examples, inspect_step, takes_both
 from ..isolation import Isolation
 from ..mixin import ZOMixin
-from ..objective import BatchObjective, Examples, batch_examples, inspect_step, loss_value
+from ..objective import BatchObjective, batch_examples, loss_value
 from ..space import build_view
 from ..step import finish, merge, zo_step
 from ..strategy import ZOStrategy
@@ -113,7 +114,9 @@ def zeroth_order(work: Workload, config: ZOConfig) -> Running:
             found = inspect_step(loss, work.batch, view, isolation, repeatable=True)
         if not found.losses:
             raise Unavailable("the model reshapes its batch, so its linear layers cannot tell the examples apart")
-    examples = batch_examples(work.batch) if found.losses else None
+    with torch.no_grad():
+        both = not found.losses and takes_both(loss, work.batch, view, isolation, estimator)
+    examples, repeats = batch_examples(work.batch) if found.losses or both else None, found.repeats or both
     steps, state = 0, shaping.init()
 
     @torch.no_grad()
@@ -121,7 +124,7 @@ def zeroth_order(work: Workload, config: ZOConfig) -> Running:
         nonlocal steps, state
         optimizer.param_groups[0]["lr"] = lr
         with isolation.step() as probes:
-            objective = BatchObjective(loss, work.batch, probes, examples, found.repeats, prefix=view.prefix)
+            objective = BatchObjective(loss, work.batch, probes, examples, repeats, prefix=view.prefix)
             estimate = merge([zo_step(objective, view, estimator, Key(seed, steps))])
         record, state = finish(estimate, estimate.coefficients, shaping, state, optimizer, steps)
         if record.skipped:

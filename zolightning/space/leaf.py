@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..noise import Distribution, noise_sum, outer_sum, perturb, perturb_rows, pieces, sgd_, stochastic_round_, working_dtype
+from ..noise import (
+    Distribution,
+    noise_sum,
+    outer_sum,
+    perturb,
+    perturb_both,
+    perturb_rows,
+    pieces,
+    sgd_,
+    stochastic_round_,
+    working_dtype,
+)
 from ..types import Key, PerExampleError, Term
 from .compute import Compute
 from .turns import Turn
@@ -20,9 +31,14 @@ HEAD_BLOCK = 1 << 21  # elements of a weight built at once: a vocabulary-sized h
 
 
 class Scratch:
-    """One reusable buffer for the perturbed weight of the operation that runs now."""
+    """One reusable buffer for the perturbed weight of the operation that runs now.
 
-    def __init__(self) -> None:
+    Args:
+        trained: weights in all; on a GPU, where it is launches that cost, blocks of 1/64 of them are built at once.
+    """
+
+    def __init__(self, trained: int = 0) -> None:
+        self._trained = trained
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._views: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
 
@@ -37,6 +53,13 @@ class Scratch:
                 self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
             view = self._views[form] = self._buffer[:size].view(dtype).view(shape)
         return view
+
+    def row_blocks(self, weight: Tensor, copies: int = 1) -> Iterator[tuple[int, int]]:
+        """(first row, rows) of the blocks that a weight is built in, ``copies`` of them at once."""
+        elements = max(HEAD_BLOCK, self._trained // 64 if weight.is_cuda else 0) // copies
+        step = weight.shape[0] if weight.numel() <= elements else max(1, elements // weight.shape[1])
+        for row in range(0, weight.shape[0], step):
+            yield row, min(step, weight.shape[0] - row)
 
     def release(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
@@ -141,19 +164,20 @@ class Leaf(ABC):
 
     def linear(self, x: Tensor, bias: Tensor | None, terms: Sequence[Term], scratch: Scratch) -> Tensor:
         """F.linear(x, W + Σ_k c_k z_k, bias), the weight built in scratch, in the dtype that the product runs in."""
-        weight = self.parameter
-        dtype = weight.dtype
-        if torch.is_autocast_enabled(weight.device.type) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(weight.device.type)  # round once, as casting the perturbed weight would
+        weight, dtype = self.parameter, self._product_dtype()
         x = x.contiguous()  # torch copies a weight without gradient once per example for a strided input
-        rows = weight.shape[0] if weight.numel() <= HEAD_BLOCK else max(1, HEAD_BLOCK // weight.shape[1])
         blocks = []
-        for row in range(0, weight.shape[0], rows):
-            shape = (min(rows, weight.shape[0] - row), weight.shape[1])
-            block = scratch.take(shape, dtype, weight.device)
+        for row, rows in scratch.row_blocks(weight):
+            block = scratch.take((rows, weight.shape[1]), dtype, weight.device)
             self.perturb_into(block, terms, row)
-            blocks.append(F.linear(x, block, None if bias is None else bias[row : row + shape[0]]))
+            blocks.append(F.linear(x, block, None if bias is None else bias[row : row + rows]))
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
+
+    def _product_dtype(self) -> torch.dtype:
+        dtype, device = self.parameter.dtype, self.parameter.device.type
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
+            return torch.get_autocast_dtype(device)  # round once, as casting the perturbed weight would
+        return dtype
 
     def rows(self, indices: Tensor, terms: Sequence[Term]) -> Tensor:
         """(W + Σ_k c_k z_k)[indices], negative ones counted from the end."""
@@ -191,6 +215,19 @@ class DenseLeaf(Leaf):
         if out.shape != weight.shape:
             weight = weight[first_row : first_row + out.shape[0]]
         perturb(out, weight, self.distribution, terms, self.index, first_row * math.prod(weight.shape[1:]))
+
+    def linear_both(self, x: Tensor, plus: Tensor | None, minus: Tensor | None, term: Term, scratch: Scratch) -> Tensor:
+        """F.linear of the first half of ``x`` with W + c z and ``plus``, of the second with W − c z and ``minus``."""
+        weight, dtype = self.parameter, self._product_dtype()
+        up, down = x.contiguous().chunk(2)
+        blocks = []
+        for row, rows in scratch.row_blocks(weight, copies=2):
+            upper, lower = scratch.take((2, rows, weight.shape[1]), dtype, weight.device)
+            place = row * weight.shape[1]
+            perturb_both(upper, lower, weight.detach()[row : row + rows], self.distribution, term, self.index, place)
+            first, second = (None if bias is None else bias[row : row + rows] for bias in (plus, minus))
+            blocks.append(torch.cat((F.linear(up, upper, first), F.linear(down, lower, second))))
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
 
     def sgd_(self, terms: Sequence[Term], lr: float, weight_decay: float, key: Key) -> None:
         weight = self.parameter.detach()

@@ -28,6 +28,12 @@ class Shared(NamedTuple):
     terms: Sequence[Term]
 
 
+class Both(NamedTuple):
+    """The first half of the examples sees θ + c z, the second half θ − c z."""
+
+    term: Term
+
+
 class PerExample(NamedTuple):
     """Example n sees θ + offsets[n] · z(key with queries[n])."""
 
@@ -42,7 +48,7 @@ class Tangent(NamedTuple):
     key: Key
 
 
-Point = Shared | PerExample | Tangent
+Point = Shared | Both | PerExample | Tangent
 
 _T = torch.Tensor
 _IN_PLACE = re.compile(r"[^_].*[^_]_|_foreach_\w+_|__setitem__|__set__|__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor)__")
@@ -70,6 +76,11 @@ _ELEMENTWISE: frozenset[Any] = frozenset(
 )
 """Where a vector stands beside activations, along their last dimension."""
 
+_BY_EXAMPLE: frozenset[Any] = _ELEMENTWISE | {
+    F.linear, F.embedding, F.layer_norm, F.rms_norm, F.group_norm, F.conv1d, F.conv2d, F.conv3d, compute_with
+}  # fmt: skip
+"""What treats the examples along dimension 0 of its input one by one."""
+
 
 class Probe(TorchFunctionMode):
     """Substitutes perturbed tensors for the leaves' parameters at one point.
@@ -83,15 +94,21 @@ class Probe(TorchFunctionMode):
     def __init__(self, leaves: Mapping[int, Leaf], point: Point, scratch: Scratch) -> None:
         super().__init__()
         self._leaves, self._point, self._scratch = leaves, point, scratch
+        self._sides: tuple[Probe, ...] = ()
+        if isinstance(point, Both):
+            key, offset = point.term
+            self._sides = tuple(Probe(leaves, Shared([Term(key, o)]), scratch) for o in (offset, -offset))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is compute_with:
+        if func is compute_with and not self._sides:
             return self._compute(*args)
         if not self._reads_leaf(args) and not (kwargs and self._reads_leaf(kwargs.values())):
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if func in _METADATA:
             return func(*args, **kwargs)
+        if self._sides:
+            return self._both(func, types, args, kwargs)
         if func is F.linear:
             return self._linear(*args, **kwargs)
         if func is F.embedding:
@@ -107,6 +124,31 @@ class Probe(TorchFunctionMode):
             if leaf is not None and _is_row_index(args[1]):
                 return leaf.rows(args[1], self._point.terms)
         return self._elsewhere(func, args, kwargs)
+
+    def _both(self, func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The halves of the examples, each by the probe of its side."""
+        self._refuse_write(func, args, kwargs)
+        places = [i for i, a in enumerate(args) if isinstance(a, Tensor) and id(a) not in self._leaves]
+        if func not in _BY_EXAMPLE or not places or args[places[0]].dim() < 2 or args[places[0]].shape[0] % 2:
+            raise PerExampleError(
+                f"both probes in one batch need examples along dimension 0 wherever a weight is read, which "
+                f"`{getattr(func, '__name__', func)}` does not show; use ZOStrategy(one_batch=False)"
+            )
+        if func is F.linear and places[0] == 0 and (whole := self._linear_both(*args, **kwargs)) is not None:
+            return whole
+        halves = args[places[0]].chunk(2)
+        before, after = args[: places[0]], args[places[0] + 1 :]
+        pairs = zip(self._sides, halves, strict=True)
+        return torch.cat([side.__torch_function__(func, types, (*before, half, *after), kwargs) for side, half in pairs])
+
+    def _linear_both(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+        """With both weights built in one go, where the leaf can."""
+        leaf = self._leaves.get(id(weight))
+        if type(leaf) is not DenseLeaf or weight.dim() != 2 or not weight.is_contiguous() or torch.is_grad_enabled():
+            return None
+        assert isinstance(self._point, Both)
+        plus, minus = (side._substitute(bias) for side in self._sides)
+        return leaf.linear_both(input, plus, minus, self._point.term, self._scratch)
 
     def _elsewhere(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Give the perturbed tensor in the place of each parameter."""

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..types import Key, Term
 from .leaf import Leaf, Scratch
 from .prefix import unperturbed_prefix
-from .probe import PerExample, Point, Probe, Shared, Tangent, Unread
+from .probe import Both, PerExample, Point, Probe, Shared, Tangent, Unread
 
 
 class View:
@@ -31,11 +31,11 @@ class View:
             raise ValueError("nothing to train: the view is empty; give at least one parameter with requires_grad=True")
         self.root, self.leaves = root, tuple(leaves)
         self._owners = [_owner(root, leaf) for leaf in leaves]
-        self._scratch = Scratch()
+        self._scratch = Scratch(sum(leaf.parameter.numel() for leaf in leaves))
         self._compiled_root = compiled
         self.refresh()
         trained = [leaf.parameter for leaf in self.leaves]
-        self.prefix = unperturbed_prefix(root, trained, compiled=compiled or bool(self._regions))
+        self.prefix = unperturbed_prefix(root, trained, compiled=self.compiled)
 
     def refresh(self) -> None:
         """Look again which submodules run as compiled code."""
@@ -76,9 +76,20 @@ class View:
         Raises:
             ValueError: part of the module runs as compiled code, which no tangent gets through.
         """
-        if self._compiled_root or self._regions:
+        if self.compiled:
             raise ValueError("a forward derivative does not pass through compiled code; leave torch.compile out")
         with fwAD.dual_level(), sdpa_kernel(SDPBackend.MATH), self._probe(key, Tangent(key)):  # fused attention has none
+            yield
+
+    @property
+    def compiled(self) -> bool:
+        """Whether part of the module runs as compiled code."""
+        return self._compiled_root or bool(self._regions)
+
+    @contextmanager
+    def along_both(self, key: Key, offset: float) -> Iterator[None]:
+        """The first half of the batch's examples reads θ + offset · z(key), the second θ − offset · z(key)."""
+        with self._probe(key, Both(Term(key, offset))):
             yield
 
     @contextmanager

@@ -1,0 +1,160 @@
+"""On a CUDA device: the bits of the CPU, exact restore, ledgers that a CPU replays, quantised layers.
+
+None of this runs where there is no GPU. By itself: ``python -m pytest -q tests/test_gpu.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import PLAIN, PerExampleTask, assert_same, lm_loss, loader, quiet_trainer, tiny_causal_lm, token_batches, weights
+from torch import Tensor, nn
+
+from zolightning import ZOConfig, ZOStrategy, noise
+from zolightning.ledger import read, replay
+from zolightning.noise import Distribution, Gaussian, Rademacher, reference, rungs
+from zolightning.noise.selftest import same_bits, specimens, verify_triton
+from zolightning.types import Key, Term
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+KEY, TERMS = Key(3, 1, 2), [Term(Key(3, 1, 0), 0.3), Term(Key(3, 1, 1), -0.7)]
+DISTRIBUTIONS = [Rademacher(), Gaussian()]
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def test_triton_is_taken() -> None:
+    assert noise.active_rung(GPU) == "triton"
+    library = rungs.gpu_library(GPU)
+    assert library is not None
+    assert verify_triton(library, GPU) == ""
+
+
+@pytest.mark.parametrize("dist", DISTRIBUTIONS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("rung", ["auto", "torch"])
+def test_sweeps_give_the_bits_of_the_cpu(dist: Distribution, dtype: torch.dtype, rung: Any) -> None:
+    """Perturbation, both ways, rows, update, rounding, sums: whatever rung runs them."""
+    w = specimens(dtype)[9:2009].reshape(40, 50)
+    rows = torch.tensor([3, 39, 0, 3])
+
+    def run(device: torch.device) -> list[Tensor]:
+        here = w.to(device)
+        moved, plus, minus = (torch.empty_like(here) for _ in range(3))
+        noise.perturb(moved, here, dist, TERMS, 7, 1000)
+        noise.perturb_both(plus, minus, here, dist, TERMS[0], 7, 1000)
+        some = torch.empty(4, 50, dtype=dtype, device=device)
+        noise.perturb_rows(some, here, dist, TERMS, 7, rows.to(device))
+        kept = moved.clone()
+        noise.keep_large_(kept, here, 0.5)
+        total = noise.noise_sum(dist, TERMS, 7, 77, 3000, device)
+        queries = torch.tensor([5, 0, 9], device=device)
+        drawn = dist.sample(KEY, 7, torch.zeros_like(queries), 300, queries)
+        outer = noise.outer_sum(drawn, total[:300].view(3, 100))
+        updated = here.clone()
+        if dtype in (torch.bfloat16, torch.float16):  # how torch.add rounds wider types is the device's own business
+            noise.sgd_(updated, dist, TERMS, 7, 1000, 0.3, 0.1, KEY)
+        words = here.view(-1).view(torch.int16 if here.element_size() == 2 else torch.int32).to(torch.int64)
+        fingerprint = torch.tensor(noise.mixed_sum(words, 4) % (1 << 62))
+        return [t.cpu() for t in (moved, plus, minus, some, kept, total, drawn, outer, updated, fingerprint)]
+
+    expected = run(CPU)
+    noise.set_rung(rung)
+    try:
+        found = run(GPU)
+    finally:
+        noise.set_rung("auto")
+    for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert same_bits(ours, theirs), number
+
+
+def test_wide_updates_are_those_of_torch_on_the_device() -> None:
+    w = specimens(torch.float32)[9:2009].to(GPU)
+    ours, expected = w.clone(), w.clone()
+    noise.sgd_(ours, Gaussian(), TERMS, 7, 0, 0.3, 0.1, KEY)
+    reference.sgd_(expected, Gaussian(), TERMS, 7, 0, 0.3, 0.1, KEY)
+    assert same_bits(ours, expected)
+
+
+def lm_losses(model: nn.Module, ids: Tensor) -> Tensor:
+    logits = model(input_ids=ids).logits[:, :-1].double()
+    return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
+
+
+def train(config: ZOConfig, dtype: torch.dtype, task: type = PerExampleTask, **settings: Any) -> tuple[Any, Any]:
+    module = task(tiny_causal_lm("llama").to(dtype), lm_losses if task is PerExampleTask else lm_loss)
+    before = copy.deepcopy(module)
+    strategy = ZOStrategy(config, **settings)
+    trainer = quiet_trainer(strategy, accelerator="gpu", devices=1)
+    trainer.fit(module, loader(token_batches(4)))
+    return before, module
+
+
+STRUCTURES = {
+    "dense": PLAIN.override(lr=1e-2),
+    "gaussian": PLAIN.override(lr=1e-2, noise="gaussian", num_queries=2),
+    "two forwards": PLAIN.override(lr=1e-2, one_batch=False),
+    "rank1": ZOConfig(select="all", lr=1e-2, seed=3),
+    "lowrank": PLAIN.override(structure="lowrank", lr=1e-2),
+    "sparse": PLAIN.override(structure="sparse", lr=1e-2),
+    "adam": PLAIN.override(optimizer="adam", lr=1e-2),
+    "sign": PLAIN.override(optimizer="sign", lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_restore_is_exact_and_steps_are_taken(name: str, dtype: torch.dtype) -> None:
+    before, same = train(STRUCTURES[name].override(lr=0.0), dtype, ledger=False)
+    assert_same(weights(same.cpu()), weights(before))
+    before, moved = train(STRUCTURES[name], dtype, ledger=False)
+    assert any(not torch.equal(a, b) for a, b in zip(weights(moved.cpu()).values(), weights(before).values(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["dense", "gaussian", "rank1", "lowrank", "sparse", "sign"])
+def test_a_ledger_written_on_the_gpu_is_replayed_on_either(name: str, tmp_path: Path) -> None:
+    """bfloat16 weights, whose updates are our own arithmetic, come out bit for bit on the CPU too."""
+    path = tmp_path / "ledger.zo"
+    before, trained = train(STRUCTURES[name], torch.bfloat16, ledger=path)
+    for device in (GPU, CPU):
+        again = copy.deepcopy(before).to(device)
+        replay(read(path), dict(again.named_parameters()))
+        assert_same(weights(again.cpu()), weights(trained.cpu()))
+
+
+def test_both_probes_in_one_batch_are_those_of_two() -> None:
+    _, together = train(STRUCTURES["dense"], torch.float32, ledger=False)
+    _, apart = train(STRUCTURES["two forwards"], torch.float32, ledger=False)
+    assert_same(weights(together.cpu()), weights(apart.cpu()), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_scales_of_bitsandbytes_layers(kind: Any) -> None:
+    pytest.importorskip("bitsandbytes")
+    from zolightning import quantize
+
+    model = tiny_causal_lm("llama", width=64).to(torch.bfloat16)
+    module = PerExampleTask(model, lm_losses)
+    quantize(module, kind)
+    strategy = ZOStrategy("qzo", lr=1e-2, seed=1, ledger=False)
+    trainer = quiet_trainer(strategy, accelerator="gpu", devices=1)
+    trainer.fit(module, loader(token_batches(1)))
+    codes = {n: b.clone() for n, b in module.state_dict().items() if b.dtype in (torch.uint8, torch.int8)}
+    before = weights(module)
+    trainer = quiet_trainer(ZOStrategy("qzo", lr=1e-2, seed=1, ledger=False), accelerator="gpu", devices=1)
+    trainer.fit(module, loader(token_batches(3)))
+    assert codes
+    for name, value in module.state_dict().items():
+        if name in codes:
+            assert torch.equal(value, codes[name].to(value.device)), name
+    after = weights(module)
+    changed = [n for n, p in before.items() if not torch.equal(p.to(after[n].device), after[n])]
+    assert changed
+    assert all(n.endswith("scales") or "scale" in n for n in changed), changed
+    assert all((after[n] > 0).all() for n in changed)

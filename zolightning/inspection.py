@@ -1,0 +1,108 @@
+"""What a step can say of its examples, found by trying it on the first batch, without a trace."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .estimators import SPSA, Estimator, PerExampleSPSA
+from .isolation import Isolation
+from .losses import LossSplitter
+from .objective import batch_examples, batch_numel, example_losses, loss_value, repeat_batch
+from .space import View
+from .types import CENTRAL, Key, PerExampleError
+
+_SMALL = 256  # numbers in a batch: twice as many cost little memory, and less than twice the time
+
+_FAR = 0.05  # a perturbation that no loss can fail to notice
+
+
+class Examples(NamedTuple):
+    """What a step can say of its examples.
+
+    Args:
+        losses: each has a loss of its own.
+        repeats: the step takes a repeated batch, and the copies get equal losses (dropout would draw for each).
+    """
+
+    losses: bool
+    repeats: bool
+
+
+def inspect_step(forward: Callable[[Any], Any], batch: Any, view: View, isolation: Isolation, repeatable: bool) -> Examples:
+    """Try the step with a direction for each example, and leave no trace.
+
+    Args:
+        forward: batch → the user's output.
+        batch: the first micro-batch.
+        view: rank-1 leaves.
+        isolation: of the module.
+        repeatable: whether ``forward`` evaluates the batch that it is given.
+    """
+    examples = batch_examples(batch)
+    if examples is None or not view.per_example:
+        return Examples(False, False)
+
+    def losses(copies: int, offsets: Tensor) -> Tensor | None:
+        count = examples * copies
+        with (
+            isolation.dry(),
+            view.along_each(Key(0, 0), torch.arange(count), offsets),
+            LossSplitter(count) as splitter,
+        ):
+            return example_losses(forward(repeat_batch(batch, examples, copies)), count, splitter)
+
+    try:
+        plain = losses(1, torch.zeros(examples, dtype=torch.float32))
+        moved = losses(1, torch.arange(examples).eq(0).to(torch.float32) * _FAR)
+    except PerExampleError:
+        return Examples(False, False)
+    if plain is None or moved is None or not _close(plain[1:], moved[1:]):
+        return Examples(False, False)  # moving one example moves others: they have no losses of their own
+    if not repeatable:
+        return Examples(True, False)
+    double = losses(2, torch.zeros(2 * examples, dtype=torch.float32))
+    return Examples(True, double is not None and _close(double[:examples], double[examples:]))
+
+
+def _close(left: Tensor, right: Tensor) -> bool:
+    return torch.allclose(left, right, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+def is_small(batch: Any) -> bool:
+    """Whether both probes of a shared direction had better run in one batch."""
+    return batch_numel(batch) <= _SMALL
+
+
+def takes_both(forward: Callable[[Any], Any], batch: Any, view: View, isolation: Isolation, estimator: Estimator) -> bool:
+    """Try whether both probes of a direction give in one batch the losses that they give in two; leave no trace.
+
+    Args:
+        forward: batch → the user's output; it evaluates the batch that it is given.
+        batch: the first micro-batch.
+        view: of the weights.
+        isolation: of the module.
+        estimator: what probes them.
+    """
+    central = isinstance(estimator, PerExampleSPSA) or (isinstance(estimator, SPSA) and estimator.stencil is CENTRAL)
+    examples = batch_examples(batch)
+    if examples is None or not central or view.compiled or view.prefix or not is_small(batch):
+        return False
+    key, each = Key(0, 0), []
+    for offset in (_FAR, -_FAR):
+        with isolation.dry(), view.along(key, offset):
+            each.append(loss_value(forward(batch)))
+    try:
+        with isolation.dry(), view.along_both(key, _FAR), LossSplitter(2 * examples) as splitter:
+            losses = example_losses(forward(repeat_batch(batch, examples, 2)), 2 * examples, splitter)
+    except PerExampleError:
+        return False
+    if losses is None:
+        return False
+    apart = abs(each[0] - each[1])  # what mixes the sides up is off by about that much
+    off = max(abs(a - b) for a, b in zip(losses.view(2, examples).mean(1).tolist(), each, strict=True))
+    return math.isfinite(apart) and off <= 1e-2 * apart
