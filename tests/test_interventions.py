@@ -12,11 +12,12 @@ from helpers import Task, assert_same, batches, fit, loader, mlp, per_example_ms
 from ledgers import Noted, parameters
 from torch import Tensor, nn
 from torch.optim import SGD
+from transformers import GenerationConfig
 
 from zolightning import ZOMixin, ZOStrategy
 from zolightning.data import Encoded, candidate_logits, collate, common_ending, encode_text
 from zolightning.demo.module import PromptClassifier
-from zolightning.interventions import Intervention, idle, intervene, interventions
+from zolightning.interventions import Intervention, at_prompts, idle, intervene, interventions
 from zolightning.ledger import read, replay
 from zolightning.noise import Rademacher
 from zolightning.space import build_view
@@ -68,6 +69,27 @@ def test_vectors_move_the_last_positions_and_nothing_else(kind: str) -> None:
     with idle(made):
         assert torch.equal(model(input_ids=ids).logits, untrained(input_ids=ids).logits)
     assert not torch.equal(got[:, -2:], untrained(input_ids=ids).logits[:, -2:])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_generation_moves_the_prompts_and_leaves_the_answers(kind: str) -> None:
+    model = intervened(kind)
+    made = interventions(model)
+    config = GenerationConfig(max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=0)
+    with at_prompts(model):
+        found = model.generate(**{k: BATCH[k] for k in ("input_ids", "attention_mask")}, generation_config=config)
+    assert not any(one.idle for one in made)
+    for item, answer in zip(ITEMS, found[:, -5:].tolist(), strict=True):
+        sequence = list(item.input_ids)  # the textbook: no cache, the vectors further from the end with each token
+        for written in range(5):
+            for one in made:
+                one.positions = 2 + written
+                one.vectors.data = torch.cat((one.vectors[: 2 * 16], torch.zeros(written * 16)))
+            logits = model(input_ids=torch.tensor([sequence])).logits[0, -1]
+            logits[0] = -torch.inf
+            sequence.append(int(logits.argmax()))
+        assert answer == sequence[-5:]
 
 
 @torch.no_grad()

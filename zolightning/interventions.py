@@ -101,6 +101,24 @@ def idle(made: Sequence[Intervention]) -> Iterator[None]:
             one.idle = False
 
 
+@contextmanager
+def at_prompts(model: nn.Module) -> Iterator[None]:
+    """For one call of ``model.generate``: they move the end of the prompts, and leave the tokens of the answers alone."""
+    made = interventions(model)
+
+    def rest(*_: Any) -> None:  # after the first forward, which is that of the prompts
+        for one in made:
+            one.idle = True
+
+    handle = model.register_forward_hook(rest)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for one in made:
+            one.idle = False
+
+
 @torch.no_grad()
 def _sizes(
     model: nn.Module, stack: Sequence[nn.Module], positions: int, calibration: Mapping[str, Any]
