@@ -8,9 +8,10 @@ from helpers import tiny_causal_lm
 from test_data_candidates import gemma2
 from test_data_prompts import make_tokenizer
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from zolightning.data import answer_log_likelihood, generate_answers, likelihood
+from zolightning.data import answer_log_likelihood, candidates, generate_answers, likelihood, text_cache
 from zolightning.noise import Rademacher
 from zolightning.space import build_view
 from zolightning.types import Key, Term
@@ -51,6 +52,19 @@ def test_the_head_sees_answers_alone_a_few_at_a_time(monkeypatch: pytest.MonkeyP
     model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
     answer_log_likelihood(model, padded(SEQUENCES), LENGTHS)
     assert seen == [2, 1]
+
+
+def test_a_frozen_head_is_not_copied_for_each_sequence(tokenizer: PreTrainedTokenizerFast) -> None:
+    """As PyTorch does where the states are a strided view: here it would be 3 copies, of a real vocabulary gigabytes."""
+    model = writer().requires_grad_(False)
+    batch, ids = padded(SEQUENCES), torch.tensor([1, 2])
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+        answer_log_likelihood(model, batch, LENGTHS)
+        candidates._full_logits(model, batch, ids)
+        likelihood._own_logits(model, batch, 2)
+        generate_answers(model, tokenizer, batch, 2)
+    shapes = [shape for event in profiled.events() if event.name == "aten::bmm" for shape in event.input_shapes]
+    assert not [shape for shape in shapes if shape[0] > 1 and model.lm_head.out_features in shape]
 
 
 def test_nothing_to_score_and_no_prompt() -> None:
@@ -100,6 +114,16 @@ def test_answers_are_the_textbook_greedy_ones(tokenizer: PreTrainedTokenizerFast
     found = generate_answers(model, tokenizer, tokenizer(PROMPTS, padding=True, return_tensors="pt"), 8)
     assert found == [greedy(model, tokenizer, prompt, 8) for prompt in PROMPTS]
     assert len(set(found)) > 1
+
+
+def test_answers_from_encoded_text_are_those_from_whole_prompts(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = writer()
+    batch = tokenizer([f"{prompt} . It was" for prompt in PROMPTS], padding=True, return_tensors="pt")
+    encoded = text_cache._encode(model, batch, 2)
+    assert encoded is not None and encoded["input_ids"].shape == (3, 2)
+    wanted = generate_answers(model, tokenizer, batch, 8)
+    assert generate_answers(model, tokenizer, encoded, 8) == wanted
+    assert generate_answers(model, tokenizer, encoded, 8) == wanted, "the text is as it was"
 
 
 @pytest.mark.parametrize("structure", ["dense", "rank1"])

@@ -50,7 +50,8 @@ def _row_logits(model: nn.Module, batch: Mapping[str, Any], candidate_ids: Tenso
 
 def _full_logits(model: nn.Module, batch: Mapping[str, Any], candidate_ids: Tensor) -> Tensor:
     last_only = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
-    logits: Tensor = model(**model_inputs(model, batch), **last_only).logits
+    with contiguous_states(model):
+        logits: Tensor = model(**model_inputs(model, batch), **last_only).logits
     return logits[:, -1, candidate_ids.to(logits.device)].float()
 
 
@@ -70,13 +71,18 @@ def model_inputs(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     if accepts(module, "position_ids"):  # counted over real tokens, so that left padding shifts nothing
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     if "text" in batch:
-        from transformers import DynamicCache
-
-        cache = DynamicCache()  # a new one: a forward adds the last tokens to it
-        for layer, (keys, values) in enumerate(batch["text"]):
-            cache.update(keys, values, layer)
-        inputs |= {"past_key_values": cache, "use_cache": True}
+        inputs |= {"past_key_values": text_cache(batch), "use_cache": True}
     return inputs
+
+
+def text_cache(batch: Mapping[str, Any]) -> Any:
+    """Return a new cache of the keys and values of an encoded text: a forward adds the last tokens to it."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for layer, (keys, values) in enumerate(batch["text"]):
+        cache.update(keys, values, layer)
+    return cache
 
 
 def accepts(module: nn.Module, argument: str) -> bool:
@@ -100,6 +106,21 @@ def _agrees(model: nn.Module, batch: Mapping[str, Any], candidate_ids: Tensor) -
         full = _full_logits(model, batch, candidate_ids)
     tolerance = max(2 * torch.finfo(_head(model).weight.dtype).eps, 1e-4) * float(full.abs().max())
     return float((rows - full).abs().max()) <= tolerance
+
+
+@contextmanager
+def contiguous_states(model: Any) -> Iterator[None]:
+    """Give the output embedding contiguous states.
+
+    PyTorch multiplies the last positions of more, a strided view, with a frozen matrix by copying it for each sequence.
+    """
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, args: args[0].contiguous()) if head is not None else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 @contextmanager

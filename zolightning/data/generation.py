@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+
+from zolightning.data.candidates import contiguous_states, text_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -12,12 +14,13 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def generate_answers(
-    model: Any, tokenizer: "PreTrainedTokenizerBase", batch: Mapping[str, Tensor], max_new_tokens: int = 16
+    model: Any, tokenizer: "PreTrainedTokenizerBase", batch: Mapping[str, Any], max_new_tokens: int = 16
 ) -> list[str]:
     """Return what `model` says after each prompt, decoded greedily, up to the first line break.
 
-    `batch` holds left-padded input_ids and attention_mask (batch, tokens). A pure function of the weights: no
-    sampling, no state; inside a probe it is the answer of the perturbed model.
+    `batch` holds left-padded input_ids and attention_mask (batch, tokens), or is one whose text
+    :func:`~.text_cache.encode_text` encoded. A pure function of the weights: no sampling, no state; inside a probe it is
+    the answer of the perturbed model.
     """
     from transformers import GenerationConfig
 
@@ -29,8 +32,13 @@ def generate_answers(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=[i for i in (tokenizer.eos_token_id, _line_break(tokenizer)) if i is not None],
     )
-    prompts = batch["input_ids"]
-    out = model.generate(prompts, attention_mask=batch["attention_mask"], generation_config=config)
+    prompts, mask = batch["input_ids"], batch["attention_mask"]
+    inputs: dict[str, Any] = {"attention_mask": mask, "generation_config": config}
+    if "text" in batch:  # whose tokens count, but are not looked at again
+        prompts = F.pad(prompts, (mask.shape[1] - prompts.shape[1], 0))
+        inputs["past_key_values"] = text_cache(batch)
+    with contiguous_states(model):
+        out = model.generate(prompts, **inputs)
     texts = tokenizer.batch_decode(out[:, prompts.shape[1] :], skip_special_tokens=True)
     return [text.split("\n", 1)[0].strip() for text in texts]
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zolightning.data.candidates import accepts, model_inputs, rows_suffice
+from zolightning.data.candidates import accepts, contiguous_states, model_inputs, rows_suffice
 
 CHUNK = 1 << 24  # logits that exist at once, 64 MB in float32
 
@@ -38,12 +38,14 @@ def _by_head(model: Any, batch: Mapping[str, Tensor], targets: Tensor) -> Tensor
     # all sequences together, so that dimension 0 stays that of the examples
     width = max(1, CHUNK // (hidden.shape[0] * head.weight.shape[0]))
     parts = zip(torch.split(hidden, width, 1), torch.split(targets, width, 1), strict=True)
-    return torch.cat([_log_probs(head(states.to(head.weight.dtype)), ids) for states, ids in parts], 1)
+    with contiguous_states(model):
+        return torch.cat([_log_probs(head(states.to(head.weight.dtype)), ids) for states, ids in parts], 1)
 
 
 def _own_logits(model: nn.Module, batch: Mapping[str, Tensor], longest: int) -> Tensor:
     last_only = {"logits_to_keep": longest + 1} if accepts(model, "logits_to_keep") else {}
-    logits: Tensor = model(**model_inputs(model, batch), **last_only).logits
+    with contiguous_states(model):
+        logits: Tensor = model(**model_inputs(model, batch), **last_only).logits
     return logits[:, -longest - 1 : -1]
 
 
