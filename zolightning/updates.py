@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .noise import pieces, stochastic_round_, working_dtype
 from .optimizers import is_plain_sgd
-from .space import Leaf, keep_
+from .space import Leaf, descend_, keep_
 from .types import Key, Term
 
 _SAMPLE = 4096  # elements of each leaf that the statistics look at
@@ -62,15 +62,13 @@ def apply_update(
     trained = [_trained(leaf, old) for leaf, old in zip(leaves, before, strict=False)]
     plain = is_plain_sgd(optimizer)
     for group in optimizer.param_groups:
-        for parameter in list(group["params"]):
-            leaf = by_parameter.get(id(parameter))
-            if leaf is None or not parameter.requires_grad:
-                continue
-            if plain:
-                sign = -1.0 if group.get("maximize") else 1.0
-                signed = [Term(t.key, sign * t.coefficient) for t in terms]
-                leaf.sgd_(signed, float(group["lr"]), float(group.get("weight_decay", 0.0)), key)
-            else:
+        members = [by_parameter[id(p)] for p in group["params"] if p.requires_grad and id(p) in by_parameter]
+        if plain:
+            sign = -1.0 if group.get("maximize") else 1.0
+            signed = [Term(t.key, sign * t.coefficient) for t in terms]
+            descend_(members, signed, float(group["lr"]), float(group.get("weight_decay", 0.0)), key)
+        else:
+            for leaf in members:
                 _step_alone(optimizer, group, leaf, terms, key)
     counts = [count for count in (leaf.project_() for leaf in leaves) if count is not None]
     stats = _compare(before, trained, leaves) if measure else UpdateStats()

@@ -1,7 +1,19 @@
 """Counter-based noise: the same bits on every device, chunking, thread count, rank and library version."""
 
 from .distributions import Distribution, Gaussian, Rademacher, permutation
-from .kernels import keep_large_, mixed_sum, noise_sum, outer_sum, perturb, perturb_both, perturb_rows, sgd_, stochastic_round_
+from .kernels import (
+    keep_large_,
+    mixed_sum,
+    noise_sum,
+    outer_sum,
+    perturb,
+    perturb_all,
+    perturb_both,
+    perturb_rows,
+    sgd_,
+    sgd_all_,
+    stochastic_round_,
+)
 from .reference import pieces, working_dtype
 from .rungs import active_rung, set_rung
 
@@ -19,11 +31,13 @@ __all__ = [
     "outer_sum",
     "permutation",
     "perturb",
+    "perturb_all",
     "perturb_both",
     "perturb_rows",
     "pieces",
     "set_rung",
     "sgd_",
+    "sgd_all_",
     "stochastic_round_",
     "working_dtype",
 ]

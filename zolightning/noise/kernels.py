@@ -46,6 +46,27 @@ def perturb(out: Tensor, source: Tensor, dist: Distribution, terms: Sequence[Ter
         library.perturb(out, source, dist.native, terms, leaf, start)
 
 
+def perturb_all(
+    outs: Sequence[Tensor], sources: Sequence[Tensor], dist: Distribution, terms: Sequence[Term], leaves: Sequence[int]
+) -> None:
+    """:func:`perturb` of several whole leaves: on a GPU one launch for those of a dtype.
+
+    Args:
+        outs: of the sources' shapes and dtypes.
+        sources: the weights.
+        dist: the distribution of the directions.
+        terms: the directions and how far to go along each.
+        leaves: the leaves' indices.
+    """
+    for library, places in _together(sources, outs):
+        if library is None or dist.native is None:
+            for i in places:
+                perturb(outs[i], sources[i], dist, terms, leaves[i])
+        else:
+            some = [sources[i] for i in places]
+            library.perturb_all([outs[i] for i in places], some, dist.native, terms, [leaves[i] for i in places])
+
+
 def perturb_both(
     plus: Tensor, minus: Tensor, source: Tensor, dist: Distribution, term: Term, leaf: int, start: int = 0
 ) -> None:
@@ -145,6 +166,35 @@ def sgd_(
         library.sgd_(target, dist.native, terms, leaf, start, lr, weight_decay, key)
 
 
+def sgd_all_(
+    targets: Sequence[Tensor],
+    dist: Distribution,
+    terms: Sequence[Term],
+    leaves: Sequence[int],
+    lr: float,
+    weight_decay: float,
+    key: Key,
+) -> None:
+    """:func:`sgd_` on several whole leaves: on a GPU one launch for those of a dtype.
+
+    Args:
+        targets: the weights, updated in place.
+        dist: the distribution of the directions.
+        terms: the estimated gradient.
+        leaves: the leaves' indices.
+        lr: learning rate.
+        weight_decay: the L2 penalty's factor.
+        key: names the rounding bits.
+    """
+    for library, places in _together(targets):
+        if library is None or dist.native is None or not library.updates(targets[places[0]].dtype):
+            for i in places:
+                sgd_(targets[i], dist, terms, leaves[i], 0, lr, weight_decay, key)
+        else:
+            some = [targets[i] for i in places]
+            library.sgd_all_(some, dist.native, terms, [leaves[i] for i in places], lr, weight_decay, key)
+
+
 def outer_sum(a: Tensor, b: Tensor) -> Tensor:
     """``Σ_k a_k b_kᵀ``, summed in the order of k, each product and sum rounded by itself.
 
@@ -198,3 +248,13 @@ def _library_for(*tensors: Tensor) -> Library | None:
         if t.device != device or type(t) not in (Tensor, Parameter) or not library.takes(t):
             return None
     return library
+
+
+def _together(*tensors: Sequence[Tensor]) -> list[tuple[Library | None, list[int]]]:
+    """Places of the tensors that one call of a library can take, by device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype, bool], tuple[Library | None, list[int]]] = {}
+    for place, each in enumerate(zip(*tensors, strict=True)):
+        library = _library_for(*each)
+        group = (each[0].device, each[0].dtype, library is None)
+        groups.setdefault(group, (library, []))[1].append(place)
+    return list(groups.values())

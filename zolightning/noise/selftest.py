@@ -62,6 +62,8 @@ def verify_triton(library: Library, device: torch.device) -> str:
             reference.sgd_(expected, dist, _TERMS, _LEAF, _START, 0.3, decay, _KEY)
             if not same_bits(ours, expected):
                 return f"the update by {dist.name} noise differs from the reference"
+        if not _takes_many(library, dist, narrow, wide):
+            return f"perturbing or updating several leaves by {dist.name} noise differs from the reference"
     ours, expected = narrow.clone(), narrow.clone()
     library.stochastic_round_(ours, wide, _KEY, _LEAF, _START)
     reference.stochastic_round_(expected, wide, _KEY, _LEAF, _START)
@@ -86,6 +88,26 @@ def _perturbs_both(library: Library, source: Tensor, dtype: torch.dtype, dist: D
     for ours, side in ((plus, 0.37), (minus, -0.37)):
         reference.perturb(expected, source, dist, [Term(_KEY, side)], _LEAF, _START)
         agree &= same_bits(ours, expected)
+    return agree
+
+
+def _takes_many(library: Library, dist: Distribution, narrow: Tensor, wide: Tensor) -> bool:
+    """As one after another: leaves of several sizes, one of more than a piece, one at an odd address."""
+    assert dist.native is not None
+    agree = True
+    for whole in (narrow, wide):
+        sources = [whole[:5], whole[7:], whole.repeat(17)[1:]]
+        outs, expected = [torch.empty_like(s) for s in sources], [torch.empty_like(s) for s in sources]
+        library.perturb_all(outs, sources, dist.native, _TERMS, [3, 4, 9])
+        for leaf, out, source in zip((3, 4, 9), expected, sources, strict=True):
+            reference.perturb(out, source, dist, _TERMS, leaf, 0)
+        agree &= all(map(same_bits, outs, expected))
+    for targets in ([narrow.repeat(17), narrow.clone()], [narrow.repeat(2)[1:]]):
+        updated, expected = [t.clone() for t in targets], [t.clone() for t in targets]
+        library.sgd_all_(updated, dist.native, _TERMS, [3, 4][: len(targets)], 0.3, 0.0, _KEY)
+        for leaf, target in zip((3, 4), expected, strict=False):
+            reference.sgd_(target, dist, _TERMS, leaf, 0, 0.3, 0.0, _KEY)
+        agree &= all(map(same_bits, updated, expected))
     return agree
 
 

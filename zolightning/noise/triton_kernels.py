@@ -22,6 +22,7 @@ from .library import Library
 from .philox import philox_key, rounding_query
 
 BLOCK = 1024
+PIECE = 1 << 15  # elements that a program of a table takes
 _NUMBERS = ["leaf", "start", "width", "length", "k0", "k1", "query", "count", "height", "columns"]
 
 
@@ -55,10 +56,13 @@ def _word(block, which, leaf, query, k0, k1):
 
 
 @triton.jit
-def _noise(element, kind: tl.constexpr, leaf, query, k0, k1):
-    if kind == 0:
-        word = _word(element >> 7, (element >> 5) & 3, leaf, query, k0, k1)
-        return 1.0 - 2.0 * ((word >> (element & 31).to(tl.uint32)) & 1).to(tl.float32)
+def _sign(element, leaf, query, k0, k1):
+    word = _word(element >> 7, (element >> 5) & 3, leaf, query, k0, k1)
+    return 1.0 - 2.0 * ((word >> (element & 31).to(tl.uint32)) & 1).to(tl.float32)
+
+
+@triton.jit
+def _normal(element, leaf, query, k0, k1):
     word = _word(element >> 3, (element >> 1) & 3, leaf, query, k0, k1)
     u = ((word & 0xFFFF) * 2 + 1).to(tl.float32) * 7.62939453125e-06
     bits = u.to(tl.int32, bitcast=True)
@@ -79,6 +83,15 @@ def _noise(element, kind: tl.constexpr, leaf, query, k0, k1):
 
 
 @triton.jit
+def _noise(element, kind: tl.constexpr, leaf, query, k0, k1):
+    if kind == 0:  # noqa: SIM108  a ternary would compile both
+        value = _sign(element, leaf, query, k0, k1)
+    else:
+        value = _normal(element, leaf, query, k0, k1)
+    return value
+
+
+@triton.jit
 def _sum(element, kind: tl.constexpr, terms, coefficients, count, leaf):
     """Σ_k c_k z_k in the terms' order; ``terms`` holds (k0, k1, query) of each."""
     total = tl.zeros(element.shape, tl.float32)
@@ -92,8 +105,8 @@ def _sum(element, kind: tl.constexpr, terms, coefficients, count, leaf):
 @triton.jit
 def _read(pointer, at, inside, narrow: tl.constexpr):
     value = tl.load(pointer + at, mask=inside, other=0)
-    if narrow:
-        return (value.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    if narrow:  # a return in here would end no trace: what follows it is compiled as well
+        value = (value.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     return value
 
 
@@ -178,18 +191,42 @@ def _keep_large(out, stored, limits, length, narrow_in: tl.constexpr, narrow_out
 
 
 @_kernel
-def _sgd(
-    target, terms, coefficients, count, leaf, start, length, k0, k1, query, rates,
-    kind: tl.constexpr, decays: tl.constexpr, size: tl.constexpr,
+def _perturb_all(table, terms, coefficients, count, kind: tl.constexpr, narrow: tl.constexpr, size: tl.constexpr):
+    """A row of the table for each program: source, out, leaf, start, length."""
+    row = table + 5 * tl.program_id(0)
+    leaf, start, length = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+    for first in range(0, length, size):
+        at = first + tl.arange(0, size)
+        inside = at < length
+        noise = _sum(start + at, kind, terms, coefficients, count, leaf)
+        if narrow:
+            source, out = tl.load(row).to(tl.pointer_type(tl.int16)), tl.load(row + 1).to(tl.pointer_type(tl.int16))
+            tl.store(out + at, _nearest(_read(source, at, inside, True) + noise).to(tl.int16), mask=inside)
+        else:
+            source, out = tl.load(row).to(tl.pointer_type(tl.float32)), tl.load(row + 1).to(tl.pointer_type(tl.float32))
+            tl.store(out + at, tl.load(source + at, mask=inside, other=0) + noise, mask=inside)
+
+
+@_kernel
+def _sgd_all(
+    table, terms, coefficients, count, k0, k1, query, rates,
+    kind: tl.constexpr, decays: tl.constexpr, aligned: tl.constexpr, size: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
-    inside, element = at < length, at + start
-    old = _read(target, at, inside, True)
-    gradient = _sum(element, kind, terms, coefficients, count, leaf)
-    if decays:
-        gradient = gradient + old * tl.load(rates + 1)
-    updated = old - gradient * tl.load(rates)
-    tl.store(target + at, _stochastic(updated, element, leaf, query, k0, k1), mask=inside)
+    """A row of the table for each program: target (twice), leaf, start, length."""
+    row = table + 5 * tl.program_id(0)
+    target = tl.load(row).to(tl.pointer_type(tl.int16))
+    if aligned:
+        target = tl.multiple_of(target, 16)
+    leaf, start, length = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+    for first in range(0, length, size):
+        at = first + tl.arange(0, size)
+        inside, element = at < length, start + at
+        old = _read(target, at, inside, True)
+        gradient = _sum(element, kind, terms, coefficients, count, leaf)
+        if decays:
+            gradient = gradient + old * tl.load(rates + 1)
+        updated = old - gradient * tl.load(rates)
+        tl.store(target + at, _stochastic(updated, element, leaf, query, k0, k1), mask=inside)
 
 
 @_kernel
@@ -264,13 +301,35 @@ class TritonLibrary(Library):
         forms = {"by_row": rows is not None, "narrow_in": _FORM[source.dtype], "narrow_out": _FORM[out.dtype]}
         _launch(_perturb, out.numel(), *data, leaf, start, width, out.numel(), kind=kind, **forms)
 
+    def perturb_all(
+        self, outs: Sequence[Tensor], sources: Sequence[Tensor], kind: int, terms: Sequence[Term], leaves: Sequence[int]
+    ) -> None:
+        device = sources[0].device
+        table = _table(_rows(sources, outs, leaves, [0] * len(outs)), device)
+        numbers = (*_terms(terms, device), len(terms))
+        _each(_perturb_all, table, *numbers, kind=kind, narrow=_FORM[sources[0].dtype])
+
     def sgd_(
         self, target: Tensor, kind: int, terms: Sequence[Term], leaf: int, start: int, lr: float, weight_decay: float, key: Key
     ) -> None:
-        rates = _floats(struct.pack("2d", lr, weight_decay), target.device)
-        data = (_raw(target), *_terms(terms, target.device), len(terms), leaf, start, target.numel())
-        rounding = (*philox_key(key), rounding_query(key))
-        _launch(_sgd, target.numel(), *data, *rounding, rates, kind=kind, decays=weight_decay != 0.0)
+        self._sgd([target], kind, terms, [leaf], [start], lr, weight_decay, key)
+
+    def sgd_all_(
+        self, targets: Sequence[Tensor], kind: int, terms: Sequence[Term], leaves: Sequence[int],
+        lr: float, weight_decay: float, key: Key,
+    ) -> None:  # fmt: skip
+        self._sgd(targets, kind, terms, leaves, [0] * len(targets), lr, weight_decay, key)
+
+    def _sgd(
+        self, targets: Sequence[Tensor], kind: int, terms: Sequence[Term], leaves: Sequence[int], starts: Sequence[int],
+        lr: float, weight_decay: float, key: Key,
+    ) -> None:  # fmt: skip
+        device = targets[0].device
+        table = _table(_rows(targets, targets, leaves, starts), device)
+        numbers = (*_terms(terms, device), len(terms), *philox_key(key), rounding_query(key))
+        aligned = all(t.data_ptr() % 16 == 0 for t in targets)
+        rates = _floats(struct.pack("2d", lr, weight_decay), device)
+        _each(_sgd_all, table, *numbers, rates, kind=kind, decays=weight_decay != 0.0, aligned=aligned)
 
     def stochastic_round_(self, target: Tensor, value: Tensor, key: Key, leaf: int, start: int) -> None:
         stream = (*philox_key(key), rounding_query(key))
@@ -294,6 +353,36 @@ class TritonLibrary(Library):
 def _launch(kernel: Any, length: int, *arguments: Any, **constants: Any) -> None:
     if length:
         kernel[(triton.cdiv(length, BLOCK),)](*arguments, **constants, size=BLOCK, enable_fp_fusion=False)
+
+
+def _each(kernel: Any, table: Tensor, *arguments: Any, **constants: Any) -> None:
+    """A program for each row of the table."""
+    if len(table):
+        kernel[(len(table),)](table, *arguments, **constants, size=BLOCK, enable_fp_fusion=False)
+
+
+def _rows(
+    sources: Sequence[Tensor], outs: Sequence[Tensor], leaves: Sequence[int], starts: Sequence[int]
+) -> tuple[tuple[int, ...], ...]:
+    """Source, out, leaf, start, length and bytes an element of each tensor."""
+    data = zip(sources, outs, leaves, starts, strict=True)
+    return tuple((s.data_ptr(), o.data_ptr(), leaf, start, s.numel(), s.element_size()) for s, o, leaf, start in data)
+
+
+@lru_cache(maxsize=8)  # a step's tables are those of the step before
+def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """int64 (n, 5): source, out, leaf, start, length of pieces small enough for a program each."""
+    whole = torch.tensor(rows, dtype=torch.int64)
+    length, wide = whole[:, 4], whole[:, 5]
+    pieces = -(-length // PIECE)
+    index = torch.repeat_interleave(torch.arange(len(rows)), pieces)
+    first = torch.cumsum(pieces, 0) - pieces
+    skipped = (torch.arange(len(index)) - first[index]) * PIECE
+    table = whole[index, :5]
+    table[:, :2] += (skipped * wide[index])[:, None]
+    table[:, 3] += skipped
+    table[:, 4] = torch.minimum(length[index] - skipped, torch.tensor(PIECE))
+    return table.to(device)
 
 
 def _raw(tensor: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from .build import Scales, build_view, take_turns
 from .compute import compute_with
 from .dominant import dominant_block
-from .leaf import DenseLeaf, Leaf, Rank1Leaf, keep_
+from .leaf import DenseLeaf, Leaf, Rank1Leaf, descend_, keep_
 from .lowrank_leaf import LowRankLeaf
 from .prefix import Prefix
 from .scale_leaf import AbsoluteScaleLeaf, RelativeScaleLeaf, RowScaleLeaf, ScaleLeaf
@@ -52,6 +52,7 @@ __all__ = [
     "blocks",
     "build_view",
     "compute_with",
+    "descend_",
     "dominant_block",
     "expose_scales",
     "keep_",

@@ -16,10 +16,12 @@ from ..noise import (
     noise_sum,
     outer_sum,
     perturb,
+    perturb_all,
     perturb_both,
     perturb_rows,
     pieces,
     sgd_,
+    sgd_all_,
     stochastic_round_,
     working_dtype,
 )
@@ -28,6 +30,7 @@ from .compute import Compute
 from .turns import Turn
 
 HEAD_BLOCK = 1 << 21  # elements of a weight built at once: a vocabulary-sized head goes through in row blocks
+SMALL = 1 << 16  # elements of a vector that is perturbed when a probe begins, with all others
 
 
 class Scratch:
@@ -342,6 +345,46 @@ class Rank1Leaf(PerExampleLeaf):
         u = u * offsets.to(u.device, u.dtype)[:, None]
         inner = torch.matmul(x, v.to(x.dtype)[:, :, None])
         out.baddbmm_(inner.to(out.dtype), u.to(out.dtype)[:, None, :])
+
+
+class Vectors:
+    """What a probe reads of dense vectors, made all at once when it begins: they are small, and many.
+
+    Args:
+        leaves: of a view.
+    """
+
+    def __init__(self, leaves: Sequence[Leaf]) -> None:
+        self._leaves = [
+            leaf for leaf in leaves if type(leaf) is DenseLeaf and leaf.parameter.dim() == 1 and leaf.parameter.numel() <= SMALL
+        ]
+        self._sides: dict[int, list[Tensor]] = {}
+
+    def perturbed(self, terms: Sequence[Term], side: int) -> dict[int, Tensor]:
+        """Id of the parameter → W + Σ_k c_k z_k, valid until the next call for this side."""
+        if not self._leaves:
+            return {}
+        stored = [leaf.parameter.detach() for leaf in self._leaves]
+        outs = self._sides.get(side)
+        if outs is None or any(a.device != b.device or a.dtype != b.dtype for a, b in zip(outs, stored, strict=True)):
+            outs = self._sides[side] = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in stored]
+        perturb_all(outs, stored, self._leaves[0].distribution, terms, [leaf.index for leaf in self._leaves])
+        return {id(leaf.parameter): out for leaf, out in zip(self._leaves, outs, strict=True)}
+
+    def release(self) -> None:
+        self._sides.clear()
+
+
+def descend_(leaves: Sequence[Leaf], terms: Sequence[Term], lr: float, weight_decay: float, key: Key) -> None:
+    """:meth:`Leaf.sgd_` of all of them, the dense ones together."""
+    dense = [leaf for leaf in leaves if type(leaf) is DenseLeaf and leaf.parameter.is_contiguous()]
+    if dense:
+        targets, indices = [leaf.parameter.detach().view(-1) for leaf in dense], [leaf.index for leaf in dense]
+        sgd_all_(targets, dense[0].distribution, terms, indices, lr, weight_decay, key)
+    together = set(map(id, dense))
+    for leaf in leaves:
+        if id(leaf) not in together:
+            leaf.sgd_(terms, lr, weight_decay, key)
 
 
 def keep_(now: Tensor, before: Tensor, fixed: Tensor) -> None:

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..types import Key, PerExampleError, Term
 from .compute import Compute, compute_with
-from .leaf import DenseLeaf, Leaf, PerExampleLeaf, Scratch
+from .leaf import DenseLeaf, Leaf, PerExampleLeaf, Scratch, Vectors
 
 
 class Shared(NamedTuple):
@@ -89,15 +89,19 @@ class Probe(TorchFunctionMode):
         leaves: id of a Parameter → its leaf.
         point: where the probe is.
         scratch: buffer for the weight of the operation that runs now.
+        vectors: buffers for the small ones.
+        side: which of them.
     """
 
-    def __init__(self, leaves: Mapping[int, Leaf], point: Point, scratch: Scratch) -> None:
+    def __init__(self, leaves: Mapping[int, Leaf], point: Point, scratch: Scratch, vectors: Vectors, side: int = 0) -> None:
         super().__init__()
         self._leaves, self._point, self._scratch = leaves, point, scratch
+        self._ready = vectors.perturbed(point.terms, side) if isinstance(point, Shared) and point.terms else {}
         self._sides: tuple[Probe, ...] = ()
         if isinstance(point, Both):
             key, offset = point.term
-            self._sides = tuple(Probe(leaves, Shared([Term(key, o)]), scratch) for o in (offset, -offset))
+            points = (Shared([Term(key, offset)]), Shared([Term(key, -offset)]))
+            self._sides = tuple(Probe(leaves, p, scratch, vectors, side) for side, p in enumerate(points))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is compute_with and not self._sides:
@@ -172,7 +176,8 @@ class Probe(TorchFunctionMode):
         leaf = self._leaves.get(id(value))
         if leaf is not None:
             if isinstance(self._point, Shared):
-                return leaf.perturbed(self._point.terms)
+                ready = self._ready.get(id(value))
+                return leaf.perturbed(self._point.terms) if ready is None else ready
             if isinstance(self._point, Tangent):
                 tangent = leaf.gradient([Term(self._point.key, 1.0)])
                 return fwAD.make_dual(leaf.parameter.detach(), tangent.to(leaf.parameter.dtype))  # type: ignore[no-untyped-call]

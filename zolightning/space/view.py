@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..types import Key, Term
-from .leaf import Leaf, Scratch
+from .leaf import Leaf, Scratch, Vectors
 from .prefix import unperturbed_prefix
 from .probe import Both, PerExample, Point, Probe, Shared, Tangent, Unread
 
@@ -32,6 +32,7 @@ class View:
         self.root, self.leaves = root, tuple(leaves)
         self._owners = [_owner(root, leaf) for leaf in leaves]
         self._scratch = Scratch(sum(leaf.parameter.numel() for leaf in leaves))
+        self._vectors = Vectors(leaves)
         self._compiled_root = compiled
         self.refresh()
         trained = [leaf.parameter for leaf in self.leaves]
@@ -108,7 +109,7 @@ class View:
         with ExitStack() as stack:
             for region in self._regions:
                 stack.enter_context(_without_modes(region))
-            stack.enter_context(Probe(active, point, self._scratch))
+            stack.enter_context(Probe(active, point, self._scratch, self._vectors))
             yield
 
     @contextmanager
@@ -139,6 +140,7 @@ class View:
     def release(self) -> None:
         """Give scratch memory back."""
         self._scratch.release()
+        self._vectors.release()
 
     def __repr__(self) -> str:
         return f"View({len(self.leaves)} leaves, {self.numel:,} weights)"

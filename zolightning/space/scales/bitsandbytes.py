@@ -108,7 +108,7 @@ class Scaled8bit(ScaledLayer):
         scales = weight.SCB if weight.SCB is not None else state.SCB
         if scales is None:
             raise ValueError("it is not quantised yet, which moving it to a device does: module.to('cpu') or .to('cuda')")
-        return scales.view(-1, 1)
+        return scales.to(weight.device).view(-1, 1)  # moving the module leaves them behind
 
     def adopt(self) -> None:
         self._load_state_dict_pre_hooks.clear()
