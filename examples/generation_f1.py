@@ -3,7 +3,7 @@
 The task: say the words of feeling in a sentence of a film review. They are those of the sentence that the VADER lexicon
 rates, so "a gorgeous, witty, seductive movie." wants "gorgeous witty seductive". The prompt shows one answered sentence, which
 the untrained model tends to repeat. Teacher forcing, cross-entropy and logits play no part: each probe generates with
-`model.generate`, and the loss of a sentence is 1 - F1 of its answer.
+`model.generate`, and the loss of a sentence is 1 - F1 of its answer. Vectors at the prompt's ending are all that is trained.
 
 python examples/generation_f1.py
 
@@ -15,27 +15,25 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader
 
 from zolightning import ZOMixin, ZOMonitor, ZOStrategy
-from zolightning.data import VADER, fetch, film_snippets, generate_answers, load_causal_lm
+from zolightning.data import VADER, Encoded, Example, encode_text, fetch, film_snippets, generate_answers, load_causal_lm
 from zolightning.data.archives import read_tar_member
+from zolightning.demo.module import PromptData, intervene_at_ending
+from zolightning.interventions import at_prompts, idle, interventions
 from zolightning.objectives import exact_match, text_errors, token_f1
 
-TEMPLATE = "Sentence: {text}\nWords of feeling:"
-SHOWN = "Sentence: a dull, unfunny mess.\nWords of feeling: dull unfunny mess\n\n"
+PROMPT = """Sentence: a dull, unfunny mess.
+Words of feeling: dull unfunny mess
 
-
-class Question(NamedTuple):
-    """A prompt and the answer that is wanted."""
-
-    prompt: str
-    answer: str
+Sentence: {text}
+Words of feeling:"""
+SCORES = {"f1": token_f1, "exact_match": exact_match}
 
 
 def lexicon() -> set[str]:
@@ -45,115 +43,141 @@ def lexicon() -> set[str]:
     return {word for word, rating, *_ in rows if word.isalpha() and abs(float(rating)) >= 1.5}
 
 
-def questions(part: list, words: set[str], limit: int) -> list[Question]:
-    """Short sentences with two to four rated words."""
+def questions(part: Iterable[Example], words: set[str]) -> list[tuple[str, str]]:
+    """(sentence, its rated words) of the short sentences with one to three."""
     found = []
     for text, _ in part:
         rated = [w for w in (word.strip(".,;:!?'\"()-") for word in text.split()) if w.lower() in words]
-        if 2 <= len(rated) <= 4 and len(text.split()) <= 20:
-            found.append(Question(SHOWN + TEMPLATE.format(text=text), " ".join(rated)))
-    return found[:limit]
+        if 1 <= len(rated) <= 3 and 4 <= len(text.split()) <= 14:
+            found.append((text, " ".join(rated)))
+    return found
 
 
 class Answering(ZOMixin, L.LightningModule):
-    """A language model trained on the F1 of what it says."""
+    """A language model trained on the F1 of what it says; ``batch["labels"]`` are places in ``wanted``."""
 
-    def __init__(self, model: torch.nn.Module, tokenizer, data: list[Question], lr: float, steps: int) -> None:
+    def __init__(self, model: torch.nn.Module, tokenizer, wanted: list[str], lr: float, steps: int) -> None:
         super().__init__()
-        self.model, self.tokenizer, self.data, self.lr, self.steps = model, tokenizer, data, lr, steps
+        self.model, self.tokenizer, self.wanted, self.lr, self.steps = model, tokenizer, wanted, lr, steps
         self.history: list[dict[str, float]] = []
 
     def forward(self, batch):
-        return generate_answers(self.model, self.tokenizer, batch, max_new_tokens=8)
+        with at_prompts(self.model):
+            return generate_answers(self.model, self.tokenizer, batch, max_new_tokens=6)
+
+    def zo_prepare(self, batch):  # the text before the vectors: encoded once for all probes
+        made = interventions(self.model)
+        with idle(made):
+            return encode_text(self.model, batch, made[0].positions) or batch
 
     def zo_objective(self, batch):
-        return text_errors(self(batch), [[self.data[i].answer] for i in batch["index"].tolist()])  # (B,): 1 - F1
+        return text_errors(self(batch), self.references(batch))  # (B,): 1 - F1
+
+    def references(self, batch):
+        return [[self.wanted[i]] for i in batch["labels"].tolist()]
 
     def _score(self, batch, stage):
-        answers = self(batch)
-        wanted = [[self.data[i].answer] for i in batch["index"].tolist()]
-        for name, score in (("f1", token_f1), ("exact_match", exact_match)):
-            value = 1 - text_errors(answers, wanted, score).mean()
+        answers, references = self(batch), self.references(batch)
+        for name, score in SCORES.items():
+            value = 1 - text_errors(answers, references, score).mean()
             self.log(f"{stage}/{name}", value, batch_size=len(answers), prog_bar=True)
-        return answers, wanted
+        return zip(answers, references, strict=True)
 
     def validation_step(self, batch, batch_idx):
-        answers, wanted = self._score(batch, "val")
+        answered = self._score(batch, "val")
         if batch_idx == 0:
-            print(
-                *(f"{answer!r}, wanted {right!r}" for answer, (right,) in list(zip(answers, wanted, strict=True))[:4]), sep="\n"
-            )
+            print(*(f"{answer!r}, wanted {right!r}" for answer, (right,) in list(answered)[:4]), sep="\n")
 
     def on_validation_epoch_end(self):
         values = self.trainer.callback_metrics
-        self.history.append({"step": self.global_step} | {k: float(values[f"val/{k}"]) for k in ("f1", "exact_match")})
+        self.history.append({"step": self.global_step} | {name: float(values[f"val/{name}"]) for name in SCORES})
+        print(f"step {self.global_step}: validation F1 {self.history[-1]['f1']:.1%}")
 
     def test_step(self, batch, batch_idx):
         self._score(batch, "test")
 
     def configure_optimizers(self):
-        optimizer = torch.optim.SGD(self.parameters(), lr=self.lr)
+        optimizer = torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+def draw(result: dict, path: Path) -> None:
+    """F1 of the validation sentences against steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    axes.plot([h["step"] for h in result["history"]], [100 * h["f1"] for h in result["history"]], "o-", label="validation")
+    ends = [100 * result[name]["test/f1"] for name in ("zero_shot", "tested")]
+    axes.plot([0, result["steps"]], ends, "D", color="#d62728", label="test, before and after")
+    axes.axhline(100 * result["copying"], color="#7f7f7f", linestyle="--", label="the whole sentence as the answer")
+    axes.set(xlabel="step", ylabel="F1 of generated answers, %", ylim=(0, 1.15 * axes.get_ylim()[1]))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--lr", type=float, default=2e-3, help="RMS change per weight and step at the start")
-    parser.add_argument("--eps", type=float, default=2e-2)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps (default: 60)")
+    parser.add_argument("--batch", type=int, default=16, help="sentences a step (default: 16)")
+    parser.add_argument("--queries", type=int, default=4, help="directions for each sentence (default: 4)")
+    parser.add_argument("--lr", type=float, default=4e-2, help="RMS change of a step at the start (default: 4e-2)")
+    parser.add_argument("--eps", type=float, default=0.4, help="perturbation scale (default: 0.4)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--precision", default="bf16-true")
-    parser.add_argument("--validation", type=int, default=40)
-    parser.add_argument("--test", type=int, default=120)
+    parser.add_argument("--validation", type=int, default=50, help="sentences of the curve (default: 50)")
+    parser.add_argument("--test", type=int, default=150, help="sentences for reporting (default: 150)")
     parser.add_argument("--out", type=Path, default=Path("generation-f1"), help="folder of the results")
     args = parser.parse_args()
 
     L.seed_everything(args.seed)
     model, tokenizer = load_causal_lm()
-    tokenizer.padding_side = "left"
-    words = lexicon()
-    parts = film_snippets(validation=1000, test=2000)
-    sizes = {"train": 2000, "validation": args.validation, "test": args.test}
-    split = {name: questions(getattr(parts, name), words, size) for name, size in sizes.items()}
-    data = [question for part in split.values() for question in part]
-    print({name: len(part) for name, part in split.items()})
+    words, texts = lexicon(), film_snippets(validation=1000, test=2000)
+    parts = [questions(part, words) for part in texts[:3]]
+    train, validation, test = parts[0], parts[1][: args.validation], parts[2][: args.test]
+    wanted: list[str] = []
 
-    def collate(items):
-        return {**tokenizer([data[i].prompt for i in items], padding=True, return_tensors="pt"), "index": torch.tensor(items)}
+    def encode(part: list[tuple[str, str]]) -> list[Encoded]:
+        first = len(wanted)
+        wanted.extend(answer for _, answer in part)
+        prompts = tokenizer([PROMPT.format(text=text) for text, _ in part])["input_ids"]
+        return [Encoded(ids, first + i) for i, ids in enumerate(prompts)]
 
-    def loader(name, **settings):
-        first = {"train": 0, "validation": len(split["train"]), "test": len(data) - len(split["test"])}[name]
-        return DataLoader(range(first, first + len(split[name])), collate_fn=collate, **settings)
-
-    generator = torch.Generator().manual_seed(args.seed)
-    train = loader("train", batch_size=args.batch, shuffle=True, drop_last=True, generator=generator)
-    validation, test = (loader(name, batch_size=50) for name in ("validation", "test"))
-    module = Answering(model, tokenizer, data, args.lr, args.steps)
+    prompts = [encode(part) for part in (train, validation, test)]
+    data = PromptData(*prompts, tokenizer.pad_token_id, batch_size=args.batch, seed=args.seed)
+    model = model.to(torch.bfloat16).train()
+    intervene_at_ending(model, prompts[0], tokenizer.pad_token_id)
+    module = Answering(model, tokenizer, wanted, args.lr, args.steps)
     trainer = L.Trainer(
-        strategy=ZOStrategy(eps=args.eps, ledger=False),
-        precision=args.precision,
+        strategy=ZOStrategy("reft", ledger=False, eps=args.eps, num_queries=args.queries),
         max_steps=args.steps,
-        val_check_interval=20,
+        val_check_interval=max(1, args.steps // 6),
         check_val_every_n_epoch=None,
-        num_sanity_val_steps=-1,
+        num_sanity_val_steps=-1,  # the first point: zero-shot
         logger=False,
         callbacks=[ZOMonitor()],
         enable_checkpointing=False,
         enable_model_summary=False,
     )
-    zero_shot = trainer.test(module, test, verbose=False)[0]
-    started = time.perf_counter()
-    trainer.fit(module, train, validation)
-    seconds = time.perf_counter() - started
-    tested = trainer.test(module, test, verbose=False)[0]
-    settings = {k: v for k, v in vars(args).items() if k != "out"}
-    result = {**settings, "zero_shot": zero_shot, "tested": tested, "seconds": seconds, "history": module.history}
+    zero_shot = trainer.test(module, data, verbose=False)[0]
+    started, cpu = time.perf_counter(), time.process_time()
+    trainer.fit(module, data)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu  # the validations included
+    tested = trainer.test(module, data, verbose=False)[0]
+    copying = sum(token_f1(text, [answer]) for text, answer in test) / len(test)
+    result = {k: v for k, v in vars(args).items() if k != "out"} | {
+        "zero_shot": zero_shot, "tested": tested, "copying": copying, "seconds": seconds, "cpu_seconds": cpu_seconds,
+        "threads": torch.get_num_threads(), "history": module.history,
+    }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"f1-seed{args.seed}.json"
-    path.write_text(json.dumps(result, indent=1))
-    print(f"test F1 {zero_shot['test/f1']:.1%} -> {tested['test/f1']:.1%}; {path}")
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    draw(result, path.with_suffix(".png"))
+    print(f"test F1 {zero_shot['test/f1']:.1%} -> {tested['test/f1']:.1%}; the whole sentence would be {copying:.1%}; {path}")
 
 
 if __name__ == "__main__":
