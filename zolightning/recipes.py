@@ -171,6 +171,10 @@ As :data:`DEFAULT`, straight through: a direction for every example acts on the 
 weights before the rounding. The paper's way, where probes are rounded too, also trains clipping and smoothing:
 ``ZOStrategy("zeroqat", estimator="spsa", structure="dense", select="all")``. It needs the larger eps: a probe then moves a
 weight by a whole grid step or not at all, and the share that moves is eps over that step.
+
+At 3 bits and fewer train the scales of the codes instead, ``ZOStrategy("qzo")`` after
+:func:`~zolightning.fakequant.export_quantized`: a step of 8e-3 in weights of size 0.2 leaves their rounding errors correlated
+by 0.75 with those before it, so that a few steps draw all of them anew, and a step of the scales keeps them.
 """
 
 RECIPES: dict[str, ZOConfig] = {
