@@ -47,14 +47,15 @@ def lm_losses(model: nn.Module, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("loss", [lm_losses, lm_loss], ids=["losses", "mean"])
 @pytest.mark.parametrize("config", [PLAIN, PLAIN.override(noise="gaussian", num_queries=2)], ids=["one", "two"])
-def test_trains_as_in_two_forwards(loss: Any, config: Any) -> None:
+def test_trains_as_in_two_forwards(kind: str, loss: Any, config: Any) -> None:
     sizes: list[int] = []
-    together = PerExampleTask(tiny_causal_lm("llama"), sized(loss, sizes))
+    together = PerExampleTask(tiny_causal_lm(kind), sized(loss, sizes))
     strategy = fit(together, token_batches(3), config).strategy
     assert sizes == [2, 2, 4] + [4] * (3 * config.num_queries)  # three looks before the first step
-    apart = PerExampleTask(tiny_causal_lm("llama"), loss)
+    apart = PerExampleTask(tiny_causal_lm(kind), loss)
     fit(apart, token_batches(3), config.override(one_batch=False))
     assert_same(weights(together), weights(apart), tolerance=1e-5)
     assert strategy.last_record.forwards == 2 * config.num_queries  # type: ignore[attr-defined]
@@ -115,13 +116,6 @@ def test_only_where_it_gives_the_same(net: Callable[[], nn.Module], loss: Any) -
     module = PerExampleTask(net(), sized(loss, sizes))
     fit(module, batches(2))
     assert sizes[-4:] == [5, 5, 5, 5]
-
-
-def test_positions_that_all_examples_share() -> None:
-    """GPT-2 looks them up once for the whole batch, where no half can be told."""
-    sizes: list[int] = []
-    fit(PerExampleTask(tiny_causal_lm("gpt2"), sized(lm_losses, sizes)), token_batches(2), PLAIN)
-    assert sizes[-4:] == [2, 2, 2, 2]
 
 
 @pytest.mark.parametrize(

@@ -370,7 +370,7 @@ def both_sides(
     """The output with both sides in one batch, and that of each side by itself."""
     key = Key(3, 1, 2)
     with torch.no_grad():
-        with view.along_both(key, 0.1):
+        with view.along_both(key, 0.1, 6):
             together = forward()
         apart = []
         for half, offset in zip(halves, (0.1, -0.1), strict=True):
@@ -387,10 +387,11 @@ class Layers(nn.Module):
         torch.manual_seed(0)
         self.embedding, self.norm, self.rms = nn.Embedding(9, 8), nn.LayerNorm(8), nn.RMSNorm(8)
         self.conv, self.linear, self.plain = nn.Conv1d(8, 8, 3, padding=1), nn.Linear(8, 8), nn.Linear(8, 8, bias=False)
+        self.places = nn.Embedding(5, 8)
         self.scale, self.shift = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8))
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.norm(self.embedding(ids)) * self.scale + self.shift
+        x = self.norm(self.embedding(ids) + self.places(torch.arange(5)[None])) * self.scale + self.shift
         x = x + self.conv(x.transpose(1, 2)).transpose(1, 2)
         x = self.rms(self.plain(F.relu(self.linear(x))))
         return F.linear(x, self.embedding.weight)
@@ -426,6 +427,6 @@ def test_both_sides_need_examples_where_a_weight_is_read(call: Callable[..., Ten
     net = Calls(call, torch.randn(6, 8), linear=nn.Linear(8, 8))
     view = build_view(net, net.parameters(), Rademacher(), select_spec="all", structure="dense")
     before = weights(net)
-    with pytest.raises(PerExampleError, match="one_batch=False"), view.along_both(Key(0, 0), 0.1):
+    with pytest.raises(PerExampleError, match="one_batch=False"), view.along_both(Key(0, 0), 0.1, 6):
         net()
     assert_same(weights(net), before)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 INTERPRET = """
 import torch
 from zolightning.noise.selftest import verify_triton
-from zolightning.noise.triton_kernels import TritonLibrary
+from zolightning.noise.triton_library import TritonLibrary
 
 class Off(TritonLibrary):
     def outer_sum(self, a, b):

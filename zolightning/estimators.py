@@ -84,8 +84,8 @@ class SPSA(FiniteDifference):
         for query in range(self.num_queries):
             direction = key._replace(query=query)
             values: list[float] = []
-            if self.stencil is CENTRAL and objective.repeats:
-                with view.along_both(direction, self.eps):
+            if self.stencil is CENTRAL and objective.repeats and objective.examples:
+                with view.along_both(direction, self.eps, 2 * objective.examples):
                     values = objective.per_example(2).view(2, -1).mean(1).tolist()
                 losses += values
             for offset in self.stencil.offsets[len(values) :]:

@@ -97,7 +97,7 @@ def takes_both(forward: Callable[[Any], Any], batch: Any, view: View, isolation:
         with isolation.dry(), view.along(key, offset):
             each.append(loss_value(forward(batch)))
     try:
-        with isolation.dry(), view.along_both(key, _FAR), LossSplitter(2 * examples) as splitter:
+        with isolation.dry(), view.along_both(key, _FAR, 2 * examples), LossSplitter(2 * examples) as splitter:
             losses = example_losses(forward(repeat_batch(batch, examples, 2)), 2 * examples, splitter)
     except PerExampleError:
         return False

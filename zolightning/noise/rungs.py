@@ -54,7 +54,7 @@ def _try_triton(device: torch.device) -> Library | None:
     from .selftest import verify_triton
 
     try:
-        from .triton_kernels import TritonLibrary  # Triton comes with PyTorch's CUDA builds
+        from .triton_library import TritonLibrary  # Triton comes with PyTorch's CUDA builds
 
         found = TritonLibrary()
         wrong = verify_triton(found, device)

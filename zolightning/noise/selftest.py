@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ _KEY = Key(seed=0x5EED, step=7, query=2)
 _TERMS = (Term(_KEY, 1e-2), Term(Key(1, 2, 3), -0.37), Term(Key(2**63, 2**40, 0), 3.0))
 _LEAF = 11
 _LENGTH = 2 * 1024 + 77
-_START = (1 << 35) + 1000  # beyond 32-bit block numbers even of Rademacher noise, and in the middle of a block
+_WHOLE = 1 << 35  # beyond 32-bit block numbers even of Rademacher noise, at the beginning of a block
+_START = _WHOLE + 1000  # in the middle of one
 
 
 def verify(library: NativeLibrary) -> str:
@@ -34,15 +36,14 @@ def verify_triton(library: Library, device: torch.device) -> str:
     narrow, wide = (specimens(dtype).to(device) for dtype in (torch.bfloat16, torch.float32))
     for dist in (Rademacher(), Gaussian()):
         assert dist.native is not None
-        for source in (narrow, wide):
-            for dtype in (torch.bfloat16, torch.float32):
-                ours, expected = torch.empty(2, _LENGTH, dtype=dtype, device=device)
-                library.perturb(ours, source, dist.native, _TERMS, _LEAF, _START)
-                reference.perturb(expected, source, dist, _TERMS, _LEAF, _START)
-                if not same_bits(ours, expected):
-                    return f"the perturbation of {source.dtype} into {dtype} by {dist.name} noise differs from the reference"
-                if not _perturbs_both(library, source, dtype, dist):
-                    return f"{source.dtype} moved both ways into {dtype} by {dist.name} noise differs from the reference"
+        for source, dtype, start in product((narrow, wide), (torch.bfloat16, torch.float32), (_START, _WHOLE)):
+            ours, expected = torch.empty(2, _LENGTH, dtype=dtype, device=device)
+            library.perturb(ours, source, dist.native, _TERMS, _LEAF, start)
+            reference.perturb(expected, source, dist, _TERMS, _LEAF, start)
+            if not same_bits(ours, expected):
+                return f"the perturbation of {source.dtype} into {dtype} by {dist.name} noise differs from the reference"
+            if not _perturbs_both(library, source, dtype, dist, start):
+                return f"{source.dtype} moved both ways into {dtype} by {dist.name} noise differs from the reference"
         starts, queries = torch.tensor([[0, 5, _START], [1, 0, 2**31 - 1]], device=device)
         ours = library.noise(dist.native, [Term(_KEY, 1.0)], _LEAF, starts, _LENGTH, queries)
         if not same_bits(ours, elements(dist, _KEY, _LEAF, starts, _LENGTH, queries[:, None])):
@@ -56,19 +57,20 @@ def verify_triton(library: Library, device: torch.device) -> str:
         reference.perturb_rows(expected, table, dist, _TERMS, _LEAF, rows)
         if not same_bits(ours, expected):
             return f"the perturbation of rows by {dist.name} noise differs from the reference"
-        for decay in (0.0, 0.1):
+        for decay, start in product((0.0, 0.1), (_START, _WHOLE)):
             ours, expected = narrow.clone(), narrow.clone()
-            library.sgd_(ours, dist.native, _TERMS, _LEAF, _START, 0.3, decay, _KEY)
-            reference.sgd_(expected, dist, _TERMS, _LEAF, _START, 0.3, decay, _KEY)
+            library.sgd_(ours, dist.native, _TERMS, _LEAF, start, 0.3, decay, _KEY)
+            reference.sgd_(expected, dist, _TERMS, _LEAF, start, 0.3, decay, _KEY)
             if not same_bits(ours, expected):
                 return f"the update by {dist.name} noise differs from the reference"
         if not _takes_many(library, dist, narrow, wide):
             return f"perturbing or updating several leaves by {dist.name} noise differs from the reference"
-    ours, expected = narrow.clone(), narrow.clone()
-    library.stochastic_round_(ours, wide, _KEY, _LEAF, _START)
-    reference.stochastic_round_(expected, wide, _KEY, _LEAF, _START)
-    if not same_bits(ours, expected):
-        return "stochastic rounding differs from the reference"
+    for start in (_START, _WHOLE):
+        ours, expected = narrow.clone(), narrow.clone()
+        library.stochastic_round_(ours, wide, _KEY, _LEAF, start)
+        reference.stochastic_round_(expected, wide, _KEY, _LEAF, start)
+        if not same_bits(ours, expected):
+            return "stochastic rounding differs from the reference"
     for source in (narrow, wide):
         ours, expected = torch.ones(2, _LENGTH, dtype=torch.bfloat16, device=device)
         library.keep_large_(ours, source, 0.5)
@@ -79,14 +81,14 @@ def verify_triton(library: Library, device: torch.device) -> str:
     return "" if same_bits(library.outer_sum(a, b), reference.outer_sum(a, b)) else "the outer sum differs from the reference"
 
 
-def _perturbs_both(library: Library, source: Tensor, dtype: torch.dtype, dist: Distribution) -> bool:
+def _perturbs_both(library: Library, source: Tensor, dtype: torch.dtype, dist: Distribution, start: int = _START) -> bool:
     """Each way as a perturbation by itself."""
     assert dist.native is not None
     plus, minus, expected = torch.empty(3, _LENGTH, dtype=dtype, device=source.device)
-    library.perturb_both(plus, minus, source, dist.native, Term(_KEY, 0.37), _LEAF, _START)
+    library.perturb_both(plus, minus, source, dist.native, Term(_KEY, 0.37), _LEAF, start)
     agree = True
     for ours, side in ((plus, 0.37), (minus, -0.37)):
-        reference.perturb(expected, source, dist, [Term(_KEY, side)], _LEAF, _START)
+        reference.perturb(expected, source, dist, [Term(_KEY, side)], _LEAF, start)
         agree &= same_bits(ours, expected)
     return agree
 

@@ -32,6 +32,8 @@ class Both(NamedTuple):
     """The first half of the examples sees θ + c z, the second half θ − c z."""
 
     term: Term
+    examples: int
+    """In both halves together."""
 
 
 class PerExample(NamedTuple):
@@ -77,7 +79,7 @@ _ELEMENTWISE: frozenset[Any] = frozenset(
 """Where a vector stands beside activations, along their last dimension."""
 
 _BY_EXAMPLE: frozenset[Any] = _ELEMENTWISE | {
-    F.linear, F.embedding, F.layer_norm, F.rms_norm, F.group_norm, F.conv1d, F.conv2d, F.conv3d, compute_with
+    F.linear, F.embedding, F.layer_norm, F.rms_norm, F.group_norm, F.conv1d, F.conv2d, F.conv3d, torch.addmm, compute_with
 }  # fmt: skip
 """What treats the examples along dimension 0 of its input one by one."""
 
@@ -99,7 +101,7 @@ class Probe(TorchFunctionMode):
         self._ready = vectors.perturbed(point.terms, side) if isinstance(point, Shared) and point.terms else {}
         self._sides: tuple[Probe, ...] = ()
         if isinstance(point, Both):
-            key, offset = point.term
+            (key, offset), _ = point
             points = (Shared([Term(key, offset)]), Shared([Term(key, -offset)]))
             self._sides = tuple(Probe(leaves, p, scratch, vectors, side) for side, p in enumerate(points))
 
@@ -131,19 +133,31 @@ class Probe(TorchFunctionMode):
 
     def _both(self, func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The halves of the examples, each by the probe of its side."""
+        assert isinstance(self._point, Both)
         self._refuse_write(func, args, kwargs)
-        places = [i for i, a in enumerate(args) if isinstance(a, Tensor) and id(a) not in self._leaves]
-        if func not in _BY_EXAMPLE or not places or args[places[0]].dim() < 2 or args[places[0]].shape[0] % 2:
+        place = next((i for i, a in enumerate(args) if isinstance(a, Tensor) and id(a) not in self._leaves), None)
+        examples = self._point.examples
+        shared = func is F.embedding and place == 0 and args[0].shape[:1] == (1,) and examples > 1  # positions, for all alike
+        if (
+            place is None
+            or func not in _BY_EXAMPLE
+            or args[place].dim() < 2
+            or args[place].shape[0] % (1 if shared else examples)
+        ):
             raise PerExampleError(
-                f"both probes in one batch need examples along dimension 0 wherever a weight is read, which "
+                f"both probes in one batch need the {examples} examples along dimension 0 wherever a weight is read, which "
                 f"`{getattr(func, '__name__', func)}` does not show; use ZOStrategy(one_batch=False)"
             )
-        if func is F.linear and places[0] == 0 and (whole := self._linear_both(*args, **kwargs)) is not None:
+        if func is F.linear and place == 0 and (whole := self._linear_both(*args, **kwargs)) is not None:
             return whole
-        halves = args[places[0]].chunk(2)
-        before, after = args[: places[0]], args[places[0] + 1 :]
-        pairs = zip(self._sides, halves, strict=True)
-        return torch.cat([side.__torch_function__(func, types, (*before, half, *after), kwargs) for side, half in pairs])
+        halves = (args[0], args[0]) if shared else args[place].chunk(2)
+        outs = [
+            side.__torch_function__(func, types, (*args[:place], half, *args[place + 1 :]), kwargs)
+            for side, half in zip(self._sides, halves, strict=True)
+        ]
+        if shared:
+            outs = [out.expand(examples // 2, *out.shape[1:]) for out in outs]
+        return torch.cat(outs)
 
     def _linear_both(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         """With both weights built in one go, where the leaf can."""

@@ -88,9 +88,9 @@ class View:
         return self._compiled_root or bool(self._regions)
 
     @contextmanager
-    def along_both(self, key: Key, offset: float) -> Iterator[None]:
-        """The first half of the batch's examples reads θ + offset · z(key), the second θ − offset · z(key)."""
-        with self._probe(key, Both(Term(key, offset))):
+    def along_both(self, key: Key, offset: float, examples: int) -> Iterator[None]:
+        """The first half of the batch's ``examples`` reads θ + offset · z(key), the second θ − offset · z(key)."""
+        with self._probe(key, Both(Term(key, offset), examples)):
             yield
 
     @contextmanager
