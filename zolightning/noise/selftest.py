@@ -98,13 +98,14 @@ def _takes_many(library: Library, dist: Distribution, narrow: Tensor, wide: Tens
     assert dist.native is not None
     agree = True
     for whole in (narrow, wide):
-        sources = [whole[:5], whole[7:], whole.repeat(17)[1:]]
-        outs, expected = [torch.empty_like(s) for s in sources], [torch.empty_like(s) for s in sources]
-        library.perturb_all(outs, sources, dist.native, _TERMS, [3, 4, 9])
-        for leaf, out, source in zip((3, 4, 9), expected, sources, strict=True):
-            reference.perturb(out, source, dist, _TERMS, leaf, 0)
-        agree &= all(map(same_bits, outs, expected))
-    for targets in ([narrow.repeat(17), narrow.clone()], [narrow.repeat(2)[1:]]):
+        for sources in ([whole[:5], whole[7:], whole.repeat(17)[1:]], [whole[:1600].clone(), whole.repeat(16)]):
+            outs, expected = [torch.empty_like(s) for s in sources], [torch.empty_like(s) for s in sources]
+            leaves = [3, 4, 9][: len(sources)]
+            library.perturb_all(outs, sources, dist.native, _TERMS, leaves)
+            for leaf, out, source in zip(leaves, expected, sources, strict=True):
+                reference.perturb(out, source, dist, _TERMS, leaf, 0)
+            agree &= all(map(same_bits, outs, expected))
+    for targets in ([narrow.repeat(16), narrow[:2048].clone()], [narrow.repeat(2)[1:]]):
         updated, expected = [t.clone() for t in targets], [t.clone() for t in targets]
         library.sgd_all_(updated, dist.native, _TERMS, [3, 4][: len(targets)], 0.3, 0.0, _KEY)
         for leaf, target in zip((3, 4), expected, strict=False):

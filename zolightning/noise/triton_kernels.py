@@ -1,6 +1,7 @@
 """The sweeps as Triton kernels, one pass over the weights each.
 
-bfloat16 is read and written as integers, so that its rounding is ours. ``aligned`` says that runs begin with a block of noise.
+bfloat16 is read and written as integers, so that its rounding is ours. ``aligned`` says that runs begin with a block of noise;
+of the tensors in a table also that 16 divides their addresses and lengths.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import triton.language as tl
 
 from .triton_noise import noise_at, random_run, sum_at, sum_run
 
-_NUMBERS = ["leaf", "start", "width", "length", "k0", "k1", "query", "count", "height", "columns"]
+_NUMBERS = ["leaf", "start", "width", "k0", "k1", "query", "count", "height", "columns"]
 
 
 def _kernel(function: Any) -> Any:
-    """Compiled once for all values of its numbers: 1 would become a constant, and each multiple of 16 a kernel of its own."""
+    """Compiled once for all values of its numbers: 1 would become a constant, and each multiple of 16 a kernel of its own.
+
+    Not of ``length``: where 16 divides it, the mask holds for all or none of the 16 bytes that are read and written at once.
+    """
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     return triton.jit(function, do_not_specialize=[name for name in names if name in _NUMBERS])
 
@@ -139,7 +143,7 @@ def perturb_all(
     else:
         source, out = tl.load(row).to(tl.pointer_type(tl.float32)), tl.load(row + 1).to(tl.pointer_type(tl.float32))
     if aligned:
-        source, out = tl.multiple_of(source, 16), tl.multiple_of(out, 16)
+        source, out, length = tl.multiple_of(source, 16), tl.multiple_of(out, 16), tl.multiple_of(length, 16)
     for first in range(0, length, size):
         at = first + tl.arange(0, size)
         inside = at < length
@@ -156,9 +160,9 @@ def sgd_all(
     """A row of the table for each program: target (twice), leaf, start, length."""
     row = table + 5 * tl.program_id(0)
     target = tl.load(row).to(tl.pointer_type(tl.int16))
-    if aligned:
-        target = tl.multiple_of(target, 16)
     leaf, start, length = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+    if aligned:
+        target, length = tl.multiple_of(target, 16), tl.multiple_of(length, 16)
     for first in range(0, length, size):
         at = first + tl.arange(0, size)
         inside = at < length

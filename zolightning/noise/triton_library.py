@@ -155,7 +155,7 @@ def _table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
 
 def _aligned(tensors: Sequence[Tensor]) -> bool:
     """Whether their memory can be read 16 bytes at a time."""
-    return all(t.data_ptr() % 16 == 0 for t in tensors)
+    return all(t.data_ptr() % 16 == 0 and t.numel() % 16 == 0 for t in tensors)
 
 
 def _raw(tensor: Tensor) -> Tensor:

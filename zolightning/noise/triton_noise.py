@@ -20,9 +20,9 @@ def philox(block, leaf, query, k0, k1):
     w0, w1 = tl.full((1,), 0x9E3779B9, tl.uint32), tl.full((1,), 0xBB67AE85, tl.uint32)
     k0, k1 = k0 + tl.zeros_like(w0), k1 + tl.zeros_like(w1)
     for _ in tl.static_range(10):
-        p0, p1 = c0.to(tl.uint64) * m0.to(tl.uint64), c2.to(tl.uint64) * m1.to(tl.uint64)
-        c0, c1 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, p1.to(tl.uint32)
-        c2, c3 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1, p0.to(tl.uint32)
+        high, low = tl.umulhi(c0, m0), c0 * m0
+        c0, c1 = tl.umulhi(c2, m1) ^ c1 ^ k0, c2 * m1
+        c2, c3 = high ^ c3 ^ k1, low
         k0, k1 = k0 + w0, k1 + w1
     return c0, c1, c2, c3
 
