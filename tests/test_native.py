@@ -115,6 +115,20 @@ class TestSameBits:
             reference.perturb(expected, w, dist, [Term(key, side)], 7, start)
             assert same_bits(mine, expected)
 
+    @pytest.mark.parametrize("dist", DISTRIBUTIONS, ids=str)
+    def test_several_leaves(self, dist: Distribution) -> None:
+        """Of several dtypes, one of them no contiguous tensor."""
+        some, lots = [Term(Key(3, 1, 0), 0.3), Term(Key(3, 1, 1), -0.7)], [2, 9, 5, 1]
+        sources = [specimen(dtype, 300) for dtype in FLOATS[:3]] + [specimen(torch.float32, 300)[::2]]
+        moved, expected = [[torch.empty_like(s) for s in sources] for _ in range(2)]
+        noise.perturb_all(moved, sources, dist, some, lots)
+        updated, after = [[s.clone() for s in sources] for _ in range(2)]
+        noise.sgd_all_(updated, dist, some, lots, 0.3, 0.1, some[0].key)
+        for leaf, source, out, w in zip(lots, sources, expected, after, strict=True):
+            reference.perturb(out, source, dist, some, leaf, 0)
+            reference.sgd_(w, dist, some, leaf, 0, 0.3, 0.1, some[0].key)
+        assert all(map(same_bits, moved + updated, expected + after))
+
     @settings(max_examples=40, deadline=None)
     @given(distributions, terms, leaves, st.lists(st.integers(0, 19), max_size=9), st.integers(1, 130), floats, floats)
     def test_perturb_rows(
