@@ -25,6 +25,9 @@ class Estimator(ABC):
     fewest = 1
     """Directions that it needs at least."""
 
+    two_sided = False
+    """Whether it probes a direction that all examples share at θ + εz and θ − εz."""
+
     def __init__(self, num_queries: int = 1) -> None:
         if num_queries < self.fewest or int(num_queries) != num_queries:
             raise ValueError(
@@ -75,7 +78,7 @@ class SPSA(FiniteDifference):
 
     def __init__(self, eps: float, num_queries: int = 1, stencil: Stencil = CENTRAL) -> None:
         super().__init__(eps, num_queries)
-        self.stencil = stencil
+        self.stencil, self.two_sided = stencil, stencil is CENTRAL
 
     def __call__(self, objective: Objective, view: View, key: Key) -> Estimate:
         terms, losses = [], []
@@ -84,7 +87,7 @@ class SPSA(FiniteDifference):
         for query in range(self.num_queries):
             direction = key._replace(query=query)
             values: list[float] = []
-            if self.stencil is CENTRAL and objective.repeats and objective.examples:
+            if self.two_sided and objective.repeats and objective.examples:
                 with view.along_both(direction, self.eps, 2 * objective.examples):
                     values = objective.per_example(2).view(2, -1).mean(1).tolist()
                 losses += values
@@ -177,6 +180,8 @@ class PerExampleSPSA(FiniteDifference):
         eps: perturbation scale, > 0.
         num_queries: directions per example, >= 1.
     """
+
+    two_sided = True  # where it is SPSA
 
     def __call__(self, objective: Objective, view: View, key: Key) -> Estimate:
         count = objective.examples if view.per_example else None

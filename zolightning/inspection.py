@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .estimators import SPSA, Estimator, PerExampleSPSA
+from .estimators import Estimator
 from .isolation import Isolation
 from .losses import LossSplitter
 from .objective import batch_examples, batch_numel, example_losses, loss_value, repeat_batch
 from .space import View
-from .types import CENTRAL, Key, PerExampleError
+from .types import Key, PerExampleError
 
 _SMALL = 256  # numbers in a batch: twice as many cost little memory, and less than twice the time
 
@@ -28,10 +28,17 @@ class Examples(NamedTuple):
     Args:
         losses: each has a loss of its own.
         repeats: the step takes a repeated batch, and the copies get equal losses (dropout would draw for each).
+        both: both probes of a direction that the examples share run in one batch, where it is small.
     """
 
     losses: bool
     repeats: bool
+    both: bool = False
+
+    def of(self, batch: Any) -> tuple[int | None, bool]:
+        """How many examples with losses of their own the batch holds, or None, and whether it may be repeated."""
+        both = self.both and _is_small(batch)
+        return batch_examples(batch) if self.losses or both else None, self.repeats or both
 
 
 def inspect_step(forward: Callable[[Any], Any], batch: Any, view: View, isolation: Isolation, repeatable: bool) -> Examples:
@@ -50,12 +57,8 @@ def inspect_step(forward: Callable[[Any], Any], batch: Any, view: View, isolatio
 
     def losses(copies: int, offsets: Tensor) -> Tensor | None:
         count = examples * copies
-        with (
-            isolation.dry(),
-            view.along_each(Key(0, 0), torch.arange(count), offsets),
-            LossSplitter(count) as splitter,
-        ):
-            return example_losses(forward(repeat_batch(batch, examples, copies)), count, splitter)
+        probe = view.along_each(Key(0, 0), torch.arange(count), offsets)
+        return _losses(forward, repeat_batch(batch, examples, copies), count, probe, isolation)
 
     try:
         plain = losses(1, torch.zeros(examples, dtype=torch.float32))
@@ -70,11 +73,19 @@ def inspect_step(forward: Callable[[Any], Any], batch: Any, view: View, isolatio
     return Examples(True, double is not None and _close(double[:examples], double[examples:]))
 
 
+def _losses(
+    forward: Callable[[Any], Any], batch: Any, count: int, probe: AbstractContextManager[None], isolation: Isolation
+) -> Tensor | None:
+    """(count,) of the batch's examples inside the probe, or None; without a trace."""
+    with isolation.dry(), probe, LossSplitter(count) as splitter:
+        return example_losses(forward(batch), count, splitter)
+
+
 def _close(left: Tensor, right: Tensor) -> bool:
     return torch.allclose(left, right, rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
-def is_small(batch: Any) -> bool:
+def _is_small(batch: Any) -> bool:
     """Whether both probes of a shared direction had better run in one batch."""
     return batch_numel(batch) <= _SMALL
 
@@ -89,15 +100,13 @@ def takes_both(forward: Callable[[Any], Any], batch: Any, view: View, isolation:
         isolation: of the module.
         estimator: what probes them.
     """
-    central = isinstance(estimator, PerExampleSPSA) or (isinstance(estimator, SPSA) and estimator.stencil is CENTRAL)
     examples = batch_examples(batch)
-    if examples is None or not central or view.compiled or view.prefix or not is_small(batch):
+    if examples is None or not estimator.two_sided or view.compiled or view.prefix or not _is_small(batch):
         return False
     key, twice, count = Key(0, 0), repeat_batch(batch, examples, 2), 2 * examples
 
     def halves(probe: AbstractContextManager[None]) -> list[float] | None:
-        with isolation.dry(), probe, LossSplitter(count) as splitter:
-            losses = example_losses(forward(twice), count, splitter)
+        losses = _losses(forward, twice, count, probe, isolation)
         return None if losses is None else losses.view(2, examples).mean(1).tolist()
 
     each = []

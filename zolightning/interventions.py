@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -105,18 +105,15 @@ def idle(made: Sequence[Intervention]) -> Iterator[None]:
 def at_prompts(model: nn.Module) -> Iterator[None]:
     """For one call of ``model.generate``: they move the end of the prompts, and leave the tokens of the answers alone."""
     made = interventions(model)
+    with ExitStack() as stack:
 
-    def rest(*_: Any) -> None:  # after the first forward, which is that of the prompts
-        for one in made:
-            one.idle = True
+        def rest(*_: Any) -> None:  # after the first forward, which is that of the prompts
+            handle.remove()
+            stack.enter_context(idle(made))
 
-    handle = model.register_forward_hook(rest)
-    try:
+        handle = model.register_forward_hook(rest)
+        stack.callback(handle.remove)
         yield
-    finally:
-        handle.remove()
-        for one in made:
-            one.idle = False
 
 
 @torch.no_grad()

@@ -45,15 +45,13 @@ class Search(NamedTuple):
     """Ids of the optimizer's parameters that were trainable."""
     select: Select
     """The selection; the block that 'dominant' stands for."""
-    both: bool
-    """Whether both probes of a direction that the examples share run in one batch, where it is small."""
 
     def describe(self, estimator: Estimator, weights: int) -> str:
         """One line for the user when training starts."""
         kinds = Counter(re.sub("(?<=.)([A-Z])", r" \1", type(leaf).__name__).lower() for leaf in self.view.leaves)
         leaves = " and ".join(f"{count} {kind.replace('leaf', 'leaves')}" for kind, count in kinds.items())
         direction = "a direction for each example" if self.examples.losses else "a direction for the batch"
-        probes = ", both probes in one batch" if self.examples.repeats or self.both else ""
+        probes = ", both probes in one batch" if self.examples.repeats or self.examples.both else ""
         turn = self.view.leaves[0].turn
         turns = "" if turn is None else f"; {min(turn.cycle.blocks, turn.of)} of {turn.of} blocks in each step"
         return (
@@ -133,10 +131,11 @@ def new_search(
     if calibration.both is None:
         with muted():
             calibration.both = not examples.losses and repeatable and takes_both(forward, batch, view, isolation, estimator)
+    examples = examples._replace(both=calibration.both)
     if config.cycle is not None:  # only now: all of them were looked at
         take_turns(module, view.leaves, config.cycle)
     calibration.leaves.update({leaf.name: leaf.settings for leaf in view.leaves if leaf.settings})
-    return Search(optimizer, view, examples, trainable(optimizer), selected, calibration.both)
+    return Search(optimizer, view, examples, trainable(optimizer), selected)
 
 
 def compute_dtype(module: nn.Module, precision: str) -> torch.dtype:

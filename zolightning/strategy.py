@@ -21,9 +21,8 @@ from typing_extensions import Unpack
 
 from ._lightning import MisconfigurationException, Precision, SingleDeviceStrategy, StrategyRegistry, pl, rank_zero_info
 from .config import Overrides, ZOConfig
-from .inspection import is_small
 from .mixin import ZOMixin
-from .objective import BatchObjective, batch_examples, loss_value
+from .objective import BatchObjective, loss_value
 from .recipes import recipe as named_recipe
 from .resumable import ResumableStrategy
 from .space import View
@@ -133,11 +132,9 @@ class ZOStrategy(ResumableStrategy):
         seen = sum(len(e.terms) for e in self._window)
         try:
             search = self._search(optimizer, forward, batch)
-            both = search.both and is_small(batch)
-            examples = batch_examples(batch) if search.examples.losses or both else None
+            examples, repeats = search.examples.of(batch)
             with self._isolation.step() as probes:
-                repeats, prefix = search.examples.repeats or both, search.view.prefix
-                objective = BatchObjective(forward, batch, probes, examples, repeats, self._muted, prefix)
+                objective = BatchObjective(forward, batch, probes, examples, repeats, self._muted, search.view.prefix)
                 estimate = zo_step(objective, search.view, self.estimator, Key(self.seed, self.zo_step, seen))
         except SkipStep:
             return None, None

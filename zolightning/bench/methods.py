@@ -18,7 +18,7 @@ from ..config import EPS_BY_DTYPE, ZOConfig
 from ..inspection import Examples, inspect_step, takes_both
 from ..isolation import Isolation
 from ..mixin import ZOMixin
-from ..objective import BatchObjective, batch_examples, loss_value
+from ..objective import BatchObjective, loss_value
 from ..space import build_view
 from ..step import finish, merge, zo_step
 from ..strategy import ZOStrategy
@@ -108,15 +108,12 @@ def zeroth_order(work: Workload, config: ZOConfig) -> Running:
         raise Unavailable(str(error)) from error
     estimator, shaping = config.build_estimator(work.spec.compute_dtype), config.build_shaping()
     isolation, loss = Isolation(model, work.device), work.loss(model)
-    found = Examples(losses=False, repeats=False)
-    if structure == "rank1":
-        with torch.no_grad():
-            found = inspect_step(loss, work.batch, view, isolation, repeatable=True)
-        if not found.losses:
-            raise Unavailable("the model reshapes its batch, so its linear layers cannot tell the examples apart")
     with torch.no_grad():
-        both = not found.losses and takes_both(loss, work.batch, view, isolation, estimator)
-    examples, repeats = batch_examples(work.batch) if found.losses or both else None, found.repeats or both
+        if structure != "rank1":
+            found = Examples(False, False, both=takes_both(loss, work.batch, view, isolation, estimator))
+        elif not (found := inspect_step(loss, work.batch, view, isolation, repeatable=True)).losses:
+            raise Unavailable("the model reshapes its batch, so its linear layers cannot tell the examples apart")
+    examples, repeats = found.of(work.batch)
     steps, state = 0, shaping.init()
 
     @torch.no_grad()

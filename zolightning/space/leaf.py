@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 import torch
@@ -40,7 +40,7 @@ class Scratch:
         trained: weights in all; on a GPU, where it is launches that cost, blocks of 1/64 of them are built at once.
     """
 
-    def __init__(self, trained: int = 0) -> None:
+    def __init__(self, trained: int) -> None:
         self._trained = trained
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._views: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
@@ -358,21 +358,27 @@ class Vectors:
         self._leaves = [
             leaf for leaf in leaves if type(leaf) is DenseLeaf and leaf.parameter.dim() == 1 and leaf.parameter.numel() <= SMALL
         ]
-        self._sides: dict[int, list[Tensor]] = {}
+        self._buffers: dict[tuple[int, int], Tensor] = {}
 
-    def perturbed(self, terms: Sequence[Term], side: int) -> dict[int, Tensor]:
-        """Id of the parameter → W + Σ_k c_k z_k, valid until the next call for this side."""
-        if not self._leaves:
+    def perturbed(self, active: Mapping[int, Leaf], terms: Sequence[Term], side: int) -> dict[int, Tensor]:
+        """Id of the parameter → W + Σ_k c_k z_k of the active ones, valid until the next call for this side."""
+        leaves = [leaf for leaf in self._leaves if id(leaf.parameter) in active]
+        if not leaves:
             return {}
-        stored = [leaf.parameter.detach() for leaf in self._leaves]
-        outs = self._sides.get(side)
-        if outs is None or any(a.device != b.device or a.dtype != b.dtype for a, b in zip(outs, stored, strict=True)):
-            outs = self._sides[side] = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in stored]
-        perturb_all(outs, stored, self._leaves[0].distribution, terms, [leaf.index for leaf in self._leaves])
-        return {id(leaf.parameter): out for leaf, out in zip(self._leaves, outs, strict=True)}
+        outs = [self._buffer(leaf.parameter, side) for leaf in leaves]
+        stored = [leaf.parameter.detach() for leaf in leaves]
+        perturb_all(outs, stored, leaves[0].distribution, terms, [leaf.index for leaf in leaves])
+        return {id(leaf.parameter): out for leaf, out in zip(leaves, outs, strict=True)}
+
+    def _buffer(self, weight: Tensor, side: int) -> Tensor:
+        out = self._buffers.get((id(weight), side))
+        if out is None or out.device != weight.device or out.dtype != weight.dtype:
+            out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+            self._buffers[id(weight), side] = out
+        return out
 
     def release(self) -> None:
-        self._sides.clear()
+        self._buffers.clear()
 
 
 def descend_(leaves: Sequence[Leaf], terms: Sequence[Term], lr: float, weight_decay: float, key: Key) -> None:

@@ -98,7 +98,7 @@ class Probe(TorchFunctionMode):
     def __init__(self, leaves: Mapping[int, Leaf], point: Point, scratch: Scratch, vectors: Vectors, side: int = 0) -> None:
         super().__init__()
         self._leaves, self._point, self._scratch = leaves, point, scratch
-        self._ready = vectors.perturbed(point.terms, side) if isinstance(point, Shared) and point.terms else {}
+        self._ready = vectors.perturbed(leaves, point.terms, side) if isinstance(point, Shared) and point.terms else {}
         self._sides: tuple[Probe, ...] = ()
         if isinstance(point, Both):
             (key, offset), _ = point
@@ -137,7 +137,7 @@ class Probe(TorchFunctionMode):
         self._refuse_write(func, args, kwargs)
         place = next((i for i, a in enumerate(args) if isinstance(a, Tensor) and id(a) not in self._leaves), None)
         examples = self._point.examples
-        shared = func is F.embedding and place == 0 and args[0].shape[:1] == (1,) and examples > 1  # positions, for all alike
+        shared = func is F.embedding and place == 0 and args[0].shape[:1] == (1,)  # positions, for all alike
         if (
             place is None
             or func not in _BY_EXAMPLE
