@@ -166,6 +166,12 @@ def token_batches(count: int = 20, size: int = 2, length: int = 6) -> list[Tenso
     return [torch.randint(0, 32, (size, length), generator=generator) for _ in range(count)]
 
 
+def lm_losses(model: nn.Module, ids: Tensor) -> Tensor:
+    """One for each example."""
+    logits = model(input_ids=ids).logits[:, :-1].double()
+    return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
+
+
 def lm_loss(model: nn.Module, ids: Tensor) -> Tensor:
     logits = model(input_ids=ids).logits[:, :-1].double()
     return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))

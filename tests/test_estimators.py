@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers import lm_loss, tiny_causal_lm, token_batches
+from helpers import lm_loss, lm_losses, tiny_causal_lm, token_batches
 from torch import Tensor, nn
 
 from zolightning.estimators import SPSA, Estimator, PerExampleSPSA, Population
@@ -49,11 +48,7 @@ def transformer() -> tuple[nn.Module, Losses]:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith("layers.1.mlp.down_proj.weight"))
 
-    def losses(ids: Tensor) -> Tensor:
-        logits = model(input_ids=ids).logits[:, :-1]
-        return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(-1)
-
-    return model, Losses(losses, token_batches(1, size=3)[0])
+    return model, Losses(lambda ids: lm_losses(model, ids), token_batches(1, size=3)[0])
 
 
 def gradient(view: View, objective: Losses) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import (
     PLAIN,
     PerExampleTask,
@@ -18,6 +17,7 @@ from helpers import (
     batches,
     fit,
     lm_loss,
+    lm_losses,
     mlp,
     per_example_mse,
     quiet_trainer,
@@ -39,12 +39,6 @@ def sized(loss: Callable[[nn.Module, Any], Any], sizes: list[int]) -> Callable[[
         return loss(net, batch)
 
     return noted
-
-
-def lm_losses(model: nn.Module, ids: Tensor) -> Tensor:
-    """One for each example."""
-    logits = model(input_ids=ids).logits[:, :-1].double()
-    return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
