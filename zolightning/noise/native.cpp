@@ -43,7 +43,7 @@ using u32 = uint32_t;
 using u64 = uint64_t;
 using i64 = int64_t;
 
-constexpr i64 TILE = 1024;       // elements, a multiple of what one call of `blocks` makes for any distribution
+constexpr i64 TILE = 2048;       // elements, a multiple of what one call of `blocks` makes for any distribution
 constexpr i64 GRAIN = 32 * TILE; // elements a thread takes at a time
 
 template <class To, class From> inline To bits(From value) {
@@ -82,6 +82,7 @@ template <class Body> void parallel_for(i64 total, i64 batch, int threads, const
 // ----------------------------------------------------------------------------------------------------------- Philox
 
 constexpr int LANES = WIDTH / 8; // blocks computed side by side, each word in the low half of a 64-bit lane
+constexpr int TOGETHER = WIDTH == 64 ? 4 : 2; // groups of lanes, as many as the registers hold
 typedef u64 Lanes __attribute__((vector_size(WIDTH)));
 
 inline Lanes product(Lanes word, u64 multiplier) { // of the low halves; the high halves may hold anything
@@ -124,7 +125,7 @@ inline void store_blocks(Lanes first, Lanes last, u32* words) {
 #endif
 }
 
-// GROUPS * LANES blocks from `first` on: a round waits for the one before it, so a processor likes two groups at a time.
+// GROUPS * LANES blocks from `first` on: a round waits for the one before it, so a processor likes several groups at a time.
 template <int GROUPS> inline void group(const Stream& s, Lanes first, const Lanes* k0, const Lanes* k1, u32* words) {
     Lanes c0[GROUPS], c1[GROUPS], c2[GROUPS], c3[GROUPS];
     for (int g = 0; g < GROUPS; ++g) {
@@ -150,7 +151,8 @@ void blocks(const Stream& s, u64 first, i64 count, u32* words) {
         k1[round] = (lane & 0) + u64(s.k1 + round * 0xBB67AE85u);
     }
     i64 b = 0;
-    for (; b + 2 * LANES <= count; b += 2 * LANES) group<2>(s, lane + (first + u64(b)), k0, k1, words + 4 * b);
+    for (; b + TOGETHER * LANES <= count; b += TOGETHER * LANES)
+        group<TOGETHER>(s, lane + (first + u64(b)), k0, k1, words + 4 * b);
     for (; b < count; b += LANES) group<1>(s, lane + (first + u64(b)), k0, k1, words + 4 * b);
 }
 
@@ -316,12 +318,13 @@ template <class T> inline T stochastic(float value, u32 random) {
     return T(bits<float>(ordinary ? rounded : bits<u32>(value)));
 }
 
-// random[e % TILE] = 16 bits for each e in [begin, end), which lie in one tile: eight a block
-void rounding_bits(const Stream& stream, i64 begin, i64 end, u16* random) {
+typedef u16 __attribute__((may_alias)) Bits16;
+
+// 16 bits for each e in [begin, end), which lie in one tile, eight a block, made in `words`: those of `begin` and on
+const Bits16* rounding_bits(const Stream& stream, i64 begin, i64 end, u32 (&words)[TILE / 2]) {
     const i64 span = LANES * 8, from = begin / span * span, to = (end + span - 1) / span * span;
-    u32 words[TILE / 2];
-    blocks(stream, u64(from / 8), (to - from) / 8, words);
-    std::memcpy(random + from % TILE, words, size_t(to - from) * 2);
+    blocks(stream, u64(from / 8), (to - from) / 8, words + from % TILE / 2);
+    return reinterpret_cast<const Bits16*>(words) + begin % TILE;
 }
 
 // Ask for what the next tile will read. (A sweep in place is no faster for it.)
@@ -331,65 +334,99 @@ template <class T> inline void prefetch(const T* at) {
 
 // ------------------------------------------------------------------------------------------------------------ sweeps
 
-// Sixteen elements at a time, by the machine's own instructions, for as long as they can: each of these gives the bits of
+// Thirty-two elements at a time, by the machine's own instructions, for as long as they can: each of these gives the bits of
 // the plain loop behind it, and returns how many elements it did.
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
-struct Signs { // z of Rademacher noise, from its bits
-    const u16* masks;
-    __m512 plus, minus;
-    __m512 operator()(i64 i) const { return _mm512_mask_blend_ps(masks[i / 16], plus, minus); }
-    Signs operator-() const { return {masks, minus, plus}; }
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+struct Wide { // the first sixteen and the others
+    __m512 low, high;
 };
+
+template <class F> inline Wide both(const F& f, const Wide& a, const Wide& b) { return {f(a.low, b.low), f(a.high, b.high)}; }
+
+inline __m512 sum(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+inline __m512 difference(__m512 a, __m512 b) { return _mm512_sub_ps(a, b); }
+
+struct Signs { // z of Rademacher noise, from its bits
+    const u32* words;
+    __m512 plus, minus;
+    Wide operator()(i64 i) const {
+        const u32 word = words[i / 32];
+        return {_mm512_mask_blend_ps(__mmask16(word), plus, minus), _mm512_mask_blend_ps(__mmask16(word >> 16), plus, minus)};
+    }
+};
+
+inline Wide load(const float* from) { return {_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16)}; }
 
 struct Sums { // z that lies in a tile
     const float* z;
-    __m512 operator()(i64 i) const { return _mm512_loadu_ps(z + i); }
+    Wide operator()(i64 i) const { return load(z + i); }
 };
 
 template <class T> constexpr bool wide = std::is_same_v<T, float> || std::is_same_v<T, BFloat16>;
 
-inline __m512 load(const float* from) { return _mm512_loadu_ps(from); }
-inline __m512 load(const BFloat16* from) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16));
+inline __m512i load16(const void* from) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)); }
+inline Wide load(const BFloat16* from) {
+    const auto whole = [](__m512i raw) { return _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16)); };
+    return {whole(load16(from)), whole(load16(from + 16))};
 }
 
-inline void store(__m512 value, float* to) { _mm512_storeu_ps(to, value); }
-inline void store(__m512 value, BFloat16* to) {
-    const __m256bh nearest = _mm512_cvtneps_pbh(value);
-    std::memcpy(to, &nearest, 32);
-    if (_mm512_fpclass_ps_mask(value, 0x20)) // subnormal numbers, which the instruction takes for zeros
-        for (int i = 0; i < 16; ++i) to[i] = BFloat16(value[i]);
+inline void store(const Wide& value, float* to) {
+    _mm512_storeu_ps(to, value.low);
+    _mm512_storeu_ps(to + 16, value.high);
+}
+inline void store(const Wide& value, BFloat16* to) {
+    const __m512i nearest = (__m512i)_mm512_cvtne2ps_pbh(value.high, value.low);
+    _mm512_storeu_si512(to, nearest);
+    if (_mm512_testn_epi16_mask(nearest, _mm512_set1_epi16(0x7FFF))) // subnormal numbers, too, are zeros to the instruction
+        for (int i = 0; i < 16; ++i) to[i] = BFloat16(value.low[i]), to[i + 16] = BFloat16(value.high[i]);
 }
 
-template <class Z, class In, class Out> i64 add_wide(const In* in, const Z& z, i64 count, Out* to) {
+template <class Z, class In, class Out> i64 perturb_wide(const In* in, const Z& z, i64 count, Out* to) {
     if constexpr (!wide<In> || !wide<Out>) return 0;
     else {
         i64 i = 0;
-        for (; i + 16 <= count; i += 16) store(_mm512_add_ps(load(in + i), z(i)), to + i);
+        for (; i + 32 <= count; i += 32) store(both(sum, load(in + i), z(i)), to + i);
+        return i;
+    }
+}
+
+template <class Z, class In, class Out> i64 perturb_both_wide(const In* in, const Z& z, i64 count, Out* plus, Out* minus) {
+    if constexpr (!wide<In> || !wide<Out>) return 0;
+    else {
+        i64 i = 0;
+        for (; i + 32 <= count; i += 32) {
+            const Wide stored = load(in + i), noise = z(i);
+            store(both(sum, stored, noise), plus + i);
+            store(both(difference, stored, noise), minus + i);
+        }
         return i;
     }
 }
 
 template <bool FUSED, class Z, class T>
-i64 sgd_wide(const Z& z, const u16* random, float step, float decay, i64 count, T* target) {
+i64 sgd_wide(const Z& z, const Bits16* random, float step, float decay, i64 count, T* target) {
     if constexpr (!wide<T>) return 0;
     else {
         const auto add = [](__m512 a, __m512 x, __m512 alpha) {
             return FUSED ? _mm512_fmadd_ps(x, alpha, a) : _mm512_add_ps(a, _mm512_mul_ps(x, alpha));
         };
         const __m512 by = _mm512_set1_ps(step), weight_decay = _mm512_set1_ps(decay);
+        const auto updated = [&](__m512 old, __m512 plain) {
+            return add(old, decay != 0.0f ? add(plain, old, weight_decay) : plain, by);
+        };
         const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF), largest = _mm512_set1_epi32(0x7F7F0000);
+        __m512i high_halves; // of thirty-two numbers of 32 bits
+        for (int i = 0; i < 32; ++i) ((u16*)&high_halves)[i] = u16(2 * i + 1);
         i64 i = 0;
-        for (; i + 16 <= count; i += 16) {
-            const __m512 old = load(target + i), plain = z(i);
-            const __m512 updated = add(old, decay != 0.0f ? add(plain, old, weight_decay) : plain, by);
-            if constexpr (sizeof(T) == 4) store(updated, target + i);
+        for (; i + 32 <= count; i += 32) {
+            const Wide value = both(updated, load(target + i), z(i));
+            if constexpr (sizeof(T) == 4) store(value, target + i);
             else {
-                const __m512i value = _mm512_castps_si512(updated);
-                if (_mm512_cmpgt_epu32_mask(_mm512_and_si512(value, magnitude), largest)) return i;
-                const __m512i bits16 = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(random + i)));
-                const __m256i rounded = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_add_epi32(value, bits16), 16));
-                std::memcpy(target + i, &rounded, 32);
+                const __m512i low = _mm512_castps_si512(value.low), high = _mm512_castps_si512(value.high);
+                const __m512i most = _mm512_max_epu32(_mm512_and_si512(low, magnitude), _mm512_and_si512(high, magnitude));
+                if (_mm512_cmpgt_epu32_mask(most, largest)) return i;
+                const __m512i a = _mm512_add_epi32(low, load16(random + i)), b = _mm512_add_epi32(high, load16(random + i + 16));
+                _mm512_storeu_si512(target + i, _mm512_permutex2var_epi16(a, high_halves, b));
             }
         }
         return i;
@@ -398,19 +435,18 @@ i64 sgd_wide(const Z& z, const u16* random, float step, float decay, i64 count, 
 
 // f(z) for the elements from `begin` to the end of its tile, if z is the signs of one direction
 template <class F> i64 on_signs(const Noise& noise, i64 begin, const F& f) {
-    if (noise.kind != RADEMACHER || noise.count != 1 || begin % 16) return 0;
+    if (noise.kind != RADEMACHER || noise.count != 1 || begin % 32) return 0;
     const Term& t = noise.terms[0];
     u32 words[TILE / 32];
     blocks({t.k0, t.k1, noise.leaf, t.query}, u64(begin / TILE * (TILE / 128)), TILE / 128, words);
-    u16 masks[TILE / 16];
-    std::memcpy(masks, words, sizeof masks);
-    return f(Signs{masks + begin % TILE / 16, _mm512_set1_ps(t.coefficient), _mm512_set1_ps(-t.coefficient)});
+    return f(Signs{words + begin % TILE / 32, _mm512_set1_ps(t.coefficient), _mm512_set1_ps(-t.coefficient)});
 }
 #else
 struct Sums {
     const float* z;
 };
-template <class... A> i64 add_wide(const A&...) { return 0; }
+template <class... A> i64 perturb_wide(const A&...) { return 0; }
+template <class... A> i64 perturb_both_wide(const A&...) { return 0; }
 template <bool FUSED, class... A> i64 sgd_wide(const A&...) { return 0; }
 template <class F> i64 on_signs(const Noise&, i64, const F&) { return 0; }
 #endif
@@ -425,12 +461,12 @@ void perturb(const Noise& noise, i64 start, const i64* rows, i64 n, i64 width, c
         Out* to = out + (row * width + column);
         const i64 count = end - begin;
         prefetch(in);
-        i64 i = on_signs(noise, begin, [&](const auto& z) { return add_wide(in, z, count, to); });
+        i64 i = on_signs(noise, begin, [&](const auto& z) { return perturb_wide(in, z, count, to); });
         if (i == count) return;
         alignas(64) float tile[TILE];
         noise(begin + i, end, tile);
         const float* z = tile + begin % TILE;
-        if (!i) i = add_wide(in, Sums{z}, count, to);
+        if (!i) i = perturb_wide(in, Sums{z}, count, to);
         ELEMENTWISE
         for (i64 j = i; j < count; ++j) to[j] = convert<Out>(Work(in[j]) + Work(z[j]));
     });
@@ -445,27 +481,22 @@ void perturb_both(const Noise& noise, i64 start, i64 length, const In* source, O
         Out *up = plus + column, *down = minus + column;
         const i64 count = end - begin;
         prefetch(in);
-        const i64 done = on_signs(noise, begin, [&](const auto& z) {
-            add_wide(in, z, count, up);
-            return add_wide(in, -z, count, down);
-        });
-        if (done == count) return;
+        i64 i = on_signs(noise, begin, [&](const auto& z) { return perturb_both_wide(in, z, count, up, down); });
+        if (i == count) return;
         alignas(64) float tile[TILE];
-        noise(begin + done, end, tile);
-        float* z = tile + begin % TILE;
-        const auto rest = [&](Out* to) {
-            const i64 i = done ? done : add_wide(in, Sums{z}, count, to);
-            ELEMENTWISE
-            for (i64 j = i; j < count; ++j) to[j] = convert<Out>(Work(in[j]) + Work(z[j]));
-        };
-        rest(up);
+        noise(begin + i, end, tile);
+        const float* z = tile + begin % TILE;
+        if (!i) i = perturb_both_wide(in, Sums{z}, count, up, down);
         ELEMENTWISE
-        for (i64 j = done; j < count; ++j) z[j] = -z[j];
-        rest(down);
+        for (i64 j = i; j < count; ++j) {
+            const Work stored = Work(in[j]), by = Work(z[j]);
+            up[j] = convert<Out>(stored + by);
+            down[j] = convert<Out>(stored - by);
+        }
     });
 }
 
-template <class T> void round_tile(const u16* random, const float* value, i64 count, T* target) {
+template <class T> void round_tile(const Bits16* random, const float* value, i64 count, T* target) {
     ELEMENTWISE
     for (i64 i = 0; i < count; ++i) target[i] = stochastic<T>(value[i], random[i]);
 }
@@ -485,9 +516,9 @@ void sgd(const Noise& noise, const Stream& rounding, i64 start, i64 length, doub
     sweep(1, length, threads, [&](i64) { return start; }, [&](i64, i64 column, i64 begin, i64 end) {
         T* w = target + column;
         const i64 count = end - begin;
-        alignas(64) u16 bits16[TILE];
-        if constexpr (sizeof(T) == 2) rounding_bits(rounding, begin, end, bits16);
-        const u16* random = bits16 + begin % TILE;
+        alignas(64) u32 words[TILE / 2];
+        const Bits16* random = nullptr;
+        if constexpr (sizeof(T) == 2) random = rounding_bits(rounding, begin, end, words);
         const auto fast = [&](const auto& z) { return sgd_wide<FUSED>(z, random, float(step), float(weight_decay), count, w); };
         i64 i = on_signs(noise, begin, fast);
         if (i == count) return;
@@ -625,9 +656,8 @@ void zol_round(u32 k0, u32 k1, u32 leaf, u32 query, i64 start, i64 length, const
         if constexpr (sizeof(T) == 2) {
             T* out = static_cast<T*>(target);
             sweep(1, length, threads, [&](i64) { return start; }, [&](i64, i64 column, i64 begin, i64 end) {
-                alignas(64) u16 random[TILE];
-                rounding_bits(stream, begin, end, random);
-                round_tile(random + begin % TILE, value + column, end - begin, out + column);
+                alignas(64) u32 words[TILE / 2];
+                round_tile(rounding_bits(stream, begin, end, words), value + column, end - begin, out + column);
             });
         }
     });
