@@ -103,6 +103,14 @@ class TestSameBits:
         noise.perturb(w, w, dist, terms, leaf, start)  # in place
         assert source != out or same_bits(w, expected)
 
+    def test_zero_and_minus_zero_are_two_coefficients(self) -> None:
+        w = torch.tensor([0.0, -0.0] * 40)
+        for coefficient in (0.0, -0.0, 0.0):
+            mine, expected = torch.empty(2, 80)
+            noise.perturb(mine, w, Rademacher(), [Term(Key(1, 2, 3), coefficient)], 5, 0)
+            reference.perturb(expected, w, Rademacher(), [Term(Key(1, 2, 3), coefficient)], 5, 0)
+            assert same_bits(mine, expected)
+
     @settings(max_examples=40, deadline=None)
     @given(distributions, keys, st.floats(-4, 4, width=32), starts, lengths, floats, floats)
     def test_perturb_both(

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -157,8 +158,13 @@ class NativeLibrary(Library):
 
 
 def _noise(kind: int, terms: Sequence[Term], leaf: int) -> tuple[int, ctypes.Array[_Term], int, int]:
-    array = (_Term * len(terms))(*(_Term(*philox_key(key), key.query, c) for key, c in terms))
-    return kind, array, len(terms), leaf
+    distinct = all(coefficient for _, coefficient in terms)  # 0.0 and -0.0 would be one to a cache
+    return kind, (_array if distinct else _array.__wrapped__)(tuple(terms)), len(terms), leaf
+
+
+@lru_cache(maxsize=8)  # all leaves of a probe, and of an update, have the same terms
+def _array(terms: tuple[Term, ...]) -> ctypes.Array[_Term]:
+    return (_Term * len(terms))(*(_Term(*philox_key(key), key.query, c) for key, c in terms))
 
 
 def _touch(tensor: Tensor) -> None:

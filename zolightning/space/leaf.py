@@ -43,26 +43,27 @@ class Scratch:
     def __init__(self, trained: int) -> None:
         self._trained = trained
         self._buffer = torch.empty(0, dtype=torch.uint8)
-        self._views: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
+        self._views: dict[tuple[int, int, int, torch.dtype, torch.device], tuple[Tensor, ...]] = {}
 
-    def take(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised tensor, valid until the next call."""
-        form = (torch.Size(shape), dtype, device)
-        view = self._views.get(form)
-        if view is None:
-            size = form[0].numel() * dtype.itemsize
+    def take(self, copies: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+        """So many uninitialised matrices, valid until the next call."""
+        form = (copies, rows, columns, dtype, device)
+        views = self._views.get(form)
+        if views is None:
+            size = copies * rows * columns * dtype.itemsize
             if self._buffer.numel() < size or self._buffer.device != device:
                 self._views.clear()
                 self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
-            view = self._views[form] = self._buffer[:size].view(dtype).view(shape)
-        return view
+            views = self._views[form] = self._buffer[:size].view(dtype).view(copies, rows, columns).unbind()
+        return views
 
     def row_blocks(self, weight: Tensor, copies: int = 1) -> Iterator[tuple[int, int]]:
         """(first row, rows) of the blocks that a weight is built in, ``copies`` of them at once."""
+        count, columns = weight.shape
         elements = max(HEAD_BLOCK, self._trained // 64 if weight.is_cuda else 0) // copies
-        step = weight.shape[0] if weight.numel() <= elements else max(1, elements // weight.shape[1])
-        for row in range(0, weight.shape[0], step):
-            yield row, min(step, weight.shape[0] - row)
+        step = count if count * columns <= elements else max(1, elements // columns)
+        for row in range(0, count, step):
+            yield row, min(step, count - row)
 
     def release(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
@@ -171,7 +172,7 @@ class Leaf(ABC):
         x = x.contiguous()  # torch copies a weight without gradient once per example for a strided input
         blocks = []
         for row, rows in scratch.row_blocks(weight):
-            block = scratch.take((rows, weight.shape[1]), dtype, weight.device)
+            (block,) = scratch.take(1, rows, weight.shape[1], dtype, weight.device)
             self.perturb_into(block, terms, row)
             blocks.append(F.linear(x, block, None if bias is None else bias[row : row + rows]))
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
@@ -225,9 +226,9 @@ class DenseLeaf(Leaf):
         up, down = x.contiguous().chunk(2)
         blocks = []
         for row, rows in scratch.row_blocks(weight, copies=2):
-            upper, lower = scratch.take((2, rows, weight.shape[1]), dtype, weight.device)
-            place = row * weight.shape[1]
-            perturb_both(upper, lower, weight.detach()[row : row + rows], self.distribution, term, self.index, place)
+            upper, lower = scratch.take(2, rows, weight.shape[1], dtype, weight.device)
+            stored = weight if rows == len(weight) else weight[row : row + rows]
+            perturb_both(upper, lower, stored, self.distribution, term, self.index, row * weight.shape[1])
             first, second = (None if bias is None else bias[row : row + rows] for bias in (plus, minus))
             blocks.append(torch.cat((F.linear(up, upper, first), F.linear(down, lower, second))))
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)

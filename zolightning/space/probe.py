@@ -108,6 +108,8 @@ class Probe(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is compute_with and not self._sides:
             return self._compute(*args)
+        if func is F.linear and not kwargs and len(args) > 1 and id(args[1]) in self._leaves:  # most common of all
+            return self._linear_both(*args) if self._sides else self._linear(*args)
         if not self._reads_leaf(args) and not (kwargs and self._reads_leaf(kwargs.values())):
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
@@ -148,8 +150,6 @@ class Probe(TorchFunctionMode):
                 f"both probes in one batch need the {examples} examples along dimension 0 wherever a weight is read, which "
                 f"`{getattr(func, '__name__', func)}` does not show; use ZOStrategy(one_batch=False)"
             )
-        if func is F.linear and place == 0 and (whole := self._linear_both(*args, **kwargs)) is not None:
-            return whole
         halves = (args[0], args[0]) if shared else args[place].chunk(2)
         outs = [
             side.__torch_function__(func, types, (*args[:place], half, *args[place + 1 :]), kwargs)
@@ -159,14 +159,15 @@ class Probe(TorchFunctionMode):
             outs = [out.expand(examples // 2, *out.shape[1:]) for out in outs]
         return torch.cat(outs)
 
-    def _linear_both(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    def _linear_both(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         """With both weights built in one go, where the leaf can."""
-        leaf = self._leaves.get(id(weight))
-        if type(leaf) is not DenseLeaf or weight.dim() != 2 or not weight.is_contiguous() or torch.is_grad_enabled():
-            return None
         assert isinstance(self._point, Both)
-        plus, minus = (side._substitute(bias) for side in self._sides)
-        return leaf.linear_both(input, plus, minus, self._point.term, self._scratch)
+        leaf, by_example = self._leaves[id(weight)], input.dim() >= 2 and input.shape[0] % self._point.examples == 0
+        plain = weight.dim() == 2 and weight.is_contiguous() and id(input) not in self._leaves
+        if type(leaf) is DenseLeaf and plain and by_example and not torch.is_grad_enabled():
+            plus, minus = (side._substitute(bias) for side in self._sides)
+            return leaf.linear_both(input, plus, minus, self._point.term, self._scratch)
+        return self._both(F.linear, (), (input, weight, bias), {})
 
     def _elsewhere(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Give the perturbed tensor in the place of each parameter."""
