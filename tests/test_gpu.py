@@ -150,3 +150,19 @@ def test_scales_of_bitsandbytes_layers(kind: Any) -> None:
     assert changed
     assert all("scale" in n for n in changed), changed
     assert all((after[n] > 0).all() for n in changed)
+
+
+@pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "fp4"])
+def test_lightning_s_precision_plugin(mode: Any) -> None:
+    pytest.importorskip("bitsandbytes")
+    from lightning.pytorch.plugins.precision.bitsandbytes import BitsandbytesPrecision
+
+    module = PerExampleTask(tiny_causal_lm("llama", width=64), lm_losses)
+    plugin = BitsandbytesPrecision(mode, dtype=torch.bfloat16, ignore_modules={"net.lm_head"})
+    strategy = ZOStrategy("qzo", lr=1e-2, seed=1, ledger=False)
+    fit(module, token_batches(3), strategy, plugins=[plugin], **ON_GPU)
+    scales = [p for n, p in module.named_parameters() if n.endswith("scales")]
+    assert scales
+    assert all(p.is_cuda and (p > 0).all() for p in scales)
+    assert strategy.last_record is not None
+    assert strategy.last_record.projected_grad > 0
