@@ -113,13 +113,19 @@ def takes_both(forward: Callable[[Any], Any], batch: Any, view: View, isolation:
     for offset in (_FAR, -_FAR):
         with isolation.dry(), view.along(key, offset):
             each.append(loss_value(forward(batch)))
+    apart = abs(each[0] - each[1])  # what mixes the sides up is off by about that much
+    if not math.isfinite(apart):
+        return False
     try:
-        alike, sides = halves(view.along(key, _FAR)), halves(view.along_both(key, _FAR, count))
+        if (sides := halves(view.along_both(key, _FAR, count))) is None:
+            return False
+        off = max(abs(a - b) for a, b in zip(sides, each, strict=True))
+        if off <= 1e-2 * apart:
+            return True
+        alike = halves(view.along(key, _FAR))
     except Exception:  # code that takes no other batch than its own, or no memory for two
         return False
-    if alike is None or sides is None:
+    if alike is None:
         return False
-    apart = abs(each[0] - each[1])  # what mixes the sides up is off by about that much
     rounding = max(abs(loss - each[0]) for loss in alike)  # a batch of another size may be computed by other kernels
-    off = max(abs(a - b) for a, b in zip(sides, each, strict=True))
-    return math.isfinite(apart) and rounding <= 0.05 * apart and off <= max(1e-2 * apart, 4 * rounding)
+    return rounding <= 0.05 * apart and off <= 4 * rounding
