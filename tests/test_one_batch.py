@@ -48,7 +48,7 @@ def test_trains_as_in_two_forwards(kind: str, loss: Any, config: Any) -> None:
     sizes: list[int] = []
     together = PerExampleTask(tiny_causal_lm(kind), sized(loss, sizes))
     strategy = fit(together, token_batches(3), config).strategy
-    assert sizes == [2, 2, 4, 4] + [4] * (3 * config.num_queries)  # four looks before the first step
+    assert sizes == [2, 2, 4] + [4] * (3 * config.num_queries)  # three looks before the first step
     apart = PerExampleTask(tiny_causal_lm(kind), loss)
     fit(apart, token_batches(3), config.override(one_batch=False))
     assert_same(weights(together), weights(apart), tolerance=1e-5)
@@ -64,7 +64,7 @@ def test_said_when_training_starts(caplog: pytest.LogCaptureFixture) -> None:
 def test_large_batches_take_two_forwards() -> None:
     sizes: list[int] = []
     fit(PerExampleTask(mlp(), sized(per_example_mse, sizes)), batches(2, size=2) + batches(2, size=65) + batches(1, size=3))
-    assert sizes == [2, 2, 4, 4, 4, 4, 65, 65, 65, 65, 6]
+    assert sizes == [2, 2, 4, 4, 4, 65, 65, 65, 65, 6]
     sizes.clear()
     fit(PerExampleTask(mlp(), sized(per_example_mse, sizes)), batches(1, size=65) + batches(2, size=2))
     assert sizes == [65, 65, 2, 2, 2, 2]  # the first batch decides
