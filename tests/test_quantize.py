@@ -154,6 +154,13 @@ def test_why_backprop_has_to_be_said() -> None:
     assert x.grad is None  # else the argument can go
 
 
+@pytest.mark.parametrize("outputs", [3, 32, 40])
+def test_evaluates_any_number_of_outputs(outputs: int) -> None:
+    layer = quantize(nn.Linear(64, outputs))
+    x = torch.randn(2, 64)
+    torch.testing.assert_close(layer.eval()(x), layer.train()(x), rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "fp4"])
 def test_lightning_s_precision_plugin(mode: Any) -> None:
     """Lightning allows it on CUDA only, which this goes around: the layers are quantised when the strategy moves them."""

@@ -113,7 +113,7 @@ def _quantized(bnb: Any, layer: Any, kind: Kind, double: bool, compute_dtype: to
         new = bnb.nn.Linear4bit(inputs, outputs, bias, compute_dtype or weight.dtype, double, kind, device="meta")
         codes = bnb.nn.Params4bit(weight, requires_grad=False, compress_statistics=double, quant_type=kind, module=new)
         new.weight = codes.to(device)
-        new.support_avx512bf16_for_cpu &= not backprop
+        new.support_avx512bf16_for_cpu &= not backprop and outputs % 32 == 0  # its kernel takes no others
     new.bias = layer.bias
     return new.train(layer.training)  # type: ignore[no-any-return]
 
