@@ -878,3 +878,22 @@ def test_kinds_of_tensors_in_a_base(tmp_path: Path) -> None:
     fit(whole, data(), tmp_path / "a", every_step(tmp_path / "a"))
     fit(resumed, data(), tmp_path / "b", ckpt=tmp_path / "a" / "step=4.ckpt")
     same_module(resumed, whole)
+
+
+def test_another_optimizer_begins_another_ledger(tmp_path: Path) -> None:
+    """Its state is not that of the steps before: positions count from the weights it began with."""
+
+    def train(name: str, optimizer: str, steps: int, checkpoint: Path | None = None) -> Task:
+        task, saver = Task(mlp()), ModelCheckpoint(tmp_path / name, every_n_train_steps=steps, save_top_k=-1, filename="{step}")
+        strategy = ZOStrategy(PLAIN.override(optimizer=optimizer), ledger=tmp_path / name / "ledger.zo")
+        trainer = quiet_trainer(
+            strategy, callbacks=[saver], plugins=[LedgerCheckpointIO()], enable_checkpointing=True, max_steps=steps
+        )
+        trainer.fit(task, Resumable(batches(8)), ckpt_path=checkpoint)
+        return task
+
+    train("before", "momentum", 4)
+    with pytest.warns(UserWarning, match="starts without the state of 'momentum'"):
+        task = train("after", "adam", 8, tmp_path / "before" / "step=4.ckpt")
+    loaded = LedgerCheckpointIO().load_checkpoint(tmp_path / "after" / "step=8.ckpt")
+    assert_same(loaded["state_dict"], task.state_dict())

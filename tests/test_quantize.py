@@ -205,6 +205,8 @@ def test_bad_modules() -> None:
     quantize(ragged, "int8")
     with pytest.raises(ValueError, match="found no linear layer"):
         quantize(ragged, "int8")
+    with pytest.raises(ValueError, match=r"outside skip=\('body',\)"):
+        quantize(nn.ModuleDict({"body": nn.Linear(64, 64)}), skip="body")
     layer = bnb.nn.Linear4bit(96, 64).to("cpu")
     with pytest.raises(ValueError, match="96 inputs, no multiple of 64"):
         expose_scales(nn.Sequential(layer))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import PerExampleTask, Task, batches, fit, mlp, per_example_mse
+from helpers import PerExampleTask, Task, batches, fit, mlp, per_example_mse, weights
 from torch import Tensor, nn
 from torch.optim import SGD
 from transformers import BatchEncoding
@@ -251,3 +252,48 @@ def test_unchanged_module_gets_a_direction_for_each_example(kind: str) -> None:
     fit(PerExampleTask(twin, losses, lambda p: SGD(p, lr=1e-2)), items, ZOStrategy(select="all", eps=1e-2, seed=1))
     for a, b in zip(ours.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def classes(net: nn.Module, batch: Any) -> Tensor:
+    """The mean that PyTorch takes, over the targets that are not ignored."""
+    return F.cross_entropy(net(batch["x"]), batch["y"])
+
+
+def test_a_batch_of_ignored_targets_or_of_nothing_is_skipped() -> None:
+    def batch(size: int, target: int) -> dict[str, Tensor]:
+        return {"x": torch.ones(size, 4), "y": torch.full((size,), target)}
+
+    for odd in (batch(8, -100), batch(0, 1)):
+        task = Task(mlp(), classes)
+        trainer = fit(task, [batch(8, 1), odd, batch(8, 1)], ZOStrategy(lr=1e-2))
+        assert trainer.global_step == 3
+        assert all(p.isfinite().all() for p in task.parameters())
+
+
+def test_a_batch_in_a_mapping_of_another_kind() -> None:
+    batch = defaultdict(list, x=torch.ones(8, 4), y=torch.ones(8, dtype=torch.int64))
+    task = Task(mlp(), classes)
+    before = weights(task)
+    fit(task, [batch, batch], ZOStrategy(lr=1e-2))
+    assert any(not torch.equal(value, before[name]) for name, value in weights(task).items())
+
+
+def test_a_trial_that_gives_no_loss_is_not_taken() -> None:
+    """A step may return None where it finds no finite loss, at the points that the conservative step tries as well."""
+    calls = 0
+
+    def sometimes(net: nn.Module, batch: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return None if calls % 5 == 4 else per_example_mse(net, batch).mean()
+
+    task = Task(mlp(), sometimes)
+    fit(task, batches(2), ZOStrategy("mezo", lr=1e-2, conservative=True, ledger=False))
+    assert calls == 2 * 5
+
+
+def test_complex_weights_are_refused() -> None:
+    task = Task(mlp())
+    task.net.register_parameter("phase", nn.Parameter(torch.ones(3, dtype=torch.complex64)))
+    with pytest.raises(ValueError, match=r"'net.phase' is torch.complex64; perturbations are real"):
+        fit(task, batches(1))

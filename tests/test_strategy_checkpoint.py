@@ -16,6 +16,7 @@ from helpers import (
     batches,
     dropped,
     exact_epochs,
+    fit,
     loader,
     mlp,
     mse,
@@ -141,3 +142,19 @@ def test_state_of_another_shaping_is_refused(tmp_path: Path) -> None:
         quiet_trainer(ZOStrategy(PLAIN, normalize=True), max_epochs=2).fit(
             Task(mlp()), loader(batches(3)), ckpt_path=tmp_path / "x.ckpt"
         )
+
+
+def test_a_checkpoint_after_a_test_is_that_of_the_fit(tmp_path: Path) -> None:
+    class Tested(Task):
+        def test_step(self, batch: Any) -> None:
+            pass
+
+    task = Tested(mlp())
+    trainer = fit(task, batches(3), PLAIN.override(optimizer="adam", structure="sparse"))
+    trainer.save_checkpoint(tmp_path / "before.ckpt")
+    trainer.test(task, loader(batches(1)), verbose=False)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    before, after = (torch.load(tmp_path / f"{name}.ckpt", weights_only=False) for name in ("before", "after"))
+    assert_same(after["optimizer_states"][0]["state"][0], before["optimizer_states"][0]["state"][0])
+    assert after["zolightning"]["calibration"] == before["zolightning"]["calibration"]
+    assert before["zolightning"]["calibration"]["leaves"]

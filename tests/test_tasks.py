@@ -304,6 +304,8 @@ def test_readers_follow_the_kind_and_refuse_what_they_cannot_read(tokenizer: Any
     assert isinstance(reader_for(TASKS["drop"], tokenizer), TextReader)
     with pytest.raises(ValueError, match="different single tokens"):
         WordReader(tokenizer, (" great", " terribly"))
+    with pytest.raises(ValueError, match="different single tokens"):
+        WordReader(tokenizer, ("eat", "and"), prompt="It was gr")  # one word with the prompt's last
     with pytest.raises(ValueError, match="no padding token"):
         WordReader(make_tokenizer(), (" terrible", " great"))
     with pytest.raises(ValueError, match=r"answer .* fewer than max_length=3"):

@@ -185,7 +185,7 @@ class PerExampleSPSA(FiniteDifference):
 
     def __call__(self, objective: Objective, view: View, key: Key) -> Estimate:
         count = objective.examples if view.per_example else None
-        if count is None:
+        if not count:
             return SPSA(self.eps, self.num_queries)(objective, view, key)
         first = key.query
         directions = count * self.num_queries

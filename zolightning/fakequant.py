@@ -224,6 +224,7 @@ def fake_quantize(
     for name, value in (("bits", bits), ("input_bits", input_bits)):
         if value is not None and not 2 <= value <= 8:
             raise ValueError(f"`fake_quantize({name}=...)` must be from 2 to 8, got {value}")
+    skip = (skip,) if isinstance(skip, str) else tuple(skip)
     owners = Counter(id(p) for m in module.modules() for p in m.parameters(recurse=False))
     layers: dict[str, Any] = {
         name: layer

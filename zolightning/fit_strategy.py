@@ -71,10 +71,11 @@ class FitStrategy(OneDeviceStrategy, ABC):
         self._warned: set[str] = set()
 
     def setup(self, trainer: pl.Trainer) -> None:
+        if trainer.state.fn != "fit":  # a checkpoint saved after a test is that of the fit before it
+            super().setup(trainer)
+            return
         self._forget()
         super().setup(trainer)
-        if trainer.state.fn != "fit":
-            return
         self.seed = (torch.initial_seed() if self.config.seed is None else self.config.seed) & 0xFFFFFFFFFFFFFFFF
         module = self.lightning_module
         assert module is not None

@@ -69,7 +69,10 @@ def inspect_step(forward: Callable[[Any], Any], batch: Any, view: View, isolatio
         return Examples(False, False)  # moving one example moves others: they have no losses of their own
     if not repeatable:
         return Examples(True, False)
-    double = losses(2, torch.zeros(2 * examples, dtype=torch.float32))
+    try:
+        double = losses(2, torch.zeros(2 * examples, dtype=torch.float32))
+    except Exception:  # code that takes no other batch than its own, or no memory for two
+        return Examples(True, False)
     return Examples(True, double is not None and _close(double[:examples], double[examples:]))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -41,11 +42,11 @@ class LossSplitter(TorchFunctionMode):
         kept = elements.numel()
         if func in (F.cross_entropy, F.nll_loss) and not args[1].is_floating_point():
             kept = int((args[1] != kwargs.get("ignore_index", -100)).sum())
-        if not elements.dim() or elements.shape[0] % self._examples or not kept:
+        if not elements.dim() or elements.shape[0] % self._examples:
             return func(*args, **kwargs)
         sums = elements.double().reshape(self._examples, -1).sum(1)
-        self._losses = sums * (self._examples / kept)
-        self._mean = (sums.sum() / kept).to(elements.dtype)
+        self._losses = sums * (self._examples / kept if kept else math.nan)
+        self._mean = (sums.sum() / (kept or math.nan)).to(elements.dtype)
         return self._mean
 
     def losses(self, returned: Any) -> Tensor | None:

@@ -145,6 +145,8 @@ def batch_numel(batch: Any) -> int:
 
 def repeat_batch(batch: Any, examples: int, copies: int) -> Any:
     """The batch with every tensor, and every list of plain values, of ``examples`` entries repeated ``copies`` times."""
+    if copies == 1:
+        return batch
     if isinstance(batch, Tensor):
         if batch.dim() == 0 or batch.shape[0] != examples:
             return batch

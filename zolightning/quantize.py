@@ -54,16 +54,15 @@ def quantize(
     if kind == "int8" and (double or compute_dtype is not None):
         raise ValueError("`quantize(double=..., compute_dtype=...)` are for 'nf4' and 'fp4'; 'int8' has neither")
     bnb = import_bitsandbytes()
+    skip = (skip,) if isinstance(skip, str) else tuple(skip)
     owners = Counter(id(p) for m in module.modules() for p in m.parameters(recurse=False))
     found = {
         name: layer
         for name, layer in module.named_modules()
-        if (type(layer) is nn.Linear or is_a(layer, "transformers", "Conv1D"))
-        and owners[id(layer.weight)] == 1
-        and not _skipped(name, skip)
+        if _convertible(layer) and owners[id(layer.weight)] == 1 and not _skipped(name, skip)
     }
     if not found:
-        raise ValueError(f"`quantize` found no linear layer with a weight of its own outside skip={tuple(skip)}")
+        raise ValueError(f"`quantize` found no linear layer with a weight of its own outside skip={skip}")
     for name, layer in found.items():
         device, inputs = layer.weight.device, layer.weight.shape[isinstance(layer, nn.Linear)]
         if device.type not in _DEVICES:
@@ -97,6 +96,10 @@ def import_bitsandbytes() -> Any:
     return bitsandbytes
 
 
+def _convertible(layer: nn.Module) -> bool:
+    return type(layer) is nn.Linear or is_a(layer, "transformers", "Conv1D")
+
+
 def _skipped(name: str, skip: Sequence[str]) -> bool:
     return any(f".{part}." in f".{name}." for part in skip)
 
@@ -122,7 +125,7 @@ def _config(model: Any, kind: Kind, double: bool, compute_dtype: torch.dtype | N
     """What was done, in transformers' terms: layers that it would convert and that were not are listed to be skipped."""
     from transformers import BitsAndBytesConfig
 
-    kept = [name for name, layer in model.named_modules() if type(layer) is nn.Linear] or None
+    kept = [name for name, layer in model.named_modules() if _convertible(layer)] or None
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=kept)
     return BitsAndBytesConfig(

@@ -81,7 +81,8 @@ class ResumableStrategy(FitStrategy, ABC):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         states, state = checkpoint["optimizer_states"], checkpoint.get(STATE)
         before = state["config"].get("optimizer") if state is not None else "module"
-        if before != self.config.optimizer and {before, self.config.optimizer} <= {"module", *OPTIMIZERS}:
+        another = before != self.config.optimizer and {before, self.config.optimizer} <= {"module", *OPTIMIZERS}
+        if another:
             if any(saved["state"] for saved in states):
                 rank_zero_warn(f"optimizer={self.config.optimizer!r} starts without the state of {before!r} in the checkpoint")
             states = [{**saved, "state": {}} for saved in states]
@@ -109,7 +110,7 @@ class ResumableStrategy(FitStrategy, ABC):
         self._calibration = Calibration(**state.get("calibration", {}))
         position = state.get("ledger")
         if self._ledger is not None:
-            self._ledger.resumed = None if position is None else Position(**position)
+            self._ledger.resumed = None if position is None or another else Position(**position)  # whose rule has the state
 
     def _resume_rng(self, trainer: pl.Trainer) -> None:
         """In the middle of an epoch the data loader, which draws a seed when it starts, has moved the generator since."""

@@ -131,7 +131,7 @@ def new_search(
     if calibration.both is None:
         with muted():
             calibration.both = not examples.losses and repeatable and takes_both(forward, batch, view, isolation, estimator)
-    examples = examples._replace(both=calibration.both)
+    examples = examples._replace(both=calibration.both and repeatable)
     if config.cycle is not None:  # only now: all of them were looked at
         take_turns(module, view.leaves, config.cycle)
     calibration.leaves.update({leaf.name: leaf.settings for leaf in view.leaves if leaf.settings})

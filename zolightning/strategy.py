@@ -151,7 +151,10 @@ class ZOStrategy(ResumableStrategy):
         """The loss of a micro-batch at θ + Σ_k c_k z_k, beside the probes."""
         assert self._isolation is not None
         with self._muted(), self._isolation.dry(), view.at(terms):
-            return loss_value(forward(batch))
+            try:
+                return loss_value(forward(batch))
+            except SkipStep:
+                return math.inf
 
     def _warn_coarse(self, dtype: torch.dtype | None, estimate: Estimate) -> None:
         if dtype in (torch.float16, torch.bfloat16):

@@ -68,5 +68,7 @@ def text_errors(predictions: Sequence[str], references: Sequence[Sequence[str]],
     Returns:
         (B,) float32.
     """
+    if any(isinstance(r, str) for r in references):
+        raise TypeError("`text_errors(references=...)` takes a list of accepted texts for each prediction, got a text alone")
     errors = [1 - score(p, r) for p, r in zip(predictions, references, strict=True)]
     return torch.tensor(errors, dtype=torch.float32)  # said, because in half-precision runs the default is another

@@ -59,6 +59,11 @@ def build_view(
                 f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not one of the LightningModule's; "
                 "build the optimizer from self.parameters() after the module is complete"
             )
+        if parameter.is_complex():
+            raise ValueError(
+                f"{names[id(parameter)][1]!r} is {parameter.dtype}; perturbations are real. Hold it as a real parameter "
+                "(torch.view_as_real), freeze it, or leave it out of the optimizer"
+            )
         if scales != "frozen" or id(parameter) not in kinds:
             candidates[names[id(parameter)][1]] = parameter
     if not candidates:

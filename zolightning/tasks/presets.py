@@ -39,11 +39,17 @@ def _wsc(row: Row) -> Row:
     return {**row, "span2_text": row["span2_text"].lower()}
 
 
+def _sst2(row: Row) -> Row:
+    return {**row, "sentence": row["sentence"].strip()}
+
+
 def _stripped(row: Row) -> Row:
     return {**row, "question": row["question"].strip()}
 
 
-SST2 = TextTask("words", "{sentence} It was", (" terrible", " great"), source=("nyu-mll/glue", "sst2"))
+SST2 = TextTask(
+    "words", "{sentence} It was", (" terrible", " great"), prepare=_sst2, source=("nyu-mll/glue", "sst2")
+)  # fmt: skip
 
 RTE = TextTask(
     "words", '{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?\n', ("Yes", "No"),

@@ -135,10 +135,11 @@ class WordReader(ChoiceReader):
 
     def __init__(self, tokenizer: Any, words: Sequence[str], prompt: str = "A film.", max_length: int = 512) -> None:
         super().__init__(tokenizer, max_length)
-        sequences, lengths = self._continued(prompt, words)
+        before, *sequences = self._ids([prompt, *(prompt + word for word in words)])
         self.ids = torch.tensor([ids[-1] for ids in sequences])
-        if max(lengths) > 1 or len(set(self.ids.tolist())) < len(words):
-            raise ValueError(f"words {tuple(words)!r} must be different single tokens after {prompt!r}; they take {lengths}")
+        if any(ids[:-1] != before for ids in sequences) or len(set(self.ids.tolist())) < len(words):
+            made = [self.tokenizer.convert_ids_to_tokens(ids) for ids in sequences]
+            raise ValueError(f"words {tuple(words)!r} must be different single tokens after {prompt!r}; they make {made}")
 
     def collate(self, items: Sequence[Item]) -> dict[str, Any]:
         prompts = [self._fitted(ids) for ids in self._ids([item.prompt for item in items])]
