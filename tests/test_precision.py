@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import pytest
@@ -101,9 +102,11 @@ def test_weights_after_an_exception_in_a_hook(hook: str) -> None:
 
 
 def test_per_example_probe_leaves_weights_alone() -> None:
+    doubled = count()
+
     def loss(net: nn.Module, batch: Any) -> Tensor:
         out = per_example_mse(net, batch)
-        if len(out) == 10:
+        if len(out) == 10 and next(doubled) == 1:  # in the first step; the look before it may fail
             raise RuntimeError("stop")
         return out
 
