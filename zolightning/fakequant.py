@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .quantize import skipped
 from .space import Select, compute_with, select
 
 _LEAST_FACTOR, _LEAST_SCALE = 0.05, 1e-8
@@ -230,7 +231,7 @@ def fake_quantize(
         name: layer
         for name, layer in module.named_modules()
         if name and type(layer) is nn.Linear and owners[id(layer.weight)] == 1
-        and not any(f".{part}." in f".{name}." for part in skip)
+        and not skipped(name, skip)
     }  # fmt: skip
     if not layers:
         raise ValueError(

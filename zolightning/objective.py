@@ -63,7 +63,7 @@ class BatchObjective:
 
     def per_example(self, copies: int) -> Tensor:
         assert self.examples is not None
-        batch = self._batch if copies == 1 else repeat_batch(self._batch, self.examples, copies)
+        batch = repeat_batch(self._batch, self.examples, copies)
         with LossSplitter(self.examples * copies) as splitter:
             out = self._run(batch)
         losses = example_losses(out, self.examples * copies, splitter)

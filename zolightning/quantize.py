@@ -59,7 +59,7 @@ def quantize(
     found = {
         name: layer
         for name, layer in module.named_modules()
-        if _convertible(layer) and owners[id(layer.weight)] == 1 and not _skipped(name, skip)
+        if _convertible(layer) and owners[id(layer.weight)] == 1 and not skipped(name, skip)
     }
     if not found:
         raise ValueError(f"`quantize` found no linear layer with a weight of its own outside skip={skip}")
@@ -100,7 +100,8 @@ def _convertible(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear or is_a(layer, "transformers", "Conv1D")
 
 
-def _skipped(name: str, skip: Sequence[str]) -> bool:
+def skipped(name: str, skip: Sequence[str]) -> bool:
+    """Whether a module's name, or a part of it between dots, is one of those."""
     return any(f".{part}." in f".{name}." for part in skip)
 
 

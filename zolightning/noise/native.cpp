@@ -415,8 +415,9 @@ i64 sgd_wide(const Z& z, const Bits16* random, float step, float decay, i64 coun
             return add(old, decay != 0.0f ? add(plain, old, weight_decay) : plain, by);
         };
         const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF), largest = _mm512_set1_epi32(0x7F7F0000);
-        __m512i high_halves; // of thirty-two numbers of 32 bits
-        for (int i = 0; i < 32; ++i) ((u16*)&high_halves)[i] = u16(2 * i + 1);
+        u16 places[32]; // of the high halves of thirty-two numbers of 32 bits
+        for (int i = 0; i < 32; ++i) places[i] = u16(2 * i + 1);
+        const __m512i high_halves = _mm512_loadu_si512(places);
         i64 i = 0;
         for (; i + 32 <= count; i += 32) {
             const Wide value = both(updated, load(target + i), z(i));

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from .item import Row, TextTask
@@ -39,16 +40,13 @@ def _wsc(row: Row) -> Row:
     return {**row, "span2_text": row["span2_text"].lower()}
 
 
-def _sst2(row: Row) -> Row:
-    return {**row, "sentence": row["sentence"].strip()}
-
-
-def _stripped(row: Row) -> Row:
-    return {**row, "question": row["question"].strip()}
+def _stripped(row: Row, column: str = "question") -> Row:
+    return {**row, column: row[column].strip()}
 
 
 SST2 = TextTask(
-    "words", "{sentence} It was", (" terrible", " great"), prepare=_sst2, source=("nyu-mll/glue", "sst2")
+    "words", "{sentence} It was", (" terrible", " great"), prepare=partial(_stripped, column="sentence"),
+    source=("nyu-mll/glue", "sst2"),
 )  # fmt: skip
 
 RTE = TextTask(
