@@ -175,7 +175,7 @@ def sgd_all_(
     weight_decay: float,
     key: Key,
 ) -> None:
-    """:func:`sgd_` on several whole leaves: on a GPU one launch for those of a dtype.
+    """:func:`sgd_` on several whole leaves: one call of a library for those of a dtype.
 
     Args:
         targets: the weights, updated in place.

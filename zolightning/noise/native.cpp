@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -252,6 +253,29 @@ void sweep(i64 rows, i64 width, int threads, const Origin& origin, const Body& b
             for (i64 at = start + column, next; at < end; at = next) {
                 next = std::min(end, at / TILE * TILE + TILE);
                 body(row, at - start, at, next);
+            }
+        }
+    });
+}
+
+struct Run { // elements start ... start + length of a leaf
+    i64 leaf, start, length;
+    void* data;
+};
+
+// body(run, begin, end) for every part of every run that lies in one tile
+template <class Body> void sweep_runs(const Run* runs, i64 n, int threads, const Body& body) {
+    std::vector<i64> pieces(size_t(n) + 1, 0); // those before each run
+    for (i64 r = 0; r < n; ++r) pieces[r + 1] = pieces[r] + (runs[r].length + GRAIN - 1) / GRAIN;
+    parallel_for(pieces[n], 1, threads, [&](i64 first, i64 last) {
+        i64 r = std::upper_bound(pieces.begin(), pieces.end(), first) - pieces.begin() - 1;
+        for (i64 item = first; item < last; ++item) {
+            while (item >= pieces[r + 1]) ++r;
+            const Run& run = runs[r];
+            const i64 column = (item - pieces[r]) * GRAIN, end = run.start + std::min(run.length, column + GRAIN);
+            for (i64 at = run.start + column, next; at < end; at = next) {
+                next = std::min(end, at / TILE * TILE + TILE);
+                body(run, at, next);
             }
         }
     });
@@ -509,13 +533,15 @@ template <bool FUSED, class W> inline W add(W a, W x, W alpha) {
 }
 
 template <class T, bool FUSED>
-void sgd(const Noise& noise, const Stream& rounding, i64 start, i64 length, double lr, double decay, T* target,
-         int threads) {
+void sgd(const Noise& like, const Stream& rounding_like, const Run* runs, i64 n, double lr, double decay, int threads) {
     using Work = typename Working<T>::type;
     const Work step = Work(-lr), weight_decay = Work(decay);
     const bool decays = decay != 0.0;
-    sweep(1, length, threads, [&](i64) { return start; }, [&](i64, i64 column, i64 begin, i64 end) {
-        T* w = target + column;
+    sweep_runs(runs, n, threads, [&](const Run& run, i64 begin, i64 end) {
+        Noise noise = like;
+        Stream rounding = rounding_like;
+        noise.leaf = rounding.leaf = u32(run.leaf);
+        T* w = static_cast<T*>(run.data) + (begin - run.start);
         const i64 count = end - begin;
         alignas(64) u32 words[TILE / 2];
         const Bits16* random = nullptr;
@@ -664,14 +690,15 @@ void zol_round(u32 k0, u32 k1, u32 leaf, u32 query, i64 start, i64 length, const
     });
 }
 
-void zol_sgd(int kind, const Term* terms, i64 count, u32 leaf, u32 k0, u32 k1, u32 query, i64 start, i64 length,
-             double lr, double decay, int fused, int type, void* target, int threads) {
-    const Noise noise{kind, terms, count, leaf};
-    const Stream stream{k0, k1, leaf, query};
+// each run's own leaf in the noise and in the rounding stream
+void zol_sgd(int kind, const Term* terms, i64 count, const Run* runs, i64 n, u32 k0, u32 k1, u32 query, double lr,
+             double decay, int fused, int type, int threads) {
+    const Noise noise{kind, terms, count, 0};
+    const Stream rounding{k0, k1, 0, query};
     dispatch(type, [&](auto* to) {
         using T = std::remove_pointer_t<decltype(to)>;
         const auto update = fused ? sgd<T, (sizeof(T) > 2)> : sgd<T, false>;
-        update(noise, stream, start, length, lr, decay, static_cast<T*>(target), threads);
+        update(noise, rounding, runs, n, lr, decay, threads);
     });
 }
 

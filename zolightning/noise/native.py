@@ -38,6 +38,10 @@ class _Term(ctypes.Structure):
     _fields_ = [("k0", ctypes.c_uint32), ("k1", ctypes.c_uint32), ("query", ctypes.c_uint32), ("c", ctypes.c_float)]
 
 
+class _Run(ctypes.Structure):
+    _fields_ = [("leaf", ctypes.c_int64), ("start", ctypes.c_int64), ("length", ctypes.c_int64), ("data", ctypes.c_void_p)]
+
+
 _I32, _I64, _U32, _F64, _P = ctypes.c_int, ctypes.c_int64, ctypes.c_uint32, ctypes.c_double, ctypes.c_void_p
 _NOISE = (_I32, _P, _I64, _U32)  # kind, terms, count, leaf
 _SIGNATURES = {
@@ -46,7 +50,7 @@ _SIGNATURES = {
     "zol_perturb": (*_NOISE, _I64, _P, _I64, _I64, _I32, _P, _I32, _P, _I32),
     "zol_perturb_both": (*_NOISE, _I64, _I64, _I32, _P, _I32, _P, _P, _I32),
     "zol_round": (_U32, _U32, _U32, _U32, _I64, _I64, _P, _I32, _P, _I32),
-    "zol_sgd": (*_NOISE, _U32, _U32, _U32, _I64, _I64, _F64, _F64, _I32, _I32, _P, _I32),
+    "zol_sgd": (_I32, _P, _I64, _P, _I64, _U32, _U32, _U32, _F64, _F64, _I32, _I32, _I32),
     "zol_outer_sum": (_P, _P, _I64, _I64, _I64, _P, _I32),
     "zol_keep_large": (_I64, _F64, _I32, _P, _I32, _P, _I32),
     "zol_mixed_sum": (_P, _I64, _I64, _P, _I32),
@@ -133,11 +137,26 @@ class NativeLibrary(Library):
     def sgd_(
         self, target: Tensor, kind: int, terms: Sequence[Term], leaf: int, start: int, lr: float, weight_decay: float, key: Key
     ) -> None:
+        self._sgd([target], kind, terms, [leaf], start, lr, weight_decay, key)
+
+    def sgd_all_(
+        self, targets: Sequence[Tensor], kind: int, terms: Sequence[Term], leaves: Sequence[int],
+        lr: float, weight_decay: float, key: Key,
+    ) -> None:  # fmt: skip
+        self._sgd(targets, kind, terms, leaves, 0, lr, weight_decay, key)
+
+    def _sgd(
+        self, targets: Sequence[Tensor], kind: int, terms: Sequence[Term], leaves: Sequence[int], start: int,
+        lr: float, weight_decay: float, key: Key,
+    ) -> None:  # fmt: skip
+        runs = [_Run(leaf, start, target.numel(), target.data_ptr()) for target, leaf in zip(targets, leaves, strict=True)]
+        noise = _noise(kind, terms, 0)[:-1]  # the leaves are the runs'
         rounding = (*philox_key(key), rounding_query(key))
         rule = (lr, weight_decay, bool(self.fused))
-        data = (DTYPES[target.dtype], target.data_ptr(), torch.get_num_threads())
-        self._c.zol_sgd(*_noise(kind, terms, leaf), *rounding, start, target.numel(), *rule, *data)
-        _touch(target)
+        data = (DTYPES[targets[0].dtype], torch.get_num_threads())
+        self._c.zol_sgd(*noise, (_Run * len(runs))(*runs), len(runs), *rounding, *rule, *data)
+        for target in targets:
+            _touch(target)
 
     def outer_sum(self, a: Tensor, b: Tensor) -> Tensor:
         a, b = a.contiguous(), b.contiguous()

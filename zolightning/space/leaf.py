@@ -383,8 +383,8 @@ class Vectors:
 
 
 def descend_(leaves: Sequence[Leaf], terms: Sequence[Term], lr: float, weight_decay: float, key: Key) -> None:
-    """:meth:`Leaf.sgd_` of all of them; on a GPU, where it is launches that cost, the dense ones together."""
-    dense = [leaf for leaf in leaves if type(leaf) is DenseLeaf and leaf.parameter.is_cuda and leaf.parameter.is_contiguous()]
+    """:meth:`Leaf.sgd_` of all of them, the dense ones in as few calls as there are dtypes."""
+    dense = [leaf for leaf in leaves if type(leaf) is DenseLeaf and leaf.parameter.is_contiguous()]
     if dense:
         targets, indices = [leaf.parameter.detach().view(-1) for leaf in dense], [leaf.index for leaf in dense]
         sgd_all_(targets, dense[0].distribution, terms, indices, lr, weight_decay, key)
