@@ -6,6 +6,7 @@ import json
 import pickle
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -61,13 +62,21 @@ def test_command_may_answer_all_at_the_end_and_more_than_a_pipe_holds() -> None:
         ("print('NaN', flush=True); input()", "finite number.*got nan"),
         ("print('fine', flush=True); input()", "answered 'fine', which is not JSON"),
         ("print('{\"x\": 1}', flush=True); input()", "finite number"),
+        ("input(); print('1\\n2', flush=True); input()", "answered '2' beyond one line for each item"),
+        ("print('2', flush=True); input(); print('1', flush=True); input()", "answered '[12]' beyond one line"),
     ],
 )
 def test_command_errors_are_clear(code: str, message: str) -> None:
     scorer = CommandScorer(program(code), timeout=0.5 if "sleep" in code else 30)
     with pytest.raises(ScorerError, match=message):
-        scorer(items("a"))
+        _ask_twice(scorer)
     scorer.close()
+
+
+def _ask_twice(scorer: CommandScorer) -> None:
+    scorer(items("a"))
+    time.sleep(0.2)  # what is beyond the first answer may come after it
+    scorer(items("b"))
 
 
 def test_command_starts_again_after_an_error(tmp_path: Path) -> None:
@@ -102,6 +111,8 @@ class Server(HTTPServer):
     failures = 0
     asked = 0
     answer: Any = None
+    raw = b""
+    retry_after = ""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -116,7 +127,10 @@ class Handler(BaseHTTPRequestHandler):
             status = 503
         scores = [len(item["prediction"]) for item in found]
         body = json.dumps(self.server.answer if self.server.answer is not None else {"scores": scores}).encode()
+        body = self.server.raw or body
         self.send_response(status)
+        if status == 503 and self.server.retry_after:
+            self.send_header("Retry-After", self.server.retry_after)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -166,6 +180,23 @@ def test_http_answers_are_checked(server: Server, answer: Any, message: str) -> 
     server.answer = answer
     with pytest.raises(ScorerError, match=message):
         HttpScorer(address(server))(items("ab"))
+
+
+def test_http_waits_no_longer_than_the_timeout_for_a_busy_server(server: Server) -> None:
+    server.failures, server.retry_after = 1, "3600"
+    assert HttpScorer(address(server), timeout=1.0)(items("ab")).tolist() == [2.0]
+
+
+@pytest.mark.parametrize("url", ["http://localhost:port/x", "http://"])
+def test_http_bad_addresses_are_said_to_be_those(url: str) -> None:
+    with pytest.raises(ScorerError, match="failed, 3 retries included"):
+        HttpScorer(url)(items("a"))
+
+
+def test_http_answers_must_be_json(server: Server) -> None:
+    server.raw = b"oops"
+    with pytest.raises(ScorerError, match="something that is not JSON"):
+        HttpScorer(address(server))(items("a"))
 
 
 def test_http_nobody_there() -> None:

@@ -100,10 +100,13 @@ class CommandScorer(ExternalScorer):
         deadline = time.monotonic() + self.timeout
         process = self._running()
         assert process.stdin is not None
-        # in a thread: a program that writes before it has read everything must not wait for us for ever
-        threading.Thread(target=_write, args=(process.stdin, lines), daemon=True).start()
         try:
-            return [self._answer(deadline) for _ in lines]
+            self._refuse_more()
+            # in a thread: a program that writes before it has read everything must not wait for us for ever
+            threading.Thread(target=_write, args=(process.stdin, lines), daemon=True).start()
+            answers = [self._answer(deadline) for _ in lines]
+            self._refuse_more()
+            return answers
         except BaseException:
             self.close()
             raise
@@ -120,6 +123,12 @@ class CommandScorer(ExternalScorer):
             return json.loads(line)
         except ValueError:
             raise ScorerError(f"{self} answered {line.strip()!r:.200}, which is not JSON; a number is expected") from None
+
+    def _refuse_more(self) -> None:
+        """A line that nobody asked for would be taken for the next item's score, and each after it for another's."""
+        more = [line for line in list(self._answers.queue) if line]
+        if more:
+            raise ScorerError(f"{self} answered {more[0].strip()!r:.200} beyond one line for each item; print scores alone")
 
     def _running(self) -> subprocess.Popen[str]:
         if self._process is not None and self._process.poll() is not None:
@@ -174,7 +183,7 @@ class HttpScorer(ExternalScorer):
 
     Args:
         url: http or https.
-        timeout: seconds for one request, > 0.
+        timeout: seconds for one request, > 0; longer than that no "Retry-After" of the server's is waited for.
         retries: how often a request is sent again after no connection, no answer, or status 429 or 5xx, >= 0.
         headers: of every request, such as a token's.
         cache_size: scores remembered.
@@ -207,7 +216,14 @@ class HttpScorer(ExternalScorer):
         from requests.adapters import HTTPAdapter
         from urllib3.util import Retry
 
-        retry = Retry(
+        timeout = self.timeout
+
+        class Impatient(Retry):
+            def get_retry_after(self, response: Any) -> float | None:
+                wait = super().get_retry_after(response)
+                return None if wait is None else min(wait, timeout)  # a server may say hours
+
+        retry = Impatient(
             self.retries, backoff_factor=0.2, status_forcelist=[429, 500, 502, 503, 504], allowed_methods=None,
             raise_on_status=False,
         )  # fmt: skip
@@ -218,7 +234,7 @@ class HttpScorer(ExternalScorer):
                 response = session.post(self.url, data=body.encode(), headers=headers, timeout=self.timeout)
                 response.raise_for_status()
                 return response.json()
-        except ValueError as error:  # requests' own JSON error is one, and one of the next
+        except requests.JSONDecodeError as error:  # one of the next
             raise ScorerError(f"{self} answered something that is not JSON: {error}") from error
         except requests.RequestException as error:
             raise ScorerError(f"{self} failed, {self.retries} retries included: {error}") from error
