@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torchmetrics import Accuracy, MeanSquaredError, SumMetric
 from torchmetrics.classification import MulticlassF1Score
+from torchmetrics.functional.text.rouge import rouge_score
 from torchmetrics.text import BLEUScore
 
 from zolightning import ZOConfig, ZOStrategy
@@ -59,6 +61,21 @@ def test_soft_errors_tend_to_the_error(seed: int) -> None:
 
 def test_equal_logits_are_no_answer() -> None:
     assert zero_one(torch.zeros(2, 3), torch.tensor([0, 1])).tolist() == [0.0, 1.0]
+
+
+def test_what_is_not_a_number_has_no_error() -> None:
+    logits = LOGITS.clone()
+    logits[1, 0] = torch.nan
+    torch.testing.assert_close(zero_one(logits, LABELS), torch.tensor([0.0, torch.nan, 0.0]), equal_nan=True)
+    assert math.isnan(f1_error(logits, LABELS))
+
+
+def test_a_step_without_numbers_is_skipped() -> None:
+    def broken(net: nn.Module, batch: Any) -> Tensor:
+        return zero_one(net(batch[0]) * torch.nan, batch[1])
+
+    with pytest.warns(UserWarning, match="step 0 skipped: non-finite projected gradient"):
+        fit(PerExampleTask(mlp(outputs=2), broken), classes(3), PLAIN)
 
 
 @pytest.mark.parametrize("average", ["macro", "micro"])
@@ -120,6 +137,23 @@ def test_chrf_and_rouge() -> None:
     assert rouge_l("police killed the gunman", ["police kill the gunman"]) == pytest.approx(0.75)  # 3 of 4 in order
 
 
+@pytest.mark.parametrize("text", ["привет мир", "γειά σου κόσμε", "café crème", "你好 世界"])
+def test_rouge_takes_words_of_any_script(text: str) -> None:
+    assert rouge_l(text.upper(), [text]) == pytest.approx(1.0)
+    assert rouge_l(text.split()[0], [text]) < 1
+
+
+@pytest.mark.parametrize(("prediction", "reference"), [("It's a_b: 3.5 (x)!", "its a b 3 5 y"), ("...", "x"), ("", "")])
+def test_rouge_of_ascii_is_torchmetrics_own(prediction: str, reference: str) -> None:
+    own = rouge_score([prediction], [[reference]], rouge_keys="rougeL")["rougeL_fmeasure"]
+    assert rouge_l(prediction, [reference]) == own
+
+
+def test_references_must_be_lists() -> None:
+    with pytest.raises(TypeError, match="takes a list of accepted texts for each prediction, got a text alone"):
+        text_errors(["the cat", "Paris"], ["the cat", "Paris"])
+
+
 def test_text_errors_are_float32_in_half_precision_runs_too() -> None:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -141,6 +175,13 @@ def test_metric_loss_is_of_this_batch_alone() -> None:
     assert error(torch.tensor([1.0]), torch.tensor([3.0])) == 4.0  # lower is better as it is
     bleu = MetricLoss(BLEUScore())
     assert bleu(["a b c d e", "x"], [["a b c d e"], ["y"]]) == pytest.approx(1 - (5 / 6) ** (1 / 4), abs=1e-6)
+
+
+def test_metric_loss_goes_to_the_inputs_device() -> None:
+    loss, meta = MetricLoss(MeanSquaredError()), torch.empty(2, device="meta")
+    with pytest.raises((RuntimeError, NotImplementedError)):  # a meta tensor has no value
+        loss(meta, meta)
+    assert loss.metric.device.type == "meta"
 
 
 def test_metric_loss_refuses_what_it_cannot_minimise() -> None:

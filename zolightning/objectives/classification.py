@@ -18,9 +18,9 @@ def zero_one(logits: Tensor, labels: Tensor) -> Tensor:
         labels: (B,) class numbers.
 
     Returns:
-        (B,) float32, each 0 or 1. Equal logits are an error unless the label's comes first.
+        (B,) float32, each 0 or 1, or NaN where a logit is. Equal logits are an error unless the label's comes first.
     """
-    return (logits.argmax(-1) != labels).float()
+    return (logits.argmax(-1) != labels).float().masked_fill(logits.isnan().any(-1), torch.nan)
 
 
 def soft_zero_one(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
@@ -55,7 +55,8 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def f1_error(logits: Tensor, labels: Tensor, average: Literal["macro", "micro"] = "macro") -> float:
-    r"""1 − F1 of the batch's predictions, :math:`F_1 = 2\,TP / (2\,TP + FP + FN)`: a number for the batch as a whole.
+    r"""1 − F1 of the batch's predictions, :math:`F_1 = 2\,TP / (2\,TP + FP + FN)`: a number for the batch as a whole, NaN where
+    a logit is.
 
     Args:
         logits: (B, C).
@@ -65,6 +66,8 @@ def f1_error(logits: Tensor, labels: Tensor, average: Literal["macro", "micro"] 
     """
     if average not in ("macro", "micro"):
         raise ValueError(f"`f1_error(average=...)` must be 'macro' or 'micro', got {average!r}")
+    if logits.isnan().any():
+        return torch.nan
     from torchmetrics.functional.classification import multiclass_f1_score
 
     return 1 - multiclass_f1_score(logits.argmax(-1), labels, num_classes=logits.shape[1], average=average).item()

@@ -50,11 +50,15 @@ def chrf(prediction: str, references: Sequence[str]) -> float:
 
 
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
-    """F-measure of ROUGE-L, the longest common subsequence of words; by torchmetrics."""
+    """F-measure of ROUGE-L, the longest common subsequence of words (letters and digits of any script); by torchmetrics."""
     from torchmetrics.functional.text.rouge import rouge_score
 
-    found = rouge_score([prediction], [list(references)], accumulate="best", rouge_keys="rougeL")
+    found = rouge_score([prediction], [list(references)], accumulate="best", normalizer=_words, rouge_keys="rougeL")
     return found["rougeL_fmeasure"].item()
+
+
+def _words(text: str) -> str:
+    return re.sub(r"[\W_]+", " ", text.lower())  # torchmetrics' own way keeps ASCII alone
 
 
 def text_errors(predictions: Sequence[str], references: Sequence[Sequence[str]], score: TextScore = token_f1) -> Tensor:
