@@ -34,6 +34,11 @@ def spec(**changes: object) -> Spec:
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
+def test_one_file_cannot_be_both(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`out` and `csv` must be two files, got .*x\.csv for both"):
+        bench(model="tiny-llama", out=str(tmp_path / "x.csv"))
+
+
 def test_every_method_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, store = tmp_path / "new" / "bench.json", f"sqlite:///{tmp_path}/mlflow.db"
     options = ["--repeats", "3", "--warmup", "1", "--threads", "1", "--device", "cpu", "--out", str(out), "--store", store]

@@ -69,6 +69,8 @@ def bench(
     spec = Spec(model, batch, length, dtype, master, logits, device, threads or torch.get_num_threads(), seed)
     json_path = _output("out", out)
     csv_path = json_path.with_suffix(".csv") if csv is None else _output("csv", csv)
+    if csv_path == json_path:
+        raise ValueError(f"`out` and `csv` must be two files, got {json_path} for both; let `out` end in .json")
 
     facts, rows = run(spec, chosen, repeats=repeats, warmup=warmup, memory=memory, say=say)
     write_json(json_path, facts, rows)
