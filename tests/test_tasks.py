@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import assert_same, quiet_trainer, weights
 from test_data_likelihood import writer
 from test_data_prompts import make_tokenizer
@@ -174,6 +176,23 @@ def test_one_file_is_split(tmp_path: Path) -> None:
     assert other.validation != found.validation
 
 
+def test_a_question_with_two_answers_comes_into_one_part_alone(tmp_path: Path) -> None:
+    save(tmp_path / "all.jsonl", [*rows(40), *({**row, "label": 1 - row["label"]} for row in rows(40))])
+    found = load_task(TASKS["sst2"], tmp_path / "all.jsonl")
+    prompts = [item.prompt for part in found for item in part]
+    assert len(set(prompts)) == len(prompts) == 40
+
+
+def test_of_a_sorted_test_file_some_are_drawn(tmp_path: Path) -> None:
+    for part in ("train", "validation", "test"):
+        save(tmp_path / f"{part}.csv", [{"sentence": f"{part}{i}", "label": i // 50} for i in range(100)])
+    test = load_task(TASKS["sst2"], tmp_path, test=20).test
+    assert len(test) == 20
+    assert {min(item.right) for item in test} == {0, 1}
+    with pytest.raises(ValueError, match=r"`load_task\(test=...\)` must be >= 1, got -1"):
+        load_task(TASKS["sst2"], tmp_path, test=-1)
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_local_files_of_each_shape(tmp_path: Path, name: str) -> None:
     for part in ("train", "validation", "test"):
@@ -188,12 +207,45 @@ def test_local_files_of_each_shape(tmp_path: Path, name: str) -> None:
         ({"text": "x", "label": 0}, r"row 2: no column 'sentence'; there are 'text', 'label'"),
         ({"sentence": "x", "label": 2}, r"row 2: label 2 is not one of the 2 labels"),
         ({"sentence": "x"}, r"row 2: no column 'label'"),
+        ({"sentence": "x", "label": 0.7}, r"row 2: column 'label' must hold whole numbers, got 0.7"),
+        ({"sentence": "x", "label": "good"}, r"row 2: column 'label' must hold whole numbers, got 'good'"),
+        ({"sentence": "x", "label": None}, r"row 2: no value in column 'label'"),
+        ({"sentence": None, "label": 1}, r"row 2: no value in column 'sentence'"),
+        ({"sentence": 3, "label": 1}, r"row 2: 'int' object has no attribute 'strip'"),
     ],
 )
 def test_bad_rows_are_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     save(tmp_path / "all.jsonl", [*rows(1), row])
     with pytest.raises(ValueError, match=message):
         load_task(TASKS["sst2"], tmp_path / "all.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "message"),
+    [
+        ("text", {"x": math.nan, "answers": "y"}, "no value in column 'x'"),
+        ("text", {"x": "y", "answers": None}, "no value in column 'answers'"),
+        ("text", {"x": "y", "answers": [None]}, "no answer in column 'answers'"),
+        ("options", {"x": "y", "options": "ab", "label": 0}, "column 'options' must hold a list of texts, .* got 'ab'"),
+        ("options", {"x": "y", "options": ["a", None], "label": 0}, "column 'options' must hold a list of texts"),
+        ("options", {"x": "y", "options": ["a", "b"], "label": 0.5}, "column 'label' must hold whole numbers, got 0.5"),
+    ],
+)
+def test_values_that_are_no_answer_or_text_are_refused(kind: Any, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TextTask(kind, "{x}").item(row)
+
+
+def test_whole_numbers_and_single_texts_of_any_kind_are_taken() -> None:
+    for label in (1, 1.0, "1", "1.0", True):
+        assert TASKS["sst2"].item({"sentence": "x", "label": label}).right == {1}
+        assert TextTask("options", "{x}").item({"x": "y", "options": ["a", "b"], "label": label}).right == {1}
+    for answers, references in (("a text", ("a text",)), (3, ("3",)), (2.5, ("2.5",)), (["a", 4], ("a", "4"))):
+        assert TextTask("text", "{x}").item({"x": "y", "answers": answers}).references == references
+
+
+def test_sentences_are_stripped() -> None:
+    assert TASKS["sst2"].item({"sentence": "a charming journey . ", "label": 1}).prompt == "a charming journey . It was"
 
 
 def test_without_datasets_or_rows_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,11 +298,23 @@ def test_options_are_average_log_likelihoods_and_missing_ones_never_win(tokenize
                 wanted = sum(log_probs[i - 1, ids[i]] for i in range(start, len(ids))) / (len(ids) - start)
                 torch.testing.assert_close(score, wanted, rtol=1e-4, atol=1e-5)
         assert scores[1, 2] == -torch.inf
-        chosen, right = reader._judged(model, reader.collate(QUESTIONS))
-        assert right.tolist() == [2, int(chosen[1, :2].argmax())]  # of two right ones the better
         assert reader.evaluate(model, reader.collate(QUESTIONS))["accuracy"][1] == 1.0
         for objective in reader.objectives().values():
             assert torch.as_tensor(objective(model, reader.collate(QUESTIONS))).isfinite().all()
+
+
+def test_a_right_answer_is_any_of_the_right_ones(tokenizer: Any) -> None:
+    model, reader = writer(), OptionReader(tokenizer)
+    item = Item("a film", (" is great", " It was", " dull"), frozenset([0, 1]))
+    batch, one = reader.collate([item]), reader.collate([item._replace(right=frozenset([0]))])
+    with torch.no_grad():
+        a, b, wrong = reader.scores(model, batch)[0]
+        losses = {name: torch.as_tensor(loss(model, batch)).item() for name, loss in reader.objectives().items()}
+        chances = torch.stack([a, b, wrong]).softmax(0)
+        assert losses["cross_entropy"] == pytest.approx(-math.log(chances[0] + chances[1]), rel=1e-5)
+        assert losses["soft_accuracy"] == pytest.approx(torch.sigmoid(wrong - max(a, b)).item(), rel=1e-5)
+        twin = F.cross_entropy(reader.scores(model, one), torch.tensor([0]), reduction="none")
+        torch.testing.assert_close(reader.objectives()["cross_entropy"](model, one), twin, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
@@ -295,6 +359,15 @@ def test_long_prompts_lose_their_beginning_and_keep_the_first_token(tokenizer: A
     ids = reader.collate([FILMS[0]])["input_ids"][0].tolist()
     whole = tokenizer(FILMS[0].prompt)["input_ids"]
     assert ids == whole[:1] + whole[-4:]
+
+
+def test_a_long_prompt_leaves_room_for_the_answer(tokenizer: Any) -> None:
+    reader = TextReader(tokenizer, max_new_tokens=4, max_length=10)
+    batch = reader.collate([Item("a film that is long and dull " * 9, references=("long",))])
+    assert batch["input_ids"].shape == (1, 6)
+    assert batch["answered_ids"].shape == (1, 10)
+    with pytest.raises(ValueError, match=r"`max_new_tokens` must .* at least 2 of max_length=5 tokens .* got 4"):
+        TextReader(tokenizer, max_new_tokens=4, max_length=5)
 
 
 def test_readers_follow_the_kind_and_refuse_what_they_cannot_read(tokenizer: Any) -> None:

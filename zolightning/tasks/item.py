@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,8 +38,8 @@ class Item(NamedTuple):
 class TextTask:
     """How a row becomes an :class:`Item`: prompts with '{column}' in them, and where the answers are.
 
-    Raises ValueError where the fields contradict each other; :meth:`item` raises it for a row with a wrong answer, and KeyError
-    for one that lacks a column.
+    Raises ValueError where the fields contradict each other; :meth:`item` raises it for a row with a missing value or a wrong
+    answer, and KeyError for one that lacks a column.
     """
 
     kind: Kind
@@ -84,20 +85,25 @@ class TextTask:
 
     def item(self, row: Row) -> Item:
         """The question that a row asks."""
-        row = row if self.prepare is None else self.prepare(row)
-        prompt = self.template.format_map({**row, "mask": "{mask}"})
+        row = row if self.prepare is None else self.prepare(_Filled(row))
+        prompt = self.template.format_map(_Filled({**row, "mask": "{mask}"}))
         if self.kind in ("words", "mask"):
-            number = int(_column(row, self.label))
+            number = _whole(_column(row, self.label), self.label)
             if not 0 <= number < len(self.words):
                 raise ValueError(f"label {number} is not one of the {len(self.words)} labels 0 to {len(self.words) - 1}")
             return Item(prompt, self.words, frozenset([number]), (self.words[number].strip(),))
         if self.kind == "options":
-            options = tuple(_column(row, self.options))
-            right = frozenset(map(int, _listed(_column(row, self.label))))
+            options = _column(row, self.options)
+            if not isinstance(options, (list, tuple)) or not all(isinstance(option, str) for option in options):
+                raise ValueError(
+                    f"column {self.options!r} must hold a list of texts, as .jsonl and .parquet files can; got {options!r:.100}"
+                )
+            options = tuple(options)
+            right = frozenset(_whole(number, self.label) for number in _listed(_column(row, self.label)))
             if not right or not all(0 <= number < len(options) for number in right):
                 raise ValueError(f"right option {sorted(right)} is not one of the {len(options)} options")
             return Item(prompt, options, right, tuple(options[number] for number in sorted(right)))
-        references = tuple(map(str, _listed(_column(row, self.answers))))
+        references = tuple(str(answer) for answer in _listed(_column(row, self.answers)) if answer is not None)
         if not references:
             raise ValueError(f"no answer in column {self.answers!r}; leave out rows without one")
         return Item(prompt, references=references)
@@ -109,12 +115,33 @@ def _column(row: Row, name: str) -> Any:
     for part in name.split("."):
         if not isinstance(value, Mapping) or part not in value:
             raise KeyError(name)
-        value = value[part]
+        value = _Filled(value)[part]
     return value
 
 
 def _listed(value: Any) -> list[Any]:
-    return [value] if isinstance(value, (str, int)) else list(value)
+    return [value] if isinstance(value, (str, int, float)) else list(value)
+
+
+def _whole(value: Any, column: str) -> int:
+    """The number; 1.0 and "1" are 1."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not number.is_integer():
+        raise ValueError(f"column {column!r} must hold whole numbers, got {value!r}")
+    return int(number)
+
+
+class _Filled(dict[str, Any]):
+    """A row in which to read a missing value is an error, and not the text "None"."""
+
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            raise ValueError(f"no value in column {name!r} ({value}); fill it in or leave the row out")
+        return value
 
 
 def few_shot(items: Sequence[Item], k: int, seed: int = 0) -> list[Item]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import answer_log_likelihood, candidate_logits, generate_answers
@@ -19,9 +18,9 @@ Objective = Callable[[nn.Module, Batch], Tensor | float]
 """(model, batch) → (B,) losses, or one for the batch."""
 
 
-def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
-    """(B,) in float32."""
-    return F.cross_entropy(scores.float(), labels, reduction="none")
+def cross_entropy(scores: Tensor, right: Tensor) -> Tensor:
+    r"""(B,) in float32: :math:`-\log \sum_{c \in \mathrm{right}} p_c`, the probability that any right option is chosen."""
+    return -scores.float().log_softmax(-1).masked_fill(~right, -torch.inf).logsumexp(-1)
 
 
 class Reader(ABC):
@@ -58,11 +57,13 @@ class Reader(ABC):
         ids: list[list[int]] = self.tokenizer(list(texts), verbose=False)["input_ids"]
         return ids
 
-    def _fitted(self, ids: list[int]) -> list[int]:
-        if len(ids) <= self.max_length:
+    def _fitted(self, ids: list[int], room: int = 0) -> list[int]:
+        """The ids, cut so that ``room`` more fit behind them."""
+        most = self.max_length - room
+        if len(ids) <= most:
             return ids
         start = int(ids[0] in self.tokenizer.all_special_ids)
-        return ids[:start] + ids[len(ids) - self.max_length + start :]
+        return ids[:start] + ids[len(ids) - most + start :]
 
     def _left_padded(self, sequences: Sequence[list[int]]) -> dict[str, Tensor]:
         width = max(map(len, sequences))
@@ -99,29 +100,34 @@ class ChoiceReader(Reader):
 
     def objectives(self) -> dict[str, Objective]:
         def of(score: Callable[[Tensor, Tensor], Tensor | float]) -> Objective:
-            return lambda model, batch: score(*self._judged(model, batch))
+            return lambda model, batch: score(*_judged(*self._scored(model, batch)))
 
-        named: dict[str, Callable[[Tensor, Tensor], Tensor | float]] = {
-            "cross_entropy": cross_entropy,
-            "accuracy": zero_one,
-            "soft_accuracy": soft_zero_one,
-            "f1": f1_error,
+        return {
+            "cross_entropy": lambda model, batch: cross_entropy(*self._scored(model, batch)),
+            "accuracy": of(zero_one),
+            "soft_accuracy": of(soft_zero_one),
+            "f1": of(f1_error),
         }
-        return {name: of(score) for name, score in named.items()}
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        scores, labels = self._judged(model, batch)
-        return {"accuracy": 1 - zero_one(scores, labels), "loss": cross_entropy(scores, labels)}
+        scores, right = self._scored(model, batch)
+        return {"accuracy": 1 - zero_one(*_judged(scores, right)), "loss": cross_entropy(scores, right)}
 
-    def _judged(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The scores, and of the right options the one that scores best."""
+    def _scored(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The scores, and which options are right, (B, K) both."""
         scores = self.scores(model, batch)
-        right = batch["right"].to(scores.device)
-        return scores, scores.masked_fill(~right, -torch.inf).argmax(-1)
+        return scores, batch["right"].to(scores.device)
 
     def _right(self, items: Sequence[Item]) -> Tensor:
         widest = max(len(item.options) for item in items)
         return torch.tensor([[place in item.right for place in range(widest)] for item in items])
+
+
+def _judged(scores: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the right options the one that scores best as the label, and the scores without the others: they are not wrong."""
+    labels = scores.masked_fill(~right, -torch.inf).argmax(-1)
+    others = right.scatter(1, labels[:, None], False)
+    return scores.masked_fill(others, -torch.inf), labels
 
 
 class WordReader(ChoiceReader):
@@ -172,7 +178,7 @@ class OptionReader(ChoiceReader):
 
     def objectives(self) -> dict[str, Objective]:
         def likelihood(model: nn.Module, batch: Batch) -> Tensor:
-            scores, labels = self._judged(model, batch)
+            scores, labels = _judged(*self._scored(model, batch))
             return -scores.gather(1, labels[:, None])[:, 0]
 
         return {**super().objectives(), "likelihood": likelihood}
@@ -222,18 +228,23 @@ class TextReader(Reader):
 
     Args:
         tokenizer: of a causal language model.
-        max_new_tokens: the longest answer that it may write.
-        max_length: most tokens of a prompt with its answer.
+        max_new_tokens: the longest answer that it may write, >= 1.
+        max_length: most tokens of a prompt with its answer, >= max_new_tokens + 2.
     """
 
     main = "f1"
 
     def __init__(self, tokenizer: Any, max_new_tokens: int = 32, max_length: int = 512) -> None:
         super().__init__(tokenizer, max_length)
+        if not 1 <= max_new_tokens <= max_length - 2:
+            raise ValueError(
+                f"`max_new_tokens` must be >= 1 and leave at least 2 of max_length={max_length} tokens to the prompt, got "
+                f"{max_new_tokens}"
+            )
         self.max_new_tokens = max_new_tokens
 
     def collate(self, items: Sequence[Item]) -> dict[str, Any]:
-        prompts = [self._fitted(ids) for ids in self._ids([item.prompt for item in items])]
+        prompts = [self._fitted(ids, self.max_new_tokens) for ids in self._ids([item.prompt for item in items])]
         answered = [self._continued(item.prompt, [f" {item.references[0]}\n"]) for item in items]
         taught = self._left_padded([sequences[0] for sequences, _ in answered])
         return {

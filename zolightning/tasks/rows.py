@@ -40,14 +40,17 @@ def load_task(
             split. None: the task's source, through Hugging Face ``datasets``.
         train: most training questions, drawn by ``seed``.
         validation: likewise.
-        test: the first so many, the same for every seed.
+        test: likewise, but the same for every seed.
         seed: of the draws.
 
     Raises:
         ImportError: ``path`` is None and ``datasets`` is not installed.
         OSError: the source cannot be reached.
-        ValueError: a row is not as the task needs it, or a part would be empty.
+        ValueError: a row is not as the task needs it, a number is below 1, or a part would be empty.
     """
+    for name, count in (("train", train), ("validation", validation), ("test", test)):
+        if count < 1:
+            raise ValueError(f"`load_task({name}=...)` must be >= 1, got {count}")
     if path is None:
         parts = _from_hub(task)
     elif Path(path).is_dir():
@@ -57,7 +60,8 @@ def load_task(
         }
     else:
         parts = {"train": _items(task, read_records(Path(path)), path)}
-    trainable = list(dict.fromkeys(parts["train"]))  # a question that is there twice must not come into two parts
+    # a question that is there twice, even with two answers, must not come into two parts
+    trainable = list({(item.prompt, item.options): item for item in parts["train"]}.values())
     held = parts.get("validation", [])
     reported = parts.get("test", [])
     if not reported:
@@ -73,7 +77,9 @@ def load_task(
     else:
         count = min(validation, len(trainable) // 3)
         held, trainable = trainable[:count], trainable[count:]
-    found = TaskSplits(trainable[:train], held[:validation], reported[:test])
+    if len(reported) > test:  # not the first: a file may be sorted by its answers
+        reported = random.Random(0).sample(reported, test)
+    found = TaskSplits(trainable[:train], held[:validation], reported)
     if not all(found):
         sizes = ", ".join(f"{len(part)} for {name}" for name, part in zip(found._fields, found, strict=True))
         raise ValueError(f"too few rows: {sizes}; each part needs at least one")
@@ -85,7 +91,7 @@ def _items(task: TextTask, rows: Iterable[tuple[int, Row]], where: object) -> li
     for line, row in rows:
         try:
             items.append(task.item(row))
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
             message = f"no column {error}; there are {', '.join(map(repr, row))}" if isinstance(error, KeyError) else error
             raise ValueError(f"{where}, row {line}: {message}; the task's template is {task.template!r}") from error
     return items
@@ -116,6 +122,6 @@ def _answered(task: TextTask, row: Row) -> bool:
     """Whether the part's rows bear answers: benchmarks hide those of their test parts (label −1, or none)."""
     try:
         task.item(row)
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, AttributeError):
         return False
     return True
