@@ -10,6 +10,8 @@ import pytest
 from test_data_likelihood import writer
 from test_data_prompts import make_tokenizer
 
+from zolightning.ledger import read
+from zolightning.ledger.format import Method
 from zolightning.tasks.fit import fit
 
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -38,8 +40,7 @@ def run(folder: Path, task: str, **settings: Any) -> None:
         data=str(folder / f"{task}.jsonl"),
         model=str(folder / "model"),
         store=store,
-        out=str(folder),
-        **{**quick, **settings},
+        **{**quick, "out": str(folder), **settings},
     )
 
 
@@ -48,7 +49,7 @@ def run(folder: Path, task: str, **settings: Any) -> None:
     [
         ("sst2", {"objective": "accuracy", "eps": 5e-2, "shots": 4}),
         ("sst2", {"recipe": "adamw", "view": "lora", "demonstrations": 2}),
-        ("drop", {"recipe": "mezo-prefix", "view": "prefix", "objective": "f1"}),
+        ("drop", {"recipe": "mezo-prefix", "objective": "f1"}),
     ],
 )
 def test_trains_chooses_on_validation_and_reports_on_test(
@@ -65,6 +66,15 @@ def test_trains_chooses_on_validation_and_reports_on_test(
     assert "best on validation (step=" in after
 
 
+@pytest.mark.parametrize(("recipe", "added"), [("mezo-lora", ".lora_"), ("mezo-prefix", "virtual_tokens")])
+def test_recipes_bring_their_view(folder: Path, recipe: str, added: str) -> None:
+    out = folder / recipe
+    run(folder, "sst2", recipe=recipe, out=str(out))
+    (path,) = out.rglob("ledger.zo")
+    (method,) = [record for record in read(path) if isinstance(record, Method)]
+    assert all(added in name for group in method.groups for name in group)
+
+
 def test_steps_0_is_the_baseline(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(folder, "sst2", steps=0, demonstrations=3)
     out = capsys.readouterr().out
@@ -77,8 +87,15 @@ def test_steps_0_is_the_baseline(folder: Path, capsys: pytest.CaptureFixture[str
     [
         ({"task": "sst3"}, "task 'sst3' is unknown; allowed: sst2, rte"),
         ({"task": "sst2", "recipe": "mezzo"}, "recipe 'mezzo' is unknown; allowed: adamw, default"),
+        ({"task": "sst2", "recipe": "reft"}, "trains vectors that .*intervene` puts into the model"),
+        ({"task": "sst2", "recipe": "zeroqat"}, "trains layers that .*fake_quantize` makes"),
+        ({"task": "sst2", "recipe": "adamw", "select": "all"}, "`eps` and `select` are of ZOStrategy's recipes"),
+        ({"task": "sst2", "recipe": "adamw", "eps": 1e-3}, "`eps` and `select` are of ZOStrategy's recipes"),
+        ({"task": "sst2", "recipe": "adamw", "objective": "accuracy"}, "needs a gradient, and `objective=accuracy` has none"),
+        ({"task": "sst2", "steps": -3}, "`steps` must be >= 0, got -3"),
+        ({"task": "sst2", "validations": 0}, "`validations` must be >= 1, got 0"),
     ],
 )
-def test_unknown_names(settings: dict[str, Any], message: str) -> None:
+def test_bad_input_is_refused_before_anything_is_loaded(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fit(**settings)

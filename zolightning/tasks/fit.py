@@ -25,6 +25,12 @@ from .reader import reader_for
 from .rows import load_task
 
 VIEWS: dict[str, Callable[[nn.Module], nn.Module]] = {"lora": lora, "ia3": ia3, "prefix": prefix, "prompt": prompt}
+_OWN_VIEW: dict[str, Literal["lora", "prefix"]] = {"mezo-lora": "lora", "mezo-prefix": "prefix"}
+_NOT_HERE = {
+    "reft": "vectors that `zolightning.interventions.intervene` puts into the model",
+    "zeroqat": "layers that `zolightning.fakequant.fake_quantize` makes",
+}
+_NO_GRADIENT = ("accuracy", "f1", "exact_match")
 
 
 def fit(
@@ -63,7 +69,7 @@ def fit(
         recipe: a recipe of ZOStrategy, or adamw for backprop.
         objective: cross_entropy, likelihood, accuracy, soft_accuracy, f1 or exact_match, as the task has them. Default: its
             loss with a gradient.
-        view: train new weights on the frozen model.
+        view: train new weights on the frozen model. Default: mezo-lora's and mezo-prefix's own; none for other recipes.
         steps: optimizer steps; 0 reports the model as it is.
         lr: learning rate, which falls along a cosine where the recipe normalises its steps, else stays. Default: the
             recipe's, or 1e-3; 2e-5 for adamw.
@@ -88,6 +94,20 @@ def fit(
         raise ValueError(f"task {task!r} is unknown; allowed: {', '.join(TASKS)}")
     if recipe != "adamw" and recipe not in RECIPES:
         raise ValueError(f"recipe {recipe!r} is unknown; allowed: adamw, {', '.join(RECIPES)}")
+    if recipe in _NOT_HERE:
+        raise ValueError(f"recipe {recipe!r} trains {_NOT_HERE[recipe]}; do that in Python, or choose another recipe here")
+    if recipe == "adamw" and (eps is not None or select is not None):
+        raise ValueError("`eps` and `select` are of ZOStrategy's recipes; leave them out with adamw")
+    if recipe == "adamw" and objective in _NO_GRADIENT:
+        raise ValueError(
+            f"adamw needs a gradient, and `objective={objective}` has none; choose another, or a recipe of ZOStrategy"
+        )
+    for name, value, least in (
+        ("steps", steps, 0), ("shots", shots, 0), ("demonstrations", demonstrations, 0),
+        ("batch_size", batch_size, 1), ("validations", validations, 1),
+    ):  # fmt: skip
+        if value < least:
+            raise ValueError(f"`{name}` must be >= {least}, got {value}")
     pl.seed_everything(seed, verbose=False)
     splits = load_task(TASKS[task], data, train=train, validation=validation, test=test, seed=seed)
     shown = splits.train[:demonstrations]
@@ -98,6 +118,7 @@ def fit(
     network, tokenizer = load_causal_lm(model, offline=offline)
     reader = reader_for(TASKS[task], tokenizer, max_length)
     decay = steps if recipe in RECIPES and RECIPES[recipe].normalize else 0
+    view = view or _OWN_VIEW.get(recipe)
     tuned: nn.Module = network if view is None else VIEWS[view](network)
     module = TaskModule(tuned.train(), reader, objective, lambda ps: _optimizer(ps, recipe, lr), decay)
     questions = TaskData(splits, reader, min(batch_size, len(splits.train)), seed)
