@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
-_FLAGS = {"--verify"}  # jsonargparse takes a bool only with its value
+_FLAGS = {"--verify", "--offline", "--report_only"}  # jsonargparse takes a bool only with its value
 
 
 def send(path: str, store: str = "sqlite:///mlflow.db") -> None:
@@ -36,7 +36,11 @@ def main(args: list[str] | None = None) -> None:
     for noisy in ("alembic", "mlflow", "httpx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     verbs = {"demo": demo, "fit": fit, "sweep": sweep, "dash": dash, "bench": bench, "replay": replay_run, "send-pending": send}
-    given = [f"{word}=true" if word in _FLAGS else word for word in (sys.argv[1:] if args is None else args)]
+    words = sys.argv[1:] if args is None else args
+    given = [
+        f"{word}=true" if word in _FLAGS and value.lower() not in ("true", "false") else word
+        for word, value in zip(words, [*words[1:], ""], strict=True)
+    ]
     try:
         auto_cli(verbs, args=given)
     except (ValueError, OSError, ImportError) as error:  # bad input and missing files: one line, no traceback
