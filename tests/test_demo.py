@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -15,11 +17,11 @@ from test_data_model import save_tiny
 
 from zolightning import ZOStrategy
 from zolightning.data import Example, PromptTemplate, encode, load_causal_lm
-from zolightning.demo.main import plan
+from zolightning.demo.main import plan, prepare
 from zolightning.demo.methods import PROFILES, select_methods
 from zolightning.demo.module import PromptClassifier, PromptData
 from zolightning.demo.report import markdown_table, text_table, write
-from zolightning.demo.run import Result
+from zolightning.demo.run import Result, Task, splits
 from zolightning.recipes import RECIPES
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -70,6 +72,44 @@ def test_unknown_method_and_seeds() -> None:
         select_methods(PROFILES["quick"], ["zo", "sgd"])
     with pytest.raises(ValueError, match="`seeds` must be >= 1, got 0"):
         plan((), 0)
+
+
+def few_texts(folder: Path, count: int = 40) -> Task:
+    save_tiny(folder / "model")
+    (folder / "texts.csv").write_text("\n".join(["text,label", *(f"film {i},{i % 2}" for i in range(count))]))
+    return Task(
+        model=str(folder / "model"), data=str(folder / "texts.csv"), store=f"sqlite:///{folder}/mlflow.db", offline=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"verbalizers": (" sublime", " great")}, "' sublime' must be one token"),
+        ({"verbalizers": (" terrible", " great", " dull")}, "3 verbalizers .* for 2 labels"),
+        ({"template": "no place for it"}, r"must contain \{text\} exactly once"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_first_run(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepare(replace(few_texts(tmp_path), **changes))
+
+
+def test_too_few_texts_are_refused_before_the_first_run(tmp_path: Path) -> None:
+    task = few_texts(tmp_path)
+    prepare(task, 28)
+    with pytest.raises(ValueError, match="28 texts to train on fill no batch of 29; give more"):
+        prepare(task, 29)
+
+
+def test_of_sorted_files_some_are_drawn(tmp_path: Path) -> None:
+    for part in ("train", "validation", "test"):
+        (tmp_path / f"{part}.csv").write_text("\n".join(["text,label", *(f"{part} {i},{i // 50}" for i in range(100))]))
+    task = Task(data=str(tmp_path), validation=20, test=30)
+    found = splits(task)
+    assert [len(part) for part in found[:3]] == [100, 20, 30]
+    assert all({example.label for example in part} == {0, 1} for part in found[:3])
+    assert found == splits(task)
 
 
 def test_first_look_at_a_model_may_be_a_probe(tmp_path: Path) -> None:
@@ -127,7 +167,7 @@ def test_demo_on_a_local_model_and_file(tmp_path: Path) -> None:
     (tmp_path / "reviews.csv").write_text("\n".join(["text,label", *rows]))
     store, out = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "out"
     done = command(
-        *("demo", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "reviews.csv"), "--offline", "true"),
+        *("demo", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "reviews.csv"), "--offline"),
         *("--methods", "zero-shot,zo,reft,lora", "--store", store, "--out", str(out), "--threads", "1"),
     )
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from ..console import say
-from ..data import SMOLLM2, VADER, fetch, load_causal_lm
+from ..data import SMOLLM2, VADER, PromptTemplate, fetch, load_causal_lm, verbalizer_ids
 from ..tracking import DEFAULT_STORE, prepare_store
 from .methods import PROFILES, Method, select_methods
 from .report import text_table, write
@@ -78,7 +78,7 @@ def demo(
         out=out,
         offline=offline,
     )
-    prepare(task)
+    prepare(task, max((method.batch_size for method, _ in runs if method.steps), default=1))
     results: list[Result] = []
     for i, (method, seed) in enumerate(runs):
         say(f"[{i + 1}/{len(runs)}] {method.title}, seed {seed}" + (f": {method.steps} steps" if method.steps else ""))
@@ -100,14 +100,28 @@ def plan(methods: Sequence[Method], seeds: int | None = None) -> list[tuple[Meth
     return [(m, s) for m in methods for s in range(seeds if seeds and m.zeroth_order else m.seeds)]
 
 
-def prepare(task: Task) -> None:
-    """Fetch and check everything before the first run, so that what is wrong shows now."""
+def prepare(task: Task, batch_size: int = 1) -> None:
+    """Fetch and check everything before the first run, so that what is wrong shows now.
+
+    Args:
+        task: what all runs share.
+        batch_size: the most examples that a run takes a step.
+
+    Raises:
+        ValueError: texts, labels, prompt and verbalizers do not fit each other, or there are too few texts.
+    """
+    prompt = PromptTemplate(task.template, task.verbalizers)
     if task.model is None and task.data is None:
         say(f"needs {SMOLLM2.filename} ({SMOLLM2.size / 1e6:.0f} MB) and {VADER.filename} ({VADER.size / 1e6:.1f} MB), once")
     if task.data is None:
         fetch(VADER, offline=task.offline)
     found = splits(task)
-    load_causal_lm(task.model, offline=task.offline)
+    if len(found.train) < batch_size:
+        raise ValueError(
+            f"{len(found.train)} texts to train on fill no batch of {batch_size}; give more, or methods with smaller batches"
+        )
+    _, tokenizer = load_causal_lm(task.model, offline=task.offline)
+    verbalizer_ids(tokenizer, prompt, found.label_names)
     prepare_store(task.store)
     say(
         f"{len(found.train):,} texts to train on, {len(found.validation):,} to validate, {len(found.test):,} to test; "
