@@ -146,6 +146,25 @@ def test_learning_rate_is_chosen_on_validation(task: Task) -> None:
     for run in finals:
         outcome(run, accuracy=0.8).save(run.path)
     assert [o.settings for o in finish(plan, "", report_only=True)] == [run.settings for run in finals]
+    for run in (*plan.tuning, *plan.finals):
+        outcome(run, accuracy=0.9, loss=math.nan).save(run.path)
+    assert finish(plan, "", report_only=True) == []  # without a finite loss there is no best learning rate
+
+
+def test_a_target_without_a_finished_run_leaves_the_rest_of_the_report(task: Task, capsys: pytest.CaptureFixture[str]) -> None:
+    entries = [Entry(ZO, (1e-3,)), Entry(ADAMW, (1e-3,))]
+    run = Run(task, ZO, 0, Budget(4.0, "forwards"), 1, final=True)
+    run.path.parent.mkdir(parents=True)
+    outcome(run, accuracy=0.8).save(run.path)
+    sweep(entries, forwards=4, seeds=1, target="adamw", task=task, report_only=True)
+    shown = capsys.readouterr().out
+    assert "no run of adamw, whose accuracy is the target, is finished" in shown
+    assert Path(task.out, "table.md").read_text().splitlines()[2].startswith("| ZO |")
+
+
+def test_too_few_texts_for_a_batch_are_refused(task: Task) -> None:
+    with pytest.raises(ValueError, match="42 texts to train on fill no batch of 64; give more"):
+        sweep([Entry(replace(ZO, batch_size=64), (1e-3,))], forwards=2, task=task)
 
 
 def test_files_are_named_by_what_decides_the_outcome(task: Task) -> None:
@@ -167,15 +186,16 @@ def test_table_ranks_and_says_what_a_target_took(task: Task, tmp_path: Path) -> 
     assert [runs[0].title for runs in ranking(done)] == ["ZO", "AdamW"]
     assert target_accuracy(done, "adamw") == 0.6
     assert target_accuracy(done, "0.75") == 0.75
+    assert target_accuracy(done, "mezo") is None
     row = reached(done[1], 0.4)
     assert row is not None and row["seconds"] == 5.0
     assert reached(done[0], 0.7) is None
-    zo, adamw = rows(done, "0.7")
+    zo, adamw = rows(done, 0.7)
     assert zo[0] == "ZO (2 seeds)"
     assert zo[4] == "65.0 ± 21.2"
     assert zo[-2:] == ("10 (1 of 2)", "100 (1 of 2)")
     assert adamw[-2:] == ("–", "–")
-    assert write(done, tmp_path / "report", "adamw").read_bytes().startswith(PNG)
+    assert write(done, tmp_path / "report", 0.6).read_bytes().startswith(PNG)
     assert json.loads((tmp_path / "report" / "results.json").read_text()) == [asdict(o) for o in done]
     assert (tmp_path / "report" / "table.md").read_text().count("\n") == 4
 
@@ -189,10 +209,14 @@ def test_bad_input_is_refused(task: Task) -> None:
         choose(None, ["sspa"])
     with pytest.raises(ValueError, match="a method name of its own"):
         choose([Entry(ZO, (1.0,)), Entry(ZO, (2.0,))], None)
+    with pytest.raises(ValueError, match="a method title of its own"):
+        choose([Entry(ZO, (1.0,)), Entry(replace(ZO, name="other"), (2.0,))], None)
     with pytest.raises(ValueError, match=r"`tuning` must be in \(0, 1\], got 0"):
         Plan.of(Entry(ZO, (1.0,)), task, Budget(1), 1, 0, 1)
-    with pytest.raises(ValueError, match=r"`target` must be an accuracy in .*, got 'best'"):
-        target_accuracy([], "best")
+    for target in ("best", "80", "nan"):
+        with pytest.raises(ValueError, match=rf"`target` must be an accuracy in .* \(default, reft, .*, got '{target}'"):
+            sweep(forwards=1, target=target, task=task)
+    assert not Path(task.out).exists()
     with pytest.raises(ValueError, match="give the budget of a run: one of `seconds` and `forwards`"):
         sweep(task=task)
     for names in (["adamw", "spsa"], "adamw, spsa"):
@@ -203,12 +227,15 @@ def test_bad_input_is_refused(task: Task) -> None:
 def test_methods_on_the_command_line(task: Task, tmp_path: Path) -> None:
     config = tmp_path / "task.yaml"
     config.write_text(json.dumps({"task": asdict(task)}))
-    options = ["sweep", "--config", str(config), "--forwards", "1", "--report_only", "true", "--methods"]
+    options = ["sweep", "--config", str(config), "--forwards", "1", "--report_only", "--methods"]
     with pytest.raises(SystemExit, match=r"'adam' is unknown; allowed: default, .*; did you mean adamw"):
         main([*options, "lora,adam"])
     for names in ("lora,adamw", "lora", "[lora, adamw]"):
         with pytest.raises(SystemExit, match="no final run is finished"):
             main([*options, names])
+    for value in ("true", "True"):
+        with pytest.raises(SystemExit, match="no final run is finished"):
+            main(["sweep", "--config", str(config), "--forwards", "1", "--report_only", value])
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)

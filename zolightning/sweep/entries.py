@@ -63,10 +63,12 @@ def choose(entries: list[Entry] | None, methods: list[str] | str | None) -> list
     """The entries of a sweep, or the ready-made ones, narrowed down to ``methods``.
 
     Raises:
-        ValueError: unknown or doubled name.
+        ValueError: unknown or doubled name, doubled title.
     """
     known = ENTRIES if entries is None else {entry.method.name: entry for entry in entries}
-    if entries is not None and len(known) < len(entries):
-        raise ValueError(f"each entry needs a method name of its own, got {[e.method.name for e in entries]}")
+    for what in ("name", "title"):  # runs are found by the one, and grouped in the table by the other
+        given = [getattr(entry.method, what) for entry in entries or ()]
+        if len(set(given)) < len(given):
+            raise ValueError(f"each entry needs a method {what} of its own, got {given}")
     wanted = pick(methods, known) or known
     return [entry for name, entry in known.items() if name in wanted]

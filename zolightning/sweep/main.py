@@ -10,7 +10,7 @@ from ..demo.run import Task
 from .budget import Budget, Clock
 from .entries import Entry, choose
 from .plan import Plan, finish
-from .report import text, write
+from .report import check_target, target_accuracy, text, write
 
 _TASK = Task(experiment="zolightning-sweep", out="zolightning-sweep")
 
@@ -48,16 +48,21 @@ def sweep(
         report_only: run nothing; report what is finished.
     """
     chosen = choose(entries, methods)
+    if target is not None:
+        check_target(target, [entry.method.name for entry in choose(entries, None)])
     if (seconds is None) == (forwards is None):
         raise ValueError("give the budget of a run: one of `seconds` and `forwards`")
     budget = Budget(seconds, "seconds", clock) if seconds is not None else Budget(float(forwards or 0), "forwards", clock)
     plans = [Plan.of(entry, task, budget, seeds, tuning, threads) for entry in chosen]
     if not report_only:
-        prepare(task)
+        prepare(task, max(entry.method.batch_size for entry in chosen))
     say(f"{budget} a run, {tuning:g} of it for each learning rate that is tried; {threads} threads")
     outcomes = [o for i, plan in enumerate(plans) for o in finish(plan, f"[{i + 1}/{len(plans)}]", report_only)]
     if not outcomes:
         raise ValueError(f"no final run is finished in {task.out}")
-    image = write(outcomes, Path(task.out), target)
-    say("\n" + text(outcomes, target))
+    goal = None if target is None else target_accuracy(outcomes, target)
+    if target is not None and goal is None:
+        say(f"no run of {target}, whose accuracy is the target, is finished: what it took is left out of the table")
+    image = write(outcomes, Path(task.out), goal)
+    say("\n" + text(outcomes, goal))
     say(f"\npicture: {image}\ncompare the runs: zolightning dash --store {task.store}")

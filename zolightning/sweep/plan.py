@@ -61,23 +61,20 @@ def finish(plan: Plan, label: str, report_only: bool = False) -> list[Outcome]:
     finals = plan.finals
     if plan.tuning:
         tried = [o for run in plan.tuning if (o := outcome(run, label, report_only)) is not None]
-        if not tried:
-            say(f"{label} {plan.entry.method.title}: no learning rate is tried to the end yet")
-            return []
         best = choose_lr(tried)
+        if best is None:
+            say(f"{label} {plan.entry.method.title}: no learning rate has come to a finite loss yet")
+            return []
         say(f"{label} {plan.entry.method.title}: learning rate {best:g} of {', '.join(f'{o.lr:g}' for o in tried)}")
         finals = tuple(replace(run, method=replace(run.method, lr=best)) for run in finals)
     return [o for run in finals if (o := outcome(run, label, report_only)) is not None]
 
 
-def choose_lr(tried: list[Outcome]) -> float:
-    """The learning rate with the lowest validation loss at the end; a loss that is not finite counts as the highest."""
-
-    def loss(outcome: Outcome) -> float:
-        last = outcome.history[-1]["loss"]
-        return last if math.isfinite(last) else math.inf
-
-    return min(tried, key=loss).lr
+def choose_lr(tried: list[Outcome]) -> float | None:
+    """The learning rate with the lowest validation loss at the end; None where no loss is finite."""
+    losses = {outcome.lr: outcome.history[-1]["loss"] for outcome in tried}
+    finite = [lr for lr, loss in losses.items() if math.isfinite(loss)]
+    return min(finite, key=losses.__getitem__, default=None)
 
 
 def outcome(run: Run, label: str, report_only: bool) -> Outcome | None:

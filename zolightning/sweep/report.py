@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
@@ -25,22 +25,28 @@ def _tests(runs: Sequence[Outcome], name: str) -> list[float]:
     return [run.test[name] for run in runs if run.test is not None]
 
 
-def target_accuracy(outcomes: Sequence[Outcome], target: str) -> float:
-    """A number, or the mean over seeds of a method's last validation accuracy.
+def check_target(target: str, names: Collection[str]) -> None:
+    """Before anything runs.
 
     Raises:
-        ValueError: neither a number in (0, 1] nor the name of a method with a finished run.
+        ValueError: neither a number in (0, 1] nor one of the entries' names.
     """
+    if target not in names and not 0 < _number(target) <= 1:
+        raise ValueError(f"`target` must be an accuracy in (0, 1] or the name of an entry ({', '.join(names)}), got {target!r}")
+
+
+def target_accuracy(outcomes: Sequence[Outcome], target: str) -> float | None:
+    """A number, or the mean over seeds of an entry's last validation accuracy; None where it has no finished run."""
     named = [run.history[-1]["accuracy"] for run in outcomes if run.settings["method"]["name"] == target]
-    if named:
-        return mean(named)
+    value = mean(named) if named else _number(target)
+    return None if math.isnan(value) else value
+
+
+def _number(text: str) -> float:
     try:
-        value = float(target)
+        return float(text)
     except ValueError:
-        value = math.nan
-    if not 0 < value <= 1:
-        raise ValueError(f"`target` must be an accuracy in (0, 1] or a method with a finished run, got {target!r}")
-    return value
+        return math.nan
 
 
 def reached(run: Outcome, accuracy: float) -> dict[str, float] | None:
@@ -48,7 +54,7 @@ def reached(run: Outcome, accuracy: float) -> dict[str, float] | None:
     return next((row for row in run.history if row["accuracy"] >= accuracy), None)
 
 
-def header(outcomes: Sequence[Outcome], target: str | None) -> tuple[str, ...]:
+def header(outcomes: Sequence[Outcome], goal: float | None) -> tuple[str, ...]:
     """The table's column names."""
     clocks = {run.settings["budget"]["clock"] for run in outcomes}
     seconds = f"{'/'.join(sorted(clocks))} s"
@@ -64,15 +70,13 @@ def header(outcomes: Sequence[Outcome], target: str | None) -> tuple[str, ...]:
         "examples",
         "peak GB",
     )
-    if target is None:
+    if goal is None:
         return columns
-    goal = f"{100 * target_accuracy(outcomes, target):.1f} %"
-    return (*columns, f"{seconds} to {goal}", f"forwards to {goal}")
+    return (*columns, f"{seconds} to {100 * goal:.1f} %", f"forwards to {100 * goal:.1f} %")
 
 
-def rows(outcomes: Sequence[Outcome], target: str | None) -> list[tuple[str, ...]]:
+def rows(outcomes: Sequence[Outcome], goal: float | None) -> list[tuple[str, ...]]:
     """The table's cells, one row a method."""
-    goal = None if target is None else target_accuracy(outcomes, target)
     table = []
     for runs in ranking(outcomes):
         settings = runs[0].settings
@@ -101,16 +105,16 @@ def _to_target(runs: Sequence[Outcome], accuracy: float, name: str) -> str:
     return spread(found, 0) + (f" ({len(found)} of {len(runs)})" if len(found) < len(runs) else "")
 
 
-def text(outcomes: Sequence[Outcome], target: str | None = None) -> str:
-    """The ranking for a terminal."""
-    return aligned(header(outcomes, target), rows(outcomes, target))
+def text(outcomes: Sequence[Outcome], goal: float | None = None) -> str:
+    """The ranking for a terminal, with what an accuracy of ``goal`` took."""
+    return aligned(header(outcomes, goal), rows(outcomes, goal))
 
 
-def write(outcomes: Sequence[Outcome], folder: Path, target: str | None = None) -> Path:
+def write(outcomes: Sequence[Outcome], folder: Path, goal: float | None = None) -> Path:
     """results.json, table.md and sweep.png in ``folder``; returns the picture's path."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps([asdict(run) for run in outcomes], indent=1) + "\n")
-    (folder / "table.md").write_text(markdown(header(outcomes, target), rows(outcomes, target)) + "\n")
+    (folder / "table.md").write_text(markdown(header(outcomes, goal), rows(outcomes, goal)) + "\n")
     return picture(outcomes, folder / "sweep.png")
 
 
