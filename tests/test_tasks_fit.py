@@ -82,6 +82,11 @@ def test_steps_0_is_the_baseline(folder: Path, capsys: pytest.CaptureFixture[str
     assert "after training" not in out
 
 
+def test_demonstrations_may_not_take_all_of_training(folder: Path) -> None:
+    with pytest.raises(ValueError, match="`demonstrations=99` leave no example to train on"):
+        run(folder, "sst2", demonstrations=99)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -92,6 +97,7 @@ def test_steps_0_is_the_baseline(folder: Path, capsys: pytest.CaptureFixture[str
         ({"task": "sst2", "recipe": "adamw", "select": "all"}, "`eps` and `select` are of ZOStrategy's recipes"),
         ({"task": "sst2", "recipe": "adamw", "eps": 1e-3}, "`eps` and `select` are of ZOStrategy's recipes"),
         ({"task": "sst2", "recipe": "adamw", "objective": "accuracy"}, "needs a gradient, and `objective=accuracy` has none"),
+        ({"task": "sst2", "recipe": "forward-gradient", "objective": "f1"}, "forward-gradient needs a gradient"),
         ({"task": "sst2", "steps": -3}, "`steps` must be >= 0, got -3"),
         ({"task": "sst2", "validations": 0}, "`validations` must be >= 1, got 0"),
     ],

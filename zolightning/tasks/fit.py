@@ -98,9 +98,9 @@ def fit(
         raise ValueError(f"recipe {recipe!r} trains {_NOT_HERE[recipe]}; do that in Python, or choose another recipe here")
     if recipe == "adamw" and (eps is not None or select is not None):
         raise ValueError("`eps` and `select` are of ZOStrategy's recipes; leave them out with adamw")
-    if recipe == "adamw" and objective in _NO_GRADIENT:
+    if recipe in ("adamw", "forward-gradient") and objective in _NO_GRADIENT:
         raise ValueError(
-            f"adamw needs a gradient, and `objective={objective}` has none; choose another, or a recipe of ZOStrategy"
+            f"{recipe} needs a gradient, and `objective={objective}` has none; choose another one, or another recipe"
         )
     for name, value, least in (
         ("steps", steps, 0), ("shots", shots, 0), ("demonstrations", demonstrations, 0),
@@ -113,6 +113,8 @@ def fit(
     shown = splits.train[:demonstrations]
     if shown:
         splits = type(splits)(*(in_context(part, shown) for part in (splits.train[demonstrations:], *splits[1:])))
+    if steps and not splits.train:
+        raise ValueError(f"`demonstrations={demonstrations}` leave no example to train on; show fewer, or take steps=0")
     if shots:
         splits = splits._replace(train=few_shot(splits.train, shots, seed))
     network, tokenizer = load_causal_lm(model, offline=offline)
