@@ -82,7 +82,7 @@ def fit(
         validation: validation examples at most; they choose the step that is reported.
         test: test examples at most; looked at before training, and once after it.
         validations: how often the validation examples are looked at.
-        max_length: longest prompt in tokens; a longer one loses its beginning.
+        max_length: longest prompt with its answer, in tokens; a longer one loses its beginning.
         precision: the Trainer's.
         seed: of the draws, the training and the perturbations.
         store: MLflow tracking URI.
