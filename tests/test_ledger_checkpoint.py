@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import warnings
 from collections.abc import Callable
@@ -129,7 +130,7 @@ def test_a_checkpoint_takes_a_few_bytes_of_the_ledger(tmp_path: Path) -> None:
     few, every = tmp_path / "few", tmp_path / "every"
     fit(make(), data(count=20), few, every_step(few, every_n_train_steps=20))
     fit(make(), data(count=20), every, every_step(every))
-    assert (every / "ledger.zo").stat().st_size - (few / "ledger.zo").stat().st_size == 19 * 37
+    assert (every / "ledger.zo").stat().st_size - (few / "ledger.zo").stat().st_size == 18 * 37  # both note the first step's
 
 
 # ---- what they give back
@@ -573,7 +574,7 @@ def test_after_the_last_step(hook: str, tmp_path: Path) -> None:
     with torch.no_grad():
         module.net[0].bias += 1.0  # type: ignore[index, operator]
     with pytest.warns(
-        UserWarning, match="checkpoints are whole ones, .*: the weights were changed after step 6 by something else"
+        UserWarning, match="checkpoints are whole ones, .*: 'net.0.bias' was changed after step 6 by something else"
     ):
         trainer.save_checkpoint(tmp_path / "changed.ckpt")
     assert is_whole(tmp_path / "changed.ckpt")
@@ -634,7 +635,7 @@ def test_weights_changed_behind_the_optimizer_do_not_come_back_as_if_nothing_had
                 pl_module.net[0].bias.data.mul_(1.1)
 
     with pytest.warns(
-        UserWarning, match="checkpoints are whole ones, .*: the weights were changed after step 3 by something else"
+        UserWarning, match="checkpoints are whole ones, .*: 'net.0.bias' was changed after step 3 by something else"
     ):
         fit(
             make("sgd"),
@@ -650,6 +651,45 @@ def test_weights_changed_behind_the_optimizer_do_not_come_back_as_if_nothing_had
         LedgerError, match=r"the weights after step 6 differ from the run's .* changed by something else than the opt"
     ):
         LedgerCheckpointIO().load_checkpoint(tmp_path / "end" / "step=6.ckpt")
+
+
+class Target(Task):
+    """A second net that follows the first, as a Parameter or, clipped, the first itself."""
+
+    def __init__(self, follows: bool, where: str) -> None:
+        super().__init__(mlp(), optimizer=lambda _: SGD(self.net.parameters(), lr=1e-2))
+        self.target = copy.deepcopy(self.net).requires_grad_(False)
+        self.follows, self.where = follows, where
+
+    @torch.no_grad()
+    def on_before_zero_grad(self, optimizer: Optimizer) -> None:
+        if self.where == "on_before_zero_grad":
+            self.change()
+
+    @torch.no_grad()
+    def on_train_batch_end(self, *args: Any) -> None:
+        if self.where == "on_train_batch_end":
+            self.change()
+
+    def change(self) -> None:
+        for target, weight in zip(self.target.parameters(), self.net.parameters(), strict=True):
+            if self.follows:
+                target.lerp_(weight, 0.1)
+            else:
+                weight.clamp_(-0.1, 0.1)
+
+
+@pytest.mark.parametrize("where", ["on_train_batch_end", "on_before_zero_grad"])
+@pytest.mark.parametrize(("follows", "name"), [(True, r"target\.0\.weight"), (False, r"net\.0\.weight")])
+def test_weights_changed_in_every_step_are_kept_whole(follows: bool, name: str, where: str, tmp_path: Path) -> None:
+    """Before a checkpoint or after it: from the second step on no position stands for the weights."""
+    with pytest.warns(UserWarning, match=rf"checkpoints are whole ones, .*: '{name}' was changed after step \d by something"):
+        fit(Target(follows, where), data(), tmp_path / "a", every_step(tmp_path / "a", every_n_train_steps=3))
+    fit(Target(follows, where), data(), tmp_path / "b", every_step(tmp_path / "b"), io=_whole())
+    for name in ("step=3.ckpt", "step=6.ckpt"):
+        assert is_whole(tmp_path / "a" / name)
+        saved, expected = (torch.load(tmp_path / folder / name)["state_dict"] for folder in "ab")
+        assert_same(saved, expected)
 
 
 def test_averaged_weights_are_kept_and_are_not_taken_for_the_runs(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 
 import torch
@@ -20,14 +20,24 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     Args:
         tensors: (name, tensor) pairs, in any order.
     """
+    return combined(mixed(tensors))
+
+
+def mixed(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """Name → dtype, shape and hash of each tensor."""
+    kinds = {name: (str(t.dtype).removeprefix("torch."), ",".join(map(str, t.shape)), _sum(t)) for name, t in tensors}
+    return {name: "\0".join(map(str, kind)) for name, kind in kinds.items()}
+
+
+def combined(hashes: Mapping[str, str]) -> str:
+    """The fingerprint of the tensors whose hashes these are."""
     digest = blake2b(digest_size=16)
-    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
-        dtype, shape = str(tensor.dtype).removeprefix("torch."), ",".join(map(str, tensor.shape))
-        digest.update(f"{name}\0{dtype}\0{shape}\0{_mixed(tensor)}\n".encode())
+    for name, value in sorted(hashes.items()):
+        digest.update(f"{name}\0{value}\n".encode())
     return digest.hexdigest()
 
 
-def _mixed(tensor: Tensor) -> int:
+def _sum(tensor: Tensor) -> int:
     """Of the tensor's bytes in row-major order, the last word filled up with zeros."""
     flat = tensor.detach().reshape(-1)
     if flat.stride(0) != 1:  # also of one element or none

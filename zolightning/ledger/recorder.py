@@ -19,14 +19,14 @@ from ..optimizers import is_plain_sgd, optimizer_type
 from ..space import LEAVES, Leaf
 from ..types import StepRecord
 from .base import base_path, save_base, share_base
-from .fingerprint import fingerprint
+from .fingerprint import combined, mixed
 from .format import Check, Header, LedgerError, Method, Options, Step, opening
 from .reader import Ledger, locate
 from .replay import describe
 from .writer import Claim, LedgerWriter
 
 CHECK_EVERY = 256
-"""Steps between fingerprints of the weights."""
+"""Steps between fingerprints of the weights, from the first step on: code that changes them beside shows early."""
 
 _KINDS = {leaf_type: kind for kind, leaf_type in LEAVES.items()}
 
@@ -81,8 +81,10 @@ class Recorder:
         self._primed: dict[int, str] = {}
         self._unsupported = self._meddled = ""
         self._step = step
-        now = fingerprint(self._parameters.items())
-        self._checked = (step, now)
+        self._found = mixed(self._parameters.items())
+        self._moved: set[str] = set()  # by the steps since then
+        self._checked = self._due = step
+        now = combined(self._found)
         before = _continued(resumed, now, seed, keep_base) if resumed is not None else None
         self._continues = before is not None
         if before is None:
@@ -114,7 +116,7 @@ class Recorder:
             leaves: what it trains.
             record: the step.
         """
-        if self._step - self._checked[0] >= CHECK_EVERY:
+        if self._methods and not self._moved:  # looked at since the last step, before other code had its turn
             self.check()
         if place not in self._methods:
             self._primed[place] = "" if self._continues or is_plain_sgd(optimizer) else _primed(optimizer, leaves)
@@ -130,10 +132,13 @@ class Recorder:
             self._options[place] = options
         self._writer.append(Step(record.step, place, record.terms, record.lrs, record.loss))
         self._step, self._applying = record.step + 1, True
+        self._moved.update(method.leaves)
 
     def applied(self) -> None:
         """The step has been applied in full."""
         self._applying = False
+        if self._step >= self._due:
+            self.check()
 
     def skipped(self, step: int) -> None:
         """This step left the weights as they are."""
@@ -141,14 +146,16 @@ class Recorder:
 
     def check(self) -> str:
         """Note the fingerprint of the weights as they are now, between two steps, and bring all to the disk."""
-        found = fingerprint(self._parameters.items())
-        if self._checked[0] != self._step:
-            self._writer.append(Check(self._step, found))
-            self._checked = (self._step, found)
-        elif self._checked[1] != found:
-            self._meddled = f"the weights were changed after step {self._step} by something else than the optimizer"
+        found = mixed(self._parameters.items())
+        if strange := [name for name, value in found.items() if value != self._found[name] and name not in self._moved]:
+            self._meddled = f"{strange[0]!r} was changed after step {self._checked} by something else than the optimizer"
+        self._found, self._moved, self._due = found, set(), self._step + CHECK_EVERY
+        now = combined(found)
+        if self._checked != self._step:
+            self._writer.append(Check(self._step, now))
+            self._checked = self._step
         self._writer.sync()
-        return found
+        return now
 
     def position(self) -> Position:
         """Where the ledger stands, on the disk.
@@ -171,7 +178,7 @@ class Recorder:
 
     def end(self) -> None:
         """Note what the last step led to, if nothing has yet."""
-        if not self._applying and self._checked[0] != self._step:
+        if not self._applying and self._checked != self._step:
             self.check()
 
     def close(self) -> None:
