@@ -259,7 +259,7 @@ def _primed(optimizer: Optimizer, leaves: Sequence[Leaf]) -> str:
 
 def _options(group: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
     """The settings that a step reads, beside the learning rate."""
-    names = ("weight_decay", "maximize") if is_plain_sgd(optimizer) else optimizer.defaults
+    names = ("momentum", "weight_decay", "maximize") if is_plain_sgd(optimizer) else optimizer.defaults
     return {name: group[name] for name in names if name in group and name != "lr"}
 
 
