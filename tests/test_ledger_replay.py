@@ -403,7 +403,7 @@ def test_a_run_on_one_rung_is_a_run_on_the_other(tmp_path: Path) -> None:
 
 
 def test_bytes_a_step(tmp_path: Path) -> None:
-    """Beside a start of less than a kilobyte here, and 37 bytes for a fingerprint after the first step, every 256 steps and at the end."""
+    """Beside a start of less than a kilobyte here, and 37 bytes for each fingerprint."""
     sizes = {}
     for count in (10, 110):
         run = train(tmp_path / f"{count}.zo", Task(mlp()), batches(count))
