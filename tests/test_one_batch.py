@@ -112,6 +112,18 @@ def test_only_where_it_gives_the_same(net: Callable[[], nn.Module], loss: Any) -
     assert sizes[-4:] == [5, 5, 5, 5]
 
 
+def test_tried_again_when_something_is_unfrozen() -> None:
+    class Thawed(PerExampleTask):
+        """The odd weight stands still until step 2."""
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.net[0].weight.requires_grad_(batch_idx >= 2)  # type: ignore[index, union-attr]
+
+    sizes: list[int] = []
+    fit(Thawed(nn.Sequential(Reads(), nn.Linear(3, 3)), sized(per_example_mse, sizes)), batches(4))
+    assert sizes == [5, 5, 10, 10, 10] + [5, 5, 10] + [5] * 4
+
+
 @pytest.mark.parametrize(
     ("make", "changes"),
     [

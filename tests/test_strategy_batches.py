@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -169,6 +170,33 @@ def test_steps_that_cannot_have_a_direction_for_each_example_get_one(loss: Any) 
     strategy = ZOStrategy(select="all", eps=1e-2)
     fit(PerExampleTask(net, loss), batches(2, size=4), strategy)
     assert len(strategy.last_record.terms) == 1  # type: ignore[union-attr]
+
+
+def mixing(net: nn.Module, batch: Any) -> Tensor:
+    """Every example moves the others; of one example it cannot be seen."""
+    x, y = batch
+    out = net(x)
+    return (out + out.mean(0) - y).square().mean(-1)
+
+
+@pytest.mark.parametrize(("loss", "terms"), [(mixing, 1), (per_example_mse, 4)])
+@pytest.mark.parametrize("first", ["one example", "not a number"])
+def test_a_first_batch_that_shows_nothing_does_not_decide(first: str, loss: Any, terms: int) -> None:
+    (start,) = batches(1, size=1) if first == "one example" else [(torch.full((4, 4), math.nan), torch.ones(4, 3))]
+    strategy = ZOStrategy(select="all", eps=1e-2)
+    fit(PerExampleTask(nn.Sequential(nn.Linear(4, 3, bias=False)), loss), [start, *batches(2, size=4)], strategy)
+    assert len(strategy.last_record.terms) == terms  # type: ignore[union-attr]
+
+
+def test_batches_of_one_example_are_looked_at_once() -> None:
+    calls: list[int] = []
+
+    def counted(net: nn.Module, batch: Any) -> Tensor:
+        calls.append(len(batch[0]))
+        return per_example_mse(net, batch)
+
+    fit(PerExampleTask(nn.Sequential(nn.Linear(4, 3, bias=False)), counted), batches(4, size=1), ZOStrategy(select="all"))
+    assert calls == [1, 1, 2] + [2] * 4
 
 
 def test_objective_that_does_not_take_a_repeated_batch() -> None:

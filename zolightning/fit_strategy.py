@@ -21,7 +21,7 @@ from .one_device import OneDeviceStrategy
 from .optimizers import follow, in_place_of, is_plain_sgd
 from .rates import base_lr, override_lr
 from .run_ledger import RunLedger
-from .search import Calibration, Search, compute_dtype, new_search, trainable
+from .search import Calibration, Search, compute_dtype, new_search
 from .shaping import State
 from .space import View, expose_scales
 
@@ -151,7 +151,9 @@ class FitStrategy(OneDeviceStrategy, ABC):
 
     def _search(self, optimizer: Optimizer, forward: Callable[[Any], Any], batch: Any) -> Search:
         search = self._searches.get(id(optimizer))
-        if search is None or search.trainable != trainable(optimizer):  # something was frozen, unfrozen or added
+        if search is None or not search.holds(batch):
+            if search is not None:
+                self._calibration.both = None  # measured on other weights
             module, config = self.lightning_module, self.config
             assert module is not None
             assert self._isolation is not None

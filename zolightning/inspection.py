@@ -29,11 +29,17 @@ class Examples(NamedTuple):
         losses: each has a loss of its own.
         repeats: the step takes a repeated batch, and the copies get equal losses (dropout would draw for each).
         both: both probes of a direction that the examples share run in one batch, where it is small.
+        shown: the batch could show it: more than one example, and no loss that is not finite.
     """
 
     losses: bool
     repeats: bool
     both: bool = False
+    shown: bool = True
+
+    def hold(self, batch: Any) -> bool:
+        """Whether they are shown, or the batch cannot show more."""
+        return self.shown or (batch_examples(batch) or 0) < 2
 
     def of(self, batch: Any) -> tuple[int | None, bool]:
         """How many examples with losses of their own the batch holds, or None, and whether it may be repeated."""
@@ -67,13 +73,14 @@ def inspect_step(forward: Callable[[Any], Any], batch: Any, view: View, isolatio
         return Examples(False, False)
     if plain is None or moved is None or not _close(plain[1:], moved[1:]):
         return Examples(False, False)  # moving one example moves others: they have no losses of their own
+    shown = examples > 1 and bool(plain.isfinite().all())
     if not repeatable:
-        return Examples(True, False)
+        return Examples(True, False, shown=shown)
     try:
         double = losses(2, torch.zeros(2 * examples, dtype=torch.float32))
     except Exception:  # code that takes no other batch than its own, or no memory for two
-        return Examples(True, False)
-    return Examples(True, double is not None and _close(double[:examples], double[examples:]))
+        return Examples(True, False, shown=shown)
+    return Examples(True, double is not None and _close(double[:examples], double[examples:]), shown=shown)
 
 
 def _losses(

@@ -46,6 +46,10 @@ class Search(NamedTuple):
     select: Select
     """The selection; the block that 'dominant' stands for."""
 
+    def holds(self, batch: Any) -> bool:
+        """Whether nothing was frozen, unfrozen or added since, and the batch can show no more of its examples."""
+        return self.trainable == trainable(self.optimizer) and self.examples.hold(batch)
+
     def describe(self, estimator: Estimator, weights: int) -> str:
         """One line for the user when training starts."""
         kinds = Counter(re.sub("(?<=.)([A-Z])", r" \1", type(leaf).__name__).lower() for leaf in self.view.leaves)
