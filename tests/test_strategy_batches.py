@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import PerExampleTask, Task, batches, fit, mlp, per_example_mse, weights
+from helpers import PerExampleTask, Task, assert_same, batches, fit, mlp, per_example_mse, weights
 from torch import Tensor, nn
 from torch.optim import SGD
 from transformers import BatchEncoding
@@ -212,6 +212,27 @@ def test_objective_that_does_not_take_a_repeated_batch() -> None:
     fit(PerExampleTask(net, fixed), batches(1), strategy)
     assert sizes == [5, 5, 10, 5, 5]
     assert len(strategy.last_record.terms) == 5  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("estimator", ["per_example", "spsa"])
+@pytest.mark.parametrize(("size", "entries"), [(1, 1), (3, 3)])
+def test_what_has_as_many_entries_as_examples_by_chance(size: int, entries: int, estimator: str) -> None:
+    """Such a batch runs in two forwards, and nothing is lost."""
+
+    def scaled(net: nn.Module, batch: Any) -> Tensor:
+        x, y, scale = batch
+        assert scale.shape == (entries,)
+        return (net(x) * scale - y).square().mean(-1)
+
+    items = [(x, y, torch.full((entries,), 2.0)) for x, y in (*batches(2, size=4), *batches(1, size=size), *batches(1, size=4))]
+    module, twin = (PerExampleTask(nn.Sequential(nn.Linear(4, 3)), scaled) for _ in range(2))
+    twin.load_state_dict(module.state_dict())
+    strategy = ZOStrategy(select="all", eps=1e-2, estimator=estimator, seed=1)
+    with pytest.warns(UserWarning, match=f"a batch of {size} ran in two forwards, as it was not taken twice: AssertionError"):
+        fit(module, items, strategy)
+    assert strategy.zo_step == 4
+    fit(twin, items, ZOStrategy(select="all", eps=1e-2, estimator=estimator, seed=1, one_batch=False))
+    assert_same(weights(module), weights(twin), tolerance=1e-5)
 
 
 def test_objective_that_changes_its_mind() -> None:

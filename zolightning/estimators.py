@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from .space import View
-from .types import CENTRAL, Estimate, Key, Objective, Stencil, Term
+from .types import CENTRAL, Estimate, Key, Objective, RepeatError, Stencil, Term
 
 
 class Estimator(ABC):
@@ -88,7 +89,7 @@ class SPSA(FiniteDifference):
             direction = key._replace(query=query)
             values: list[float] = []
             if self.two_sided and objective.repeats and objective.examples:
-                with view.along_both(direction, self.eps, 2 * objective.examples):
+                with suppress(RepeatError), view.along_both(direction, self.eps, 2 * objective.examples):
                     values = objective.per_example(2).view(2, -1).mean(1).tolist()
                 losses += values
             for offset in self.stencil.offsets[len(values) :]:
@@ -192,9 +193,9 @@ class PerExampleSPSA(FiniteDifference):
         queries = torch.arange(first, first + directions)
         offsets = torch.full((directions,), self.eps, dtype=torch.float32)
         if objective.repeats:
-            with view.along_each(key, queries.repeat(2), torch.cat((offsets, -offsets))):
+            with suppress(RepeatError), view.along_each(key, queries.repeat(2), torch.cat((offsets, -offsets))):
                 plus, minus = objective.per_example(2 * self.num_queries).view(2, directions)
-        else:
+        if not objective.repeats:
             plus, minus = (self._one_by_one(objective, view, key, queries, side * offsets) for side in (1, -1))
         g = ((plus - minus) / (2 * self.eps)).tolist()
         terms = tuple(Term(key._replace(query=first + i), v) for i, v in enumerate(g))

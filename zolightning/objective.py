@@ -15,7 +15,7 @@ from torch import Tensor
 from .isolation import _Probes
 from .losses import LossSplitter
 from .space import Prefix
-from .types import SkipStep
+from .types import RepeatError, SkipStep
 
 
 class BatchObjective:
@@ -43,6 +43,8 @@ class BatchObjective:
     ) -> None:
         self._forward, self._batch, self._probes, self._extra = forward, batch, probes, extra
         self.examples, self.repeats = examples, repeats
+        self.refused = ""
+        """Why the step did not take the repeated batch."""
         self.first: Any = None
         self.dtype: torch.dtype | None = None
         self._reuse = prefix.step() if prefix and not repeats else None
@@ -62,6 +64,17 @@ class BatchObjective:
         return value, slope.double().mean().item()
 
     def per_example(self, copies: int) -> Tensor:
+        try:
+            return self._losses(copies)
+        except SkipStep:
+            raise
+        except Exception as error:  # what has as many entries as there are examples by chance was repeated too
+            if copies == 1:
+                raise
+            self.repeats, self.refused = False, repr(error)
+            raise RepeatError from error
+
+    def _losses(self, copies: int) -> Tensor:
         assert self.examples is not None
         batch = repeat_batch(self._batch, self.examples, copies)
         with LossSplitter(self.examples * copies) as splitter:

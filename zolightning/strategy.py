@@ -141,6 +141,10 @@ class ZOStrategy(ResumableStrategy):
         estimate = estimate._replace(forwards=estimate.forwards + prepared)
         if news := search.view.prefix.news():
             rank_zero_info(f"ZO: {news}")
+        if objective.refused:
+            self._warn_once(
+                "apart", f"a batch of {examples} ran in two forwards, as it was not taken twice: {objective.refused}"
+            )
         self._warn_coarse(objective.dtype, estimate)
         self._window.append(estimate)
         if self.config.conservative:

@@ -16,6 +16,10 @@ class PerExampleError(ValueError):
     """The model reads a weight in a way that no direction of its own can reach for each example."""
 
 
+class RepeatError(RuntimeError):
+    """The user's step does not take this batch repeated."""
+
+
 class Key(NamedTuple):
     """The name of one perturbation: its noise is a pure function of this key, the leaf and the element.
 
@@ -61,7 +65,10 @@ class Objective(Protocol):
         """The mean loss and its derivative along the tangents of the weights, in double precision, in one forward."""
 
     def per_example(self, copies: int) -> Tensor:
-        """Losses of shape (copies * examples,) of the batch repeated ``copies`` times, in float64, in one forward."""
+        """Losses of shape (copies * examples,) of the batch repeated ``copies`` times, in float64, in one forward.
+
+        Raises RepeatError when the user's step does not take it; ``repeats`` is False from then on.
+        """
 
     @property
     def examples(self) -> int | None:
