@@ -69,16 +69,19 @@ def test_floor_bounds_the_step() -> None:
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=8))
 def test_standardize(values: list[float]) -> None:
-    shaped, state, limited = Standardize(1e-3)(values, {})
+    link = Standardize(1e-3)
+    shaped, state, limited = link(values, link.init())
     if len(set(values)) == 1:
-        assert shaped == [0.0] * len(values)
+        assert (shaped, state) == ([0.0] * len(values), link.init())
     else:
-        assert shaped == pytest.approx([v / max(statistics.stdev(values), 1e-3) for v in values], rel=1e-6)
-    assert (state, limited) == ({}, ())
+        std = max(statistics.stdev(values), 1e-3)
+        assert shaped == pytest.approx([v / std for v in values], rel=1e-6)
+        assert link([3.0], state) == ([3.0 / state["std"]], {"std": pytest.approx(std, rel=1e-6)}, ())  # a last batch of one
+    assert limited == ()
 
 
 def test_standardize_does_not_divide_by_next_to_nothing() -> None:
-    assert Standardize(1e-2)([1.0, 1.0 + 1e-9], {}).values == pytest.approx([100.0, 100.0])
+    assert Standardize(1e-2)([1.0, 1.0 + 1e-9], {"std": 1.0}).values == pytest.approx([100.0, 100.0])
 
 
 def test_chain_applies_in_order_with_states_apart() -> None:
@@ -98,7 +101,7 @@ def test_state_is_not_written_to() -> None:
     assert state == chain.init()
 
 
-@pytest.mark.parametrize("shaping", [Chain(), Chain(Clip(1.0), Normalize())], ids=repr)
+@pytest.mark.parametrize("shaping", [Chain(), Chain(Clip(1.0), Normalize()), Chain(Standardize())], ids=repr)
 def test_state_from_a_checkpoint(shaping: Shaping) -> None:
     state = shaping([1.0, 2.0], shaping.init()).state
     assert state_from(dict(state), shaping) == state
@@ -115,7 +118,7 @@ def test_state_of_another_recipe() -> None:
         (lambda: Clip(0.0), "limit"),
         (lambda: Clip(math.nan), "limit"),
         (lambda: Standardize(0.0), "floor"),
-        (lambda: Standardize()([1.0], {}), "2 or more, got 1"),
+        (lambda: Standardize()([1.0], Standardize().init()), "2 or more, got 1"),
         (lambda: Normalize(1.0), "beta"),
         (lambda: Normalize(-0.1), "beta"),
         (lambda: Normalize(0.5, -1.0), "floor"),

@@ -188,6 +188,15 @@ def test_a_first_batch_that_shows_nothing_does_not_decide(first: str, loss: Any,
     assert len(strategy.last_record.terms) == terms  # type: ignore[union-attr]
 
 
+def test_a_last_batch_of_one_example_is_standardised_as_the_one_before() -> None:
+    strategy = ZOStrategy(select="all", eps=1e-2, normalize="std")
+    net = nn.Sequential(nn.Linear(4, 3, bias=False))
+    fit(PerExampleTask(net, per_example_mse), [*batches(2, size=4), *batches(1, size=1)], strategy)
+    record = strategy.last_record
+    assert record is not None
+    assert [t.coefficient for t in record.terms] == [record.raw[0] / strategy._shaping_states[0]["0.std"]]
+
+
 def test_batches_of_one_example_are_looked_at_once() -> None:
     calls: list[int] = []
 
@@ -228,7 +237,7 @@ def test_what_has_as_many_entries_as_examples_by_chance(size: int, entries: int,
     module, twin = (PerExampleTask(nn.Sequential(nn.Linear(4, 3)), scaled) for _ in range(2))
     twin.load_state_dict(module.state_dict())
     strategy = ZOStrategy(select="all", eps=1e-2, estimator=estimator, seed=1)
-    with pytest.warns(UserWarning, match=f"a batch of {size} ran in two forwards, as it was not taken twice: AssertionError"):
+    with pytest.warns(UserWarning, match=f"a batch of {size} ran in two forwards, since doubling it failed: AssertionError"):
         fit(module, items, strategy)
     assert strategy.zo_step == 4
     fit(twin, items, ZOStrategy(select="all", eps=1e-2, estimator=estimator, seed=1, one_batch=False))

@@ -101,7 +101,8 @@ class Standardize(Shaping):
 
     FZOO, arXiv:2506.09034, where :math:`g_k \epsilon` is a loss minus that of the unperturbed weights; ES's z-score,
     arXiv:2509.24372, where it is a loss minus their mean. When all g are equal there is nothing to tell the directions
-    apart by, and all become 0.
+    apart by, and all become 0. A step of one direction, as a last batch of one example gives, has no deviation of its own and
+    takes that of the step before.
 
     Args:
         floor: smallest standard deviation to divide by, in units of g, > 0: bounds the step where losses hardly differ.
@@ -112,17 +113,21 @@ class Standardize(Shaping):
             raise ValueError(f"`Standardize(floor=...)` must be > 0, got {floor}")
         self.floor = float(floor)
 
+    def init(self) -> State:
+        return {"std": 0.0}
+
     def __call__(self, values: Sequence[float], state: State) -> Shaped:
         n = len(values)
-        if n < 2:
+        if n > 1 and min(values) == max(values):
+            return Shaped([0.0] * n, state)
+        if n > 1:
+            mean = math.fsum(values) / n
+            state = {"std": max(math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1)), self.floor)}
+        elif not state["std"]:
             raise ValueError(
                 f"normalize='std' compares the directions of a step and needs 2 or more, got {n}; raise num_queries"
             )
-        if min(values) == max(values):
-            return Shaped([0.0] * n, state)
-        mean = math.fsum(values) / n
-        std = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-        return Shaped([v / max(std, self.floor) for v in values], state)
+        return Shaped([v / state["std"] for v in values], state)
 
 
 class Chain(Shaping):

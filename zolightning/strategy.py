@@ -143,7 +143,7 @@ class ZOStrategy(ResumableStrategy):
             rank_zero_info(f"ZO: {news}")
         if objective.refused:
             self._warn_once(
-                "apart", f"a batch of {examples} ran in two forwards, as it was not taken twice: {objective.refused}"
+                "apart", f"a batch of {examples} ran in two forwards, since doubling it failed: {objective.refused}"
             )
         self._warn_coarse(objective.dtype, estimate)
         self._window.append(estimate)
