@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torchmetrics import CatMetric, Metric, SumMetric
+from torchmetrics import CatMetric, Metric, RunningSum, SumMetric
 
 from zolightning.isolation import Isolation, rng_state, set_rng_state
 
@@ -130,6 +130,39 @@ def test_large_buffers_that_do_not_change_are_not_copied() -> None:
                     module.count.add_(1.0)  # type: ignore[union-attr, operator]
     assert len(isolation.snapshot()) == 1
     assert module.count[0] == 2.0  # type: ignore[index]
+
+
+def test_expanded_buffers() -> None:
+    """One element in many places: none of them can be written to, but the buffer can be replaced."""
+    module = nn.Module()
+    module.register_buffer("mask", torch.ones(1).expand(4))
+    module.register_buffer("replaced", torch.ones(1).expand(4))
+    isolation = Isolation(module, CPU)
+    seen = []
+    for _ in range(2):
+        with isolation.dry():
+            module.replaced = torch.zeros(1).expand(4)
+        with isolation.step() as probes:
+            for _ in range(3):
+                with probes.forward():
+                    seen.append(module.replaced.tolist())
+                    module.replaced = module.replaced + 1
+    assert seen == [[1.0] * 4] * 3 + [[2.0] * 4] * 3
+    assert module.mask.stride() == (0,)  # type: ignore[operator, union-attr]
+    assert module.replaced.tolist() == [3.0] * 4  # type: ignore[operator, union-attr]
+
+
+@pytest.mark.parametrize("window", [2, 3])
+def test_what_a_wrapped_metric_counts(window: int) -> None:
+    module = nn.Module()
+    module.metric = RunningSum(window=window)
+    isolation = Isolation(module, CPU)
+    for step in range(5):
+        with isolation.step() as probes:
+            for _ in range(2):
+                with probes.forward():
+                    module.metric.update(float(step))
+    assert module.metric.compute() == sum(range(5)[-window:])
 
 
 class Collected(Metric):

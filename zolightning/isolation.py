@@ -81,13 +81,21 @@ class Isolation:
 
     def snapshot(self) -> list[Any]:
         buffers = [owner._buffers[name] for owner, name in self._buffers]
-        return [None if b is None else b.clone() for b in buffers] + [_metric_state(m) for m in self._metrics]
+        return [_kept(b) for b in buffers] + [_copies(m) for m in self._metrics]
 
     def restore(self, saved: list[Any]) -> None:
         for (owner, name), value in zip(self._buffers, saved, strict=False):
             current = owner._buffers[name]
-            if current is None or value is None or current.shape != value.shape or current.dtype != value.dtype:
-                owner._buffers[name] = None if value is None else value.clone()
+            if current is value:
+                continue
+            if (
+                _repeats(current)
+                or current is None
+                or value is None
+                or current.shape != value.shape
+                or current.dtype != value.dtype
+            ):
+                owner._buffers[name] = _kept(value)
             else:
                 current.copy_(value)
         for metric, state in zip(self._metrics, saved[len(self._buffers) :], strict=True):
@@ -139,9 +147,18 @@ class _Probes:
             self._isolation.restore(self._after)
 
 
-def _metric_state(metric: Metric) -> dict[str, Any]:
-    names = [*metric._defaults, "_update_count", "_computed", "_forward_cache", "_is_synced"]
-    return {name: _copied(getattr(metric, name)) for name in names}
+def _kept(buffer: Tensor | None) -> Tensor | None:
+    """A copy; itself where elements share memory, as after ``expand``: nothing can write into it."""
+    return buffer if buffer is None or _repeats(buffer) else buffer.clone()
+
+
+def _repeats(buffer: Tensor | None) -> bool:
+    return buffer is not None and 0 in buffer.stride()
+
+
+def _copies(metric: Metric) -> dict[str, Any]:
+    """All that a metric holds: its states, and what a wrapper counts beside them."""
+    return {name: _copied(value) for name, value in vars(metric).items()}
 
 
 def _copied(value: Any) -> Any:
