@@ -11,7 +11,7 @@ import torch
 from helpers import PLAIN, PerExampleTask, Task, assert_same, batches, fit, mlp, mse, per_example_mse, quiet_trainer, weights
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW
+from torch.optim import LBFGS, SGD, AdamW
 
 from zolightning import ZOMixin, ZOStrategy
 
@@ -49,6 +49,17 @@ def test_optimizer_of_another_module() -> None:
     other = mlp()
     with pytest.raises(ValueError, match="not one of the LightningModule's"):
         run(Task(mlp(), optimizer=lambda _: SGD(other.parameters(), lr=1e-2)))
+
+
+@pytest.mark.parametrize("settings", [{}, {"optimizer": LBFGS}, {"optimizer": "sgd"}], ids=["module", "setting", "replaced"])
+def test_optimizer_that_looks_at_the_loss_again(settings: dict[str, Any]) -> None:
+    """Refused before anything was trained, unless another one takes its place."""
+    module = Task(mlp(), optimizer=lambda p: LBFGS(p) if settings.get("optimizer") is not LBFGS else SGD(p, lr=1e-2))
+    if settings.get("optimizer") == "sgd":
+        assert run(module, **settings).zo_step == 2
+        return
+    with pytest.raises(MisconfigurationException, match=r"LBFGS looks at the loss again .* use an optimizer whose step\(\)"):
+        run(module, **settings)
 
 
 @pytest.mark.parametrize("settings", [{}, {"optimizer": "sgd"}, {"lr": 1e-3}], ids=str)

@@ -18,7 +18,7 @@ from .isolation import Isolation
 from .ledger import Recorder
 from .ledger_io import keeps_positions
 from .one_device import OneDeviceStrategy
-from .optimizers import follow, in_place_of, is_plain_sgd
+from .optimizers import follow, in_place_of, is_plain_sgd, needs_closure
 from .rates import base_lr, override_lr
 from .run_ledger import RunLedger
 from .search import Calibration, Search, compute_dtype, new_search
@@ -127,7 +127,13 @@ class FitStrategy(OneDeviceStrategy, ABC):
         return self._steppers[optimizer]
 
     def _advise(self, optimizer: Optimizer) -> None:
-        plain = is_plain_sgd(self._stepper(optimizer))
+        stepper = self._stepper(optimizer)
+        plain = is_plain_sgd(stepper)
+        if needs_closure(stepper):
+            raise MisconfigurationException(
+                f"{type(stepper).__name__} looks at the loss again within a step, which a zeroth-order step has no way to; use "
+                "an optimizer whose step() needs no closure, as torch.optim.SGD or Adam"
+            )
         if self.config.conservative and not (plain and not any(g.get("maximize") for g in optimizer.param_groups)):
             raise MisconfigurationException(
                 "conservative=True tries the step of plain SGD that minimises; use it with optimizer='sgd', without maximize"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from inspect import Parameter, signature
 from typing import Any, TypeAlias
 
 import torch
@@ -71,6 +72,12 @@ def optimizer_type(name: str) -> type[Optimizer] | None:
 def is_plain_sgd(optimizer: Optimizer) -> bool:
     """Whether a step is W ← W − lr·(g + wd·W), which needs no state."""
     return type(optimizer) is SGD and all(g["momentum"] == 0 for g in optimizer.param_groups)
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether a step evaluates the loss itself, as LBFGS's does."""
+    closure = signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is Parameter.empty
 
 
 def follow(optimizer: Optimizer, leader: Optimizer) -> None:
