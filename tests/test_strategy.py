@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -31,6 +32,7 @@ from torchmetrics import CatMetric, MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from zolightning import ZOConfig, ZOMixin, ZOStrategy, recipes
+from zolightning.ledger import LedgerError
 
 SPIED = [
     name
@@ -378,6 +380,29 @@ def test_copies(copied: Any) -> None:
     fit(module, batches(2), strategy)
     fit(twin, batches(2), ZOStrategy("mezo", lr=1e-2, seed=3))
     assert_same(weights(module), weights(twin))
+
+
+class Copier(Callback):
+    """Copies the strategy in a hook of a fit."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, lambda trainer, *_: copy.deepcopy(trainer.strategy))
+
+
+@pytest.mark.parametrize("hook", ["on_train_start", "on_train_batch_end"])
+def test_a_copy_after_a_fit_and_none_during_it(hook: str, tmp_path: Path) -> None:
+    module = Task(mlp())
+    strategy = ZOStrategy(PLAIN, ledger=tmp_path / "ledger.zo")
+    trainer = fit(module, batches(2), strategy)
+    written = (tmp_path / "ledger.zo").read_bytes()
+    again = copy.deepcopy(trainer)
+    assert_same(weights(again.lightning_module), weights(module))
+    fit(Task(mlp()), batches(2), again.strategy, accelerator="auto")
+    assert again.strategy.zo_step == 4  # type: ignore[attr-defined]
+    assert strategy.zo_step == 2
+    assert (tmp_path / "ledger.zo.1").read_bytes() == written
+    with pytest.raises(LedgerError, match=r"ledger\.zo has one writer: copy a strategy before its fit or after it"):
+        fit(Task(mlp()), batches(2), ZOStrategy(PLAIN, ledger=tmp_path / "ledger.zo"), callbacks=[Copier(hook)])
 
 
 def test_config_survives_pickle() -> None:

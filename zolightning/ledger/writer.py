@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -25,6 +26,9 @@ class Claim(NamedTuple):
 
     def release(self) -> None:
         self.lock.release()
+
+    def __deepcopy__(self, memo: Any) -> Claim:
+        raise LedgerError(f"the ledger {self.path} has one writer: copy a strategy before its fit or after it")
 
 
 def claim(path: Path) -> Claim:
@@ -78,6 +82,11 @@ class LedgerWriter:
         """Of the last record."""
         self._flush()
         sync_folder(self.path.parent)
+
+    def __deepcopy__(self, memo: Any) -> LedgerWriter:
+        if not self._file.closed:
+            copy.deepcopy(self._claim, memo)  # raises
+        return self
 
     def append(self, record: Record) -> None:
         """Write a record. The disk's troubles raise nothing: they are told once, and :attr:`trouble` says them.
