@@ -111,6 +111,43 @@ def test_accumulation_counts_optimizer_steps(store: str) -> None:
     assert monitor.examples_seen == SIZE * STEPS
 
 
+def test_several_optimizer_steps_in_a_batch(store: str) -> None:
+    """Each is counted; one of them finds nothing but ties and is skipped."""
+
+    class Manual(Regression):
+        def __init__(self) -> None:
+            super().__init__(torch.optim.SGD)
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            first, second = self.optimizers()  # type: ignore[misc]
+            first.step(closure=lambda: super(Manual, self).training_step(batch, batch_idx))
+            second.step(closure=lambda: super(Manual, self).training_step(batch, batch_idx).round(decimals=-3))
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(layer.parameters(), lr=1e-2) for layer in (self.net[0], self.net[2])]
+
+    logger, monitor, module = mlflow_logger("manual", store=store), ZOMonitor(min_seconds=0), Manual()
+    trainer = quiet_trainer(strategy=ZOStrategy(PLAIN), logger=logger, callbacks=[monitor])
+    trainer.fit(module, loader(batches(STEPS, SIZE)))
+    assert monitor.forward_passes == len(module.seen) == 4 * STEPS
+    assert (monitor.skipped_steps, monitor.examples_seen) == (STEPS, SIZE * STEPS)
+
+
+def test_tie_rate_of_an_accumulation_window(store: str) -> None:
+    class Coarse(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx).round(decimals=-3)
+
+    logger = mlflow_logger("ties", store=store)
+    trainer = quiet_trainer(
+        strategy=ZOStrategy(PLAIN), logger=logger, callbacks=[ZOMonitor(min_seconds=0)], accumulate_grad_batches=2
+    )
+    trainer.fit(Coarse(torch.optim.SGD), loader(batches(STEPS, SIZE)))
+    run = MlflowClient(store).get_run(logger.run_id)
+    assert {v for _, v in history(store, run, "zo/tie_rate")} == {1.0}
+
+
 def test_not_a_number_reaches_the_store_at_its_step(store: str) -> None:
     class Broken(Regression):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:

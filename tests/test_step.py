@@ -220,8 +220,14 @@ def test_per_example_directions_of_a_window_differ() -> None:
 
 def test_merge_averages_shared_keys_and_lists_others() -> None:
     key, other = Key(0, 0, 0), Key(0, 0, 1)
-    window = [Estimate((Term(key, 1.0),), (0.1, 0.2), 2, 1), Estimate((Term(key, 3.0), Term(other, 5.0)), (0.3,), 1)]
-    assert merge(window) == Estimate((Term(key, 2.0), Term(other, 5.0)), (0.1, 0.2, 0.3), 3, 1)
+    window = [Estimate((Term(key, 1.0),), (0.1, 0.2), 2), Estimate((Term(key, 3.0), Term(other, 5.0)), (0.3,), 1)]
+    assert merge(window) == Estimate((Term(key, 2.0), Term(other, 5.0)), (0.1, 0.2, 0.3), 3)
+
+
+def test_a_direction_ties_when_it_does_in_every_micro_batch() -> None:
+    a, b = Key(0, 0, 0), Key(0, 0, 1)
+    window = [Estimate((Term(a, 0.0), Term(b, g)), (0.1,), 4, ties) for g, ties in ((0.0, 2), (0.0, 2), (3.0, 1))]
+    assert merge(window) == Estimate((Term(a, 0.0), Term(b, 1.0)), (0.1, 0.1, 0.1), 12, 1)
 
 
 def test_finish_divides_by_the_number_of_terms() -> None:

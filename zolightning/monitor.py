@@ -91,21 +91,19 @@ class ZOMonitor(Callback):
         self.examples_seen += batch_examples(batch) or 0
         self.tokens_seen += count_tokens(batch)
         strategy = trainer.strategy
-        record = strategy.last_record if isinstance(strategy, ZOStrategy) else None
-        if not isinstance(strategy, ZOStrategy):
-            self.forward_passes += 1
+        records = strategy.records if isinstance(strategy, ZOStrategy) else []
+        record = records[-1] if records else None
+        self.forward_passes += sum(r.forwards for r in records) if isinstance(strategy, ZOStrategy) else 1
+        skipped = sum(bool(r.skipped) for r in records)
+        self.skipped_steps += skipped
         if trainer.global_step == self._last_step:  # inside an accumulation window
             return
         self._last_step = trainer.global_step
-        if record is not None:
-            self.forward_passes += record.forwards
-            self.skipped_steps += bool(record.skipped)
         last = (
             trainer.should_stop
             or trainer.global_step == trainer.max_steps
             or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         )
-        skipped = record is not None and bool(record.skipped)
         due = trainer.global_step % self.every_n_steps == 0 and time.monotonic() - self._logged >= self.min_seconds
         if due or last or skipped:
             self._logged = time.monotonic()

@@ -33,7 +33,7 @@ def merge(window: Sequence[Estimate]) -> Estimate:
         terms=tuple(Term(key, sum(gs) / len(gs)) for key, gs in sums.items()),
         losses=tuple(loss for estimate in window for loss in estimate.losses),
         forwards=sum(estimate.forwards for estimate in window),
-        ties=sum(estimate.ties for estimate in window),
+        ties=sum(not any(gs) for gs in sums.values()),  # in every micro-batch
     )
 
 

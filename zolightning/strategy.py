@@ -66,6 +66,8 @@ class ZOStrategy(ResumableStrategy):
         name = recipe if isinstance(recipe, str) else "custom"
         super().__init__(base.override(**overrides), name, ledger, accelerator, checkpoint_io, precision_plugin)
         self.last_record: StepRecord | None = None
+        self.records: list[StepRecord] = []
+        """Optimizer steps of the last batch: none inside an accumulation window, several in a manual training step."""
         self.last_stats: UpdateStats | None = None
         self.measure_update = False
         """Set by whoever wants ``last_stats`` of the next step."""
@@ -83,6 +85,7 @@ class ZOStrategy(ResumableStrategy):
         module = self.lightning_module
         assert module is not None
         self._resume_rng(module.trainer)
+        self.records = []
         if not module.automatic_optimization:  # the probes run inside opt.step(closure=...)
             with torch.no_grad():
                 return super().training_step(*args, **kwargs)
@@ -237,6 +240,7 @@ class ZOStrategy(ResumableStrategy):
         if trials and not record.skipped:
             record = keep_best(record, lambda terms: sum(trial(terms) for trial in trials) / len(trials), len(trials))
         self.last_record, self.last_stats = record, None
+        self.records.append(record)
         optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look at; its step() may not be called
         if record.skipped:
             self._count_skip(record)
