@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from helpers import (
     fit,
     lm_loss,
     lm_losses,
+    loader,
     mlp,
     per_example_mse,
     quiet_trainer,
@@ -28,7 +30,7 @@ from helpers import (
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from zolightning import ZOStrategy
+from zolightning import ZOConfig, ZOStrategy
 
 
 def sized(loss: Callable[[nn.Module, Any], Any], sizes: list[int]) -> Callable[[nn.Module, Any], Any]:
@@ -137,6 +139,43 @@ def test_only_for_two_sided_probes_of_a_mixin(make: type[Task], changes: dict[st
     sizes: list[int] = []
     fit(make(mlp(), sized(per_example_mse, sizes)), batches(1), PLAIN.override(**changes))
     assert set(sizes) == {5}
+
+
+@pytest.mark.parametrize("config", [PLAIN, ZOConfig(select="all", eps=1e-2)], ids=["spsa", "default"])
+def test_code_that_takes_no_doubled_batch(config: ZOConfig) -> None:
+    """The look at one fails, and no step tries it again."""
+
+    class Fixed(nn.Linear):
+        """Holds something for each example of the batches that it knows."""
+
+        def __init__(self) -> None:
+            super().__init__(4, 3)
+            self.register_buffer("offset", torch.arange(15.0).reshape(5, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.offset
+
+    sizes: list[int] = []
+    torch.manual_seed(0)
+    module = PerExampleTask(Fixed(), sized(per_example_mse, sizes))
+    twin = copy.deepcopy(module)
+    fit(module, batches(3), config)
+    looks = 3  # of which the last is at a doubled batch
+    assert sizes == [5] * (looks - 1) + [10] + [5] * 2 * 3
+    fit(twin, batches(3), config.override(one_batch=False))
+    assert_same(weights(module), weights(twin))
+
+
+def test_two_forwards_on_request_when_resuming(tmp_path: Path) -> None:
+    """Whatever the checkpoint's run did."""
+    sizes: list[int] = []
+    module = PerExampleTask(mlp(), sized(per_example_mse, sizes))
+    fit(module, batches(2), PLAIN).save_checkpoint(tmp_path / "x.ckpt")
+    assert sizes[-2:] == [10, 10]
+    sizes.clear()
+    trainer = quiet_trainer(ZOStrategy(PLAIN, one_batch=False), max_epochs=2)
+    trainer.fit(module, loader(batches(2)), ckpt_path=tmp_path / "x.ckpt")
+    assert sizes == [5] * 4
 
 
 def test_a_resumed_run_goes_on_as_it_began(tmp_path: Path) -> None:
