@@ -70,7 +70,7 @@ class LedgerCheckpointIO(TorchCheckpointIO):
     ``Trainer(strategy=ZOStrategy(), plugins=[LedgerCheckpointIO()], callbacks=[ModelCheckpoint(every_n_train_steps=1)])``
     works as with whole checkpoints: best and last, resuming, testing. The weights that the run started from are written
     once, beside the ledger. What the ledger cannot give stays in the checkpoint: a checkpoint made before the first step,
-    or with an optimizer that cannot be replayed, holds all weights.
+    with an optimizer that cannot be replayed, or after other code changed a parameter, holds all weights.
     """
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
