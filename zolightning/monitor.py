@@ -91,14 +91,16 @@ class ZOMonitor(Callback):
         self.examples_seen += batch_examples(batch) or 0
         self.tokens_seen += count_tokens(batch)
         strategy = trainer.strategy
-        records = strategy.records if isinstance(strategy, ZOStrategy) else []
-        record = records[-1] if records else None
-        self.forward_passes += sum(r.forwards for r in records) if isinstance(strategy, ZOStrategy) else 1
-        skipped = sum(bool(r.skipped) for r in records)
-        self.skipped_steps += skipped
+        if not isinstance(strategy, ZOStrategy):
+            self.forward_passes += 1
         if trainer.global_step == self._last_step:  # inside an accumulation window
             return
         self._last_step = trainer.global_step
+        records = strategy.records if isinstance(strategy, ZOStrategy) else []
+        record = records[-1] if records else None
+        self.forward_passes += sum(r.forwards for r in records)
+        skipped = sum(bool(r.skipped) for r in records)
+        self.skipped_steps += skipped
         last = (
             trainer.should_stop
             or trainer.global_step == trainer.max_steps
