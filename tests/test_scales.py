@@ -12,14 +12,30 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import PLAIN, Task, assert_same, batches, fit, loader, mlp, mse, quiet_trainer, weights
+from helpers import (
+    PLAIN,
+    Task,
+    assert_same,
+    batches,
+    fit,
+    lm_loss,
+    loader,
+    mlp,
+    mse,
+    quiet_trainer,
+    tiny_causal_lm,
+    token_batches,
+    weights,
+)
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from zolightning import LedgerCheckpointIO, ZOConfig, ZOStrategy
+from zolightning.interventions import intervene
 from zolightning.ledger import base_path, fingerprint, load_base, read, replay
 from zolightning.noise import Distribution, Gaussian, Rademacher
+from zolightning.peft import ia3, prefix, prompt
 from zolightning.quantize import quantize
 from zolightning.space import ScaleLeaf, build_view, expose_scales
 from zolightning.space.scales import FLOOR
@@ -390,8 +406,6 @@ def test_unquantised_leaves_beside_the_scales() -> None:
 
 
 def test_scales_of_some_blocks() -> None:
-    from helpers import tiny_causal_lm
-
     model = quantize(tiny_causal_lm("llama", 64))
     names = expose_scales(model)
     chosen = {}
@@ -548,7 +562,7 @@ def test_lora_on_top(first: str) -> None:
         expose_scales(module)
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["0.0"], init_lora_weights="gaussian"), module)
     task, before = Task(module, optimizer=lambda p: SGD(p, lr=1.0)), codes(module)
-    with pytest.raises(ValueError, match=r"would leave the LoRA adapters untrained.*select='re:lora_'"):
+    with pytest.raises(ValueError, match=r"would leave the adapters untrained .*lora_A.*select='all'"):
         fit(task, data(1), CONFIG)
     trainer = fit(task, data(2), ZOStrategy(PLAIN, select="re:lora_"))
     assert len(trainer.strategy.view(trainer.optimizers[0]).leaves) == 2  # type: ignore[attr-defined]
@@ -560,6 +574,35 @@ def test_lora_on_top(first: str) -> None:
     assert len([name for name in moved if "lora_" in name]) == 2
     assert len([name for name in moved if name.endswith("scales")]) == 3
     assert codes(module) == before
+
+
+def reft(model: nn.Module) -> None:
+    intervene(model, 1, {"input_ids": token_batches(1)[0]})
+
+
+def prompt_by_peft(model: nn.Module) -> nn.Module:
+    from peft import PromptTuningConfig, TaskType, get_peft_model
+
+    return get_peft_model(model, PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2))  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.parametrize(
+    ("adapt", "name"),
+    [(ia3, "ia3_l"), (prefix, "virtual_tokens"), (prompt, "virtual_tokens"), (reft, "vectors"), (prompt_by_peft, "embedding")],
+)
+def test_adapters_of_other_kinds(adapt: Callable[[nn.Module], nn.Module | None], name: str) -> None:
+    model = quantize(tiny_causal_lm("llama", 64))
+    model = adapt(model) or model
+    task = Task(model, lm_loss)
+    with pytest.raises(ValueError, match=rf"would leave the adapters untrained that are on the model \('net\..*{name}"):
+        fit(task, token_batches(1), ZOStrategy("qzo"))
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(False)
+    for scales in expose_scales(model):
+        model.get_parameter(scales).requires_grad_(True)
+    view = build_view(task, task.parameters(), Rademacher(), select_spec="scales", scales="relative")
+    assert len(view.leaves) == 14
 
 
 @pytest.mark.parametrize("noise", ["absolute", "relative"])

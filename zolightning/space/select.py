@@ -8,6 +8,7 @@ from itertools import groupby
 
 from torch import nn
 
+from .adapters import adapter_names
 from .scales import scaled_layers
 
 Select = str | Callable[[str, nn.Parameter], bool]
@@ -71,11 +72,11 @@ def blocks(root: nn.Module) -> tuple[str, int]:
 
 
 def _scales(root: nn.Module, candidates: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    adapters = [n for n in candidates if "lora_" in n]
-    if adapters:
+    adapter = next((n for n in adapter_names(root) if n in candidates), None)
+    if adapter is not None:
         raise ValueError(
-            f"`select='scales'` would leave the LoRA adapters untrained that are on the model ({adapters[0]}, …). Train them "
-            "instead: ZOStrategy('spsa', select='re:lora_'); or both: select='all'; or freeze them"
+            f"`select='scales'` would leave the adapters untrained that are on the model ({adapter!r}, …). Train them instead: "
+            "ZOStrategy('spsa', select='all'); or both: ZOStrategy('qzo', select='all'); or freeze them"
         )
     scales = {id(layer.scales) for _, layer in scaled_layers(root)}
     found = {n: p for n, p in candidates.items() if id(p) in scales}
