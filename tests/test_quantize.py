@@ -12,6 +12,7 @@ from helpers import Task, assert_same, batches, fit, lm_loss, loader, quiet_trai
 from torch import nn
 
 from zolightning import ZOConfig, ZOStrategy
+from zolightning.peft import lora
 from zolightning.quantize import quantize
 from zolightning.space import expose_scales
 
@@ -22,6 +23,9 @@ QZO = ZOConfig(
     estimator="spsa", eps=1e-2, select="scales", structure="dense", scales="relative", normalize=False, lr=1e-1, seed=7
 )
 IDS = token_batches(1)[0]
+AGAIN = {"save_original_format": False}
+"""For models that transformers 5 read from codes: it cannot undo its own conversion of them, and need not."""
+
 KINDS: list[Any] = [("nf4", {}), ("fp4", {}), ("nf4", {"double": True}), ("int8", {})]
 
 
@@ -44,10 +48,10 @@ def from_pretrained(folder: Path, **settings: Any) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, **settings).train()  # type: ignore[no-any-return]
 
 
-def round_trip(model: Any, folder: Path) -> None:
+def round_trip(model: Any, folder: Path, **saving: Any) -> None:
     """Save, read back without zolightning, and compare the outputs; then once more with the scales exposed."""
     expected = model(IDS).logits
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, **saving)
     read = from_pretrained(folder)
     layers = [layer for layer in read.modules() if isinstance(layer, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))]
     assert {type(layer) for layer in layers} <= {bnb.nn.Linear4bit, bnb.nn.Linear8bitLt}
@@ -74,6 +78,103 @@ def test_a_model_that_transformers_quantised(kind: Any, settings: dict[str, Any]
     model = from_pretrained(tmp_path / "plain", quantization_config=config(kind, **settings))
     train(model)
     round_trip(model, tmp_path / "trained")
+
+
+def llama(**settings: Any) -> nn.Module:
+    """With a head of its own."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **settings)).train()
+
+
+every_kind = pytest.mark.parametrize("kind", ["nf4", "int8"])
+
+
+@every_kind
+def test_a_head_that_is_quantised_too(kind: Any, tmp_path: Path) -> None:
+    """Transformers leaves heads alone unless the config says what to leave alone, if only nothing."""
+    model: Any = quantize(llama(), kind, skip=())
+    assert model.config.quantization_config.llm_int8_skip_modules == []
+    expose_scales(model)
+    round_trip(model, tmp_path)
+
+
+@every_kind
+@pytest.mark.parametrize(("arch", "skip"), [("gpt2", "c_attn"), ("gpt2", "h.0.mlp.c_proj"), ("llama", "layers.1")])
+def test_what_was_skipped_is_not_quantised_when_it_is_read(arch: str, skip: str, kind: Any, tmp_path: Path) -> None:
+    model: Any = quantize(tiny_causal_lm(arch, 64), kind, skip=("lm_head", skip))
+    left = model.config.quantization_config.llm_int8_skip_modules
+    assert left[0] == "lm_head"
+    assert len(left) > 1
+    assert all(skip in name for name in left[1:])
+    expose_scales(model)
+    round_trip(model, tmp_path)
+
+
+@every_kind
+def test_a_model_inside_another_module(kind: Any, tmp_path: Path) -> None:
+    """Its config has the names that it knows its layers by."""
+    task = Task(tiny_causal_lm("llama", 64), lm_loss)
+    quantize(task, kind, skip=("lm_head", "layers.0.mlp"))
+    expose_scales(task)
+    round_trip(task.net, tmp_path / "whole")
+    model: Any = llama()
+    quantize(model.model, kind)
+    expose_scales(model)
+    round_trip(model, tmp_path / "body")
+
+
+@every_kind
+def test_layers_that_transformers_keeps_in_float32(kind: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 32, "d_model": 64, "d_ff": 64, "d_kv": 32, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
+    torch.manual_seed(3)
+    model: Any = quantize(T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).train(), kind)
+    assert type(model.encoder.block[0].layer[1].DenseReluDense.wo) is nn.Linear
+    expected = model(input_ids=IDS, labels=IDS).logits
+    model.save_pretrained(tmp_path)
+    read = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).train()
+    assert torch.equal(read(input_ids=IDS, labels=IDS).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        (
+            {"kind": "nf4"},
+            {"kind": "int8"},
+            "load_in_4bit=True, load_in_8bit=False, and .*load_in_4bit=False, load_in_8bit=True",
+        ),
+        ({"kind": "int8"}, {"kind": "nf4"}, "asked for .*load_in_4bit=True"),
+        ({"kind": "nf4"}, {"kind": "fp4"}, "bnb_4bit_quant_type=nf4, and `quantize` was asked for bnb_4bit_quant_type=fp4;"),
+        ({"kind": "nf4"}, {"kind": "nf4", "compute_dtype": torch.bfloat16}, "bnb_4bit_compute_dtype=float32, and"),
+    ],
+    ids=str,
+)
+def test_one_model_one_quantisation(first: Any, then: Any, message: str, tmp_path: Path) -> None:
+    model: Any = quantize(tiny_causal_lm("llama", 64), skip=("lm_head", "mlp"), **first)
+    with pytest.raises(ValueError, match=message):
+        quantize(model, **then)
+    assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
+    expose_scales(model)
+    round_trip(model, tmp_path / "some")
+    read: Any = from_pretrained(tmp_path / "some")
+    quantize(read, **first)
+    expose_scales(read)
+    round_trip(read, tmp_path / "all", **AGAIN)
+
+
+@every_kind
+def test_training_goes_on_from_a_saved_model(kind: Any, tmp_path: Path) -> None:
+    model: Any = quantize(tiny_causal_lm("llama", 64), kind)
+    train(model)
+    model.save_pretrained(tmp_path / "first")
+    read = from_pretrained(tmp_path / "first")
+    train(read)
+    round_trip(read, tmp_path / "second", **AGAIN)
 
 
 def test_quantised_model_is_near_the_plain_one() -> None:
@@ -210,6 +311,14 @@ def test_bad_modules() -> None:
     layer = bnb.nn.Linear4bit(96, 64).to("cpu")
     with pytest.raises(ValueError, match="96 inputs, no multiple of 64"):
         expose_scales(nn.Sequential(layer))
+
+
+def test_adapters_are_there_already() -> None:
+    """Their own linear layers would become codes, which do not train."""
+    model = lora(tiny_causal_lm("llama", 64))
+    with pytest.raises(ValueError, match=r"adapters are on the module already \('model.*lora_A.*call `quantize` first"):
+        quantize(model, "int8")
+    assert not any(isinstance(layer, bnb.nn.Linear8bitLt) for layer in model.modules())
 
 
 def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from .space.adapters import adapter_names
 from .space.scales.layer import is_a
 
 Kind = Literal["nf4", "fp4", "int8"]
@@ -27,14 +28,15 @@ def quantize(
 ) -> nn.Module:
     """Replace linear layers by bitsandbytes' quantised ones, in place, one at a time.
 
-    Their scales are then trained by ``ZOStrategy("qzo")``. Everything else stays as it is. A Hugging Face model notes it in
-    its config, so that its ``save_pretrained`` writes what plain ``from_pretrained`` reads, trained scales included.
+    Their scales are then trained by ``ZOStrategy("qzo")``. Everything else stays as it is. A Hugging Face model, also inside
+    the module, notes it in its config, so that its ``save_pretrained`` writes what plain ``from_pretrained`` reads, trained
+    scales included; a part of one, like a block, does not.
 
     Args:
         module: any module on CPU or CUDA; its ``nn.Linear`` layers, and GPT-2's ``Conv1D``, are quantised.
         kind: 'nf4' or 'fp4', 4 bits with a scale for each 64 weights; 'int8', 8 bits with a scale for each row.
         skip: names, or parts between dots, of submodules to leave alone. Weights that several modules share (a head tied
-            to the embedding) always are.
+            to the embedding), and those that transformers keeps in float32 (T5's ``wo``), always are.
         double: quantise the scales too ('nf4', 'fp4'), 0.4 bits less a weight; training them undoes it.
         compute_dtype: dtype of the products at 4 bits; None: the weight's.
         backprop: keep the layers ones that gradients come through, for adapters trained by backprop (QLoRA). On CPUs with
@@ -47,19 +49,23 @@ def quantize(
     Raises:
         ImportError: bitsandbytes is not installed.
         ValueError: unknown kind, nothing to quantise, a layer on another device than CPU or CUDA, or one whose inputs are
-            no multiple of 64 ('nf4' and 'fp4' on CPU).
+            no multiple of 64 ('nf4' and 'fp4' on CPU), adapters on the module, or a Hugging Face model that is quantised
+            with other settings already.
     """
     if kind not in get_args(Kind):
         raise ValueError(f"`quantize(kind={kind!r})` is unknown; allowed: {', '.join(map(repr, get_args(Kind)))}")
     if kind == "int8" and (double or compute_dtype is not None):
         raise ValueError("`quantize(double=..., compute_dtype=...)` are for 'nf4' and 'fp4'; 'int8' has neither")
     bnb = import_bitsandbytes()
+    refuse_adapters(module, "quantize")
+    configs = [(model, _config(model, kind, double, compute_dtype)) for model in _pretrained(module)]
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
+    kept = {part for model, _ in configs for part in model._keep_in_fp32_modules or ()}  # transformers will not convert them
     owners = Counter(id(p) for m in module.modules() for p in m.parameters(recurse=False))
     found = {
         name: layer
         for name, layer in module.named_modules()
-        if _convertible(layer) and owners[id(layer.weight)] == 1 and not skipped(name, skip)
+        if _convertible(layer) and owners[id(layer.weight)] == 1 and not skipped(name, (*skip, *kept))
     }
     if not found:
         raise ValueError(f"`quantize` found no linear layer with a weight of its own outside skip={skip}")
@@ -79,11 +85,11 @@ def quantize(
         if not name:
             return new
         module.set_submodule(name, new)
-    from transformers import PreTrainedModel
-
-    if isinstance(module, PreTrainedModel):
-        module.config.quantization_config = _config(module, kind, double, compute_dtype)
-        setattr(module, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)  # what PEFT asks
+    for model, config in configs:
+        left = {name for name, layer in model.named_modules() if _convertible(layer)}
+        config.llm_int8_skip_modules = sorted(left | ({"lm_head"} & set(skip)))  # the head too that only an outer model has
+        model.config.quantization_config = config
+        setattr(model, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)  # what PEFT asks
     return module
 
 
@@ -98,6 +104,13 @@ def import_bitsandbytes() -> Any:
 
 def _convertible(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear or is_a(layer, "transformers", "Conv1D")
+
+
+def refuse_adapters(module: nn.Module, function: str) -> None:
+    """ValueError where adapters are on the module: their own linear layers would be quantised."""
+    adapter = next(adapter_names(module), None)
+    if adapter is not None:
+        raise ValueError(f"adapters are on the module already ({adapter!r}, …); call `{function}` first, then put them on")
 
 
 def skipped(name: str, skip: Sequence[str]) -> bool:
@@ -122,17 +135,36 @@ def _quantized(bnb: Any, layer: Any, kind: Kind, double: bool, compute_dtype: to
     return new.train(layer.training)  # type: ignore[no-any-return]
 
 
+def _pretrained(module: nn.Module) -> list[Any]:
+    """The Hugging Face models in it; the outer one where one is a part of another."""
+    from transformers import PreTrainedModel
+
+    if isinstance(module, PreTrainedModel):
+        return [module]
+    return [model for child in module.children() for model in _pretrained(child)]
+
+
 def _config(model: Any, kind: Kind, double: bool, compute_dtype: torch.dtype | None) -> Any:
-    """What was done, in transformers' terms: layers that it would convert and that were not are listed to be skipped."""
+    """What is to be done, in transformers' terms; ValueError where the model's config says something else already."""
     from transformers import BitsAndBytesConfig
 
-    kept = [name for name, layer in model.named_modules() if _convertible(layer)] or None
     if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0, llm_int8_skip_modules=kept)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=kind,
-        bnb_4bit_use_double_quant=double,
-        bnb_4bit_compute_dtype=compute_dtype or model.dtype,
-        llm_int8_skip_modules=kept,
-    )
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=kind,
+            bnb_4bit_use_double_quant=double,
+            bnb_4bit_compute_dtype=compute_dtype or model.dtype,
+        )
+    present = getattr(model.config, "quantization_config", None)
+    if present is not None:
+        old, new = present if isinstance(present, dict) else present.to_dict(), config.to_dict()
+        other = [key for key in new if key[0] != "_" and key != "llm_int8_skip_modules" and old.get(key) != new[key]]
+        if other:
+            was, asked = (", ".join(f"{key}={values.get(key)}" for key in other) for values in (old, new))
+            raise ValueError(
+                f"the model is quantised with {was}, and `quantize` was asked for {asked}; its config holds one quantisation, "
+                "so transformers could not read back both: quantise the rest in the same way, or leave it"
+            )
+    return config
