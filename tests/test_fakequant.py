@@ -21,6 +21,7 @@ from zolightning import ZOStrategy
 from zolightning.fakequant import (
     FakeQuantLinear,
     QuantizedLinear,
+    dequantize,
     export_quantized,
     fake_quantize,
     pack,
@@ -29,7 +30,8 @@ from zolightning.fakequant import (
 )
 from zolightning.memory import tensor_bytes
 from zolightning.noise import Rademacher
-from zolightning.space import Rank1
+from zolightning.peft import lora
+from zolightning.space import Rank1, expose_scales
 
 ONE = torch.ones(1)
 numbers = st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=12)
@@ -159,6 +161,76 @@ def test_export_gives_the_same_bits(options: dict[str, Any], dtype: torch.dtype,
     assert torch.equal(read(x), fake(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("export", [False, True])
+def test_conversions_leave_scales_and_factors(export: bool, dtype: torch.dtype) -> None:
+    module = shaken(net(bits=3, input_bits=8))
+    if export:
+        export_quantized(module)
+    before, x = copy.deepcopy(module), X.to(dtype)
+    converted = copy.deepcopy(module).to(dtype)
+    assert converted(x).dtype == dtype
+    torch.testing.assert_close(converted(x).float(), before(X), rtol=0.1, atol=0.2)
+    state, old = converted.state_dict(), before.state_dict()
+    converted_too = ("0.weight", "0.bias", "1.weight", "1.bias", "3.weight")
+    assert_same({n: v for n, v in state.items() if n not in converted_too}, {n: old[n] for n in old if n not in converted_too})
+    assert state["0.bias"].dtype == state["1.weight"].dtype == dtype
+    assert copy.deepcopy(converted)(x).dtype == dtype
+    if export:
+        hidden = torch.randn(2, 16)
+        assert torch.equal(converted.float()[3](hidden), before[3](hidden))  # type: ignore[index]
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed"])
+@pytest.mark.parametrize("recipe", ["zeroqat", "qzo"])
+def test_precision_plugins(recipe: str, precision: Any) -> None:
+    """Of a module that was rounded in float32; the trained scales and factors stay float32."""
+    model = fake_quantize(tiny_causal_lm("llama", 64), 4, train="last:1")
+    if recipe == "qzo":
+        export_quantized(model)
+    task = Task(model, lm_loss, lambda p: SGD(p, lr=1e-2))
+    fit(task, token_batches(2), ZOStrategy(recipe, seed=0), precision=precision)
+    exact = {n: p for n, p in task.state_dict().items() if n.rsplit(".", 1)[-1] in ("lower", "smooth", "scales")}
+    assert len(exact) > 14
+    assert all(p.dtype == torch.float32 for p in exact.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("how", ["fake", "exported", "trained scales"])
+@torch.no_grad()
+def test_ordinary_layers_of_the_rounded_weights(how: str, dtype: torch.dtype) -> None:
+    """The same bits until the smoothing is trained."""
+    for change, rounding in ((lambda m: m, 0.0), (shaken, 1e-5 if dtype == torch.float32 else 2e-2)):
+        module, x = change(net(bits=3)).to(dtype), X.to(dtype)
+        if how != "fake":
+            export_quantized(module)
+        if how == "trained scales":
+            for name in expose_scales(module):
+                module.get_parameter(name).mul_(1.3)
+        expected = module(x)
+        plain = dequantize(module)
+        assert [type(layer) for layer in plain] == [nn.Linear, nn.LayerNorm, nn.Tanh, nn.Linear]  # type: ignore[attr-defined]
+        assert {value.dtype for value in plain.parameters()} == {dtype}
+        assert (plain(x) - expected).norm() <= rounding * expected.norm()
+        weight = plain[0].weight.float()  # type: ignore[index]
+        assert all(len(group.unique()) <= 8 for group in weight.view(-1, 4)) or change is shaken
+
+
+def test_save_pretrained_writes_ordinary_layers_or_refuses(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model: Any = fake_quantize(tiny_causal_lm("llama", 64), 4, train="last:1")
+    ids = token_batches(1)[0]
+    expected = model(ids).logits
+    with pytest.raises(ValueError, match=r"cannot write fake-quantised layers.*dequantize\(model\)"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="cannot write fake-quantised layers"):
+        export_quantized(copy.deepcopy(model)).save_pretrained(tmp_path)  # type: ignore[operator]
+    assert not list(tmp_path.iterdir())
+    dequantize(model).save_pretrained(tmp_path)  # type: ignore[operator]
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits, expected)
+
+
 def test_weights_that_are_not_rounded_at_8_bits_are_near() -> None:
     plain = nn.Sequential(nn.Linear(64, 64))
     x = torch.randn(3, 64)
@@ -238,3 +310,19 @@ def test_nothing_to_export() -> None:
         export_quantized(mlp())
     with pytest.raises(ValueError, match="found no linear layer inside the module"):
         fake_quantize(nn.Linear(4, 4))
+
+
+def test_nothing_to_dequantise() -> None:
+    with pytest.raises(ValueError, match="no layer to dequantise"):
+        dequantize(mlp())
+    module = net(input_bits=8)
+    with pytest.raises(ValueError, match="'0' rounds its inputs to 8 bits"):
+        dequantize(module)
+    assert isinstance(module[0], FakeQuantLinear)
+
+
+def test_modules_that_cannot_be_treated() -> None:
+    with pytest.raises(ValueError, match="'0' is on the meta device, without values"):
+        fake_quantize(nn.Sequential(nn.Linear(64, 4, device="meta")))
+    with pytest.raises(ValueError, match=r"adapters are on the module already.*call `fake_quantize` first"):
+        fake_quantize(lora(tiny_causal_lm("llama", 64)))

@@ -2,20 +2,21 @@
 
 :func:`fake_quantize` puts the rounding in, any :class:`~zolightning.ZOStrategy` trains through it or past it, and
 :func:`export_quantized` replaces the layers by ones that hold the codes. Straight after each other the two are plain
-post-training quantisation.
+post-training quantisation. A state dict is read by a model that was prepared in the same way; ``save_pretrained`` needs
+:func:`dequantize`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .quantize import skipped
+from .quantize import refuse_adapters, skipped
 from .space import Select, compute_with, select
 
 _LEAST_FACTOR, _LEAST_SCALE = 0.05, 1e-8
@@ -56,7 +57,21 @@ def quantize_to_grid(x: Tensor, bits: int, lower: Tensor, upper: Tensor) -> Grid
     return Grid((x / scales).round_().add_(zeros).clamp_(0, levels), scales, zeros)  # in place: half the time
 
 
-class FakeQuantWeight(nn.Module):
+class KeepsFloat32(nn.Module):
+    """A module whose scales and factors stay float32 when it is converted: in 16 bits they would round away their training."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsFloat32:
+        names = [name for name in ("lower", "upper", "smooth", "scales") if hasattr(self, name)]
+        exact = {name: getattr(self, name).data for name in names}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in exact.items():
+            converted = getattr(self, name)
+            if converted.dtype != value.dtype:
+                converted.data = value.to(converted.device)
+        return self
+
+
+class FakeQuantWeight(KeepsFloat32):
     r"""What a layer makes of its weight: :math:`W \mapsto Q(W \,\mathrm{diag}(s))`.
 
     Args:
@@ -90,7 +105,7 @@ class FakeQuantWeight(nn.Module):
         return out
 
 
-class FakeQuantInput(nn.Module):
+class FakeQuantInput(KeepsFloat32):
     r"""What a layer makes of its input: :math:`x \mapsto Q(x \,\mathrm{diag}(s)^{-1})`, a grid for each token.
 
     Args:
@@ -143,7 +158,7 @@ def _factor(stored: Tensor) -> Tensor:
     return stored.to(torch.float32).clamp(min=_LEAST_FACTOR)
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(KeepsFloat32):
     """A linear layer that holds codes, scales and zeros: 2 bits in 2, 3 and 4 bits in 4, more in 8.
 
     Args:
@@ -154,24 +169,40 @@ class QuantizedLinear(nn.Module):
     scales: Tensor
     zeros: Tensor
     smooth: Tensor
+    like: Tensor
+    """Empty, of the dtype that the layer computes in: conversions change it as they change a weight's."""
 
     def __init__(self, linear: FakeQuantLinear) -> None:
         super().__init__()
         quantizer, weight = linear.quantizer, linear.weight
         with torch.no_grad():
             grid = quantizer.grid(weight)
-        self.bits, self.dtype, self.shape = quantizer.bits, weight.dtype, weight.shape
+        self.bits, self.shape = quantizer.bits, weight.shape
         self.register_buffer("codes", pack(grid.codes.to(torch.uint8).view(-1), self.bits))
         self.register_buffer("scales", grid.scales)
         self.register_buffer("zeros", grid.zeros.to(torch.uint8))
         self.register_buffer("smooth", quantizer.smooth.detach().clone())
+        self.register_buffer("like", weight.new_empty(0), persistent=False)
         self.input_quantizer, self.bias = linear.input_quantizer, linear.bias
         self.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        codes = unpack(self.codes, self.bits)[: self.shape.numel()].view(*self.scales.shape[:2], -1)
-        weight = Grid(codes.to(torch.float32), self.scales, self.zeros.to(torch.float32)).values()
-        return F.linear(self.input_quantizer(x, self.smooth), weight.view(self.shape).to(self.dtype), self.bias)
+        return F.linear(self.input_quantizer(x, self.smooth), self.smoothed().to(self.like.dtype), self.bias)
+
+    def smoothed(self) -> Tensor:
+        """The rounded W diag(s), float32."""
+        groups = self.scales.shape[:2]
+        codes = unpack(self.codes, self.bits)[: self.shape.numel()].view(*groups, -1)
+        grid = Grid(codes.to(torch.float32), self.scales.view(*groups, 1), self.zeros.to(torch.float32))
+        return grid.values().view(self.shape)
+
+    def dequantized(self) -> nn.Linear:
+        """An ordinary layer, frozen, of the rounded weight."""
+        linear = nn.Linear(self.shape[1], self.shape[0], self.bias is not None, device="meta")
+        with torch.no_grad():
+            weight = self.smoothed() / _factor(self.smooth)
+        linear.weight, linear.bias = nn.Parameter(weight.to(self.like.dtype), requires_grad=False), self.bias
+        return linear.train(self.training)
 
     def extra_repr(self) -> str:
         return f"{self.shape[1]}, {self.shape[0]}, bits={self.bits}"
@@ -220,11 +251,13 @@ def fake_quantize(
         The module.
 
     Raises:
-        ValueError: bits out of range, a group size that does not divide a layer's inputs, or no layer.
+        ValueError: bits out of range, a group size that does not divide a layer's inputs, a layer without values on the meta
+            device, no layer, or adapters on the module.
     """
     for name, value in (("bits", bits), ("input_bits", input_bits)):
         if value is not None and not 2 <= value <= 8:
             raise ValueError(f"`fake_quantize({name}=...)` must be from 2 to 8, got {value}")
+    refuse_adapters(module, "fake_quantize")
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     owners = Counter(id(p) for m in module.modules() for p in m.parameters(recurse=False))
     layers: dict[str, Any] = {
@@ -238,6 +271,8 @@ def fake_quantize(
             f"`fake_quantize` found no linear layer inside the module with a weight of its own outside skip={skip}"
         )
     for name, layer in layers.items():
+        if layer.weight.is_meta:
+            raise ValueError(f"{name!r} is on the meta device, without values; load its weights before `fake_quantize`")
         if group_size is not None and (group_size < 1 or layer.in_features % group_size):
             raise ValueError(
                 f"`fake_quantize(group_size={group_size})` must divide the {layer.in_features} inputs of {name!r}; "
@@ -247,6 +282,9 @@ def fake_quantize(
     for name, layer in layers.items():
         fake = FakeQuantLinear(layer, bits, group_size, input_bits)
         module.set_submodule(name, fake if f"{name}.weight" in trained else QuantizedLinear(fake))
+    for model in module.modules():
+        if hasattr(model, "save_pretrained"):
+            setattr(model, "save_pretrained", _refuse_to_save)  # noqa: B010
     return module
 
 
@@ -262,3 +300,38 @@ def export_quantized(module: nn.Module) -> nn.Module:
     for name, layer in layers:
         module.set_submodule(name, QuantizedLinear(layer))
     return module
+
+
+def dequantize(module: nn.Module) -> nn.Module:
+    r"""Replace fake-quantised and exported layers by ordinary ones of the rounded weight, in place.
+
+    .. math:: Q(W \,\mathrm{diag}(s))\,\mathrm{diag}(s)^{-1}
+
+    Any library saves and reads the module then, in the memory of the weights. The outputs are the same bit for bit where the
+    smoothing s was not trained, and else up to the rounding of the weights' dtype.
+
+    Raises:
+        ValueError: there is no such layer, or one rounds its inputs, which ordinary layers do not.
+    """
+    layers = [(n, m) for n, m in module.named_modules() if isinstance(m, (FakeQuantLinear, QuantizedLinear))]
+    if not layers:
+        raise ValueError("there is no layer to dequantise; `fake_quantize(module, bits)` makes them")
+    for name, layer in layers:
+        if layer.input_quantizer.bits is not None:
+            raise ValueError(
+                f"{name!r} rounds its inputs to {layer.input_quantizer.bits} bits, which an ordinary layer does not; keep the "
+                "state_dict of this module, or train with input_bits=None"
+            )
+    for name, layer in layers:
+        module.set_submodule(name, (QuantizedLinear(layer) if isinstance(layer, FakeQuantLinear) else layer).dequantized())
+    for model in module.modules():
+        vars(model).pop("save_pretrained", None)
+    return module
+
+
+def _refuse_to_save(*args: Any, **kwargs: Any) -> NoReturn:
+    """In the place of a Hugging Face model's own, which would write what ``from_pretrained`` takes for another model."""
+    raise ValueError(
+        "`save_pretrained` cannot write fake-quantised layers. `zolightning.fakequant.dequantize(model)` first makes "
+        "them ordinary ones of the rounded weights; or torch.save(model.state_dict(), path), for a model prepared the same way"
+    )
