@@ -5,7 +5,8 @@ python examples/quantized.py --steps 150 --seeds 3 --test 1000 --validation 200 
 python examples/quantized.py --methods qzo-nf4 qlora --steps 100
 
 The film-review task of ``zolightning demo``. Every run is a process of its own and is recorded in MLflow; table and picture go
-to --out, and a run whose result is there already is not repeated: interrupt it, or start it again with more seeds. The rows:
+to --out, and a run whose result is there already, of the same settings, is not repeated: interrupt it, or start it again with
+more seeds. The rows:
 bfloat16 weights by ZO, also rounded afterwards; QZO, which trains the scales of NF4 or int8 layers and never their codes; LoRA
 on the NF4 base by ZO and by backprop (QLoRA), with about the arithmetic of the ZO runs; ZeroQAT, weights that are rounded to 4
 or 3 bits while they are trained by ZO, tested as real codes. Test examples are looked at once, at the end of a run.
@@ -14,8 +15,9 @@ or 3 bits while they are trained by ZO, tested as real codes. Test examples are 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +133,27 @@ def markdown(results: Sequence[Result]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def finished(path: Path, method: Quantized) -> Result | None:
-    """The result of this very run, when it is there."""
-    if not path.exists():
-        return None
-    result = Result.load(path)
-    return result if result.examples == method.steps * method.batch_size else None
+def described(task: Task, method: Quantized, after: Quantized | None, threads: int | None) -> dict[str, Any]:
+    """What the result of a run depends on, but for its seed."""
+    rows = {
+        role: {name: value for name, value in asdict(row).items() if name not in ("seeds", "weights")}
+        for role, row in (("method", method), ("after", after))
+        if row is not None
+    }
+    found: dict[str, Any] = json.loads(json.dumps({**settings(task), **rows, "threads": threads}))  # as it is read back
+    return found
+
+
+def result_of(task: Task, method: Quantized, after: Quantized | None, seed: int, threads: int | None) -> Result:
+    """The run's result, which is kept from before if it came of the same settings."""
+    path = Path(task.out, "runs", f"{method.name}-{seed}.json")
+    note, wanted = path.with_suffix(".settings"), described(task, method, after, threads)
+    complete = path.exists() and note.exists() and (method.weights is None or method.weights.exists())
+    if complete and json.loads(note.read_text()) == wanted:
+        return Result.load(path)
+    path.unlink(missing_ok=True)  # before its note: a result is never beside the settings of another
+    note.write_text(json.dumps(wanted, indent=1))
+    return run_alone(task, method, seed, threads)
 
 
 def main() -> None:
@@ -157,6 +174,8 @@ def main() -> None:
 
     backprop_steps = args.backprop_steps or max(1, 2 * args.steps // 3)
     known = {m.name: m for m in methods(args.steps, backprop_steps, args.batch_size, args.seeds)}
+    if min(args.steps, args.batch_size, args.seeds) < 1:
+        parser.error(f"--steps, --batch-size and --seeds must be >= 1, got {args.steps}, {args.batch_size} and {args.seeds}")
     unknown = [name for name in args.methods or () if name not in known]
     if unknown:
         parser.error(f"unknown methods {', '.join(unknown)}; there are {', '.join(known)}")
@@ -165,18 +184,19 @@ def main() -> None:
         validation=args.validation, test=args.test, validations=2, max_length=args.max_length, precision="32-true",
         store=args.store, experiment="zolightning-quantized", out=args.out, offline=False,
     )  # fmt: skip
-    prepare(task)
+    prepare(task, args.batch_size)
+    names = set(args.methods or known)
+    names |= {after for name in names if (after := known[name].after)}
     out, results = Path(args.out), dict[tuple[str, int], Result]()
     (out / "runs").mkdir(parents=True, exist_ok=True)
     for seed in range(args.seeds):
-        for name in args.methods or known:
+        for name in (name for name in known if name in names and seed < known[name].seeds):
+            after = known.get(known[name].after or "")
             weights = out / "runs" / f"{known[name].after or name}-{seed}.safetensors"
-            keeps = name in {m.after for m in known.values()} or known[name].after
+            keeps = after or name in {m.after for m in known.values()}
             method = replace(known[name], weights=weights if keeps else None)
-            if seed < method.seeds:
-                result = finished(out / "runs" / f"{name}-{seed}.json", method) or run_alone(task, method, seed, args.threads)
-                results[name, seed] = result
-                print(" ".join(rows([result])[0]), flush=True)
+            results[name, seed] = result_of(task, method, after, seed, args.threads)
+            print(" ".join(rows([results[name, seed]])[0]), flush=True)
     ordered = [results[name, seed] for name in known for seed in range(args.seeds) if (name, seed) in results]
     image = write(ordered, out, settings(task) | {"threads": args.threads})
     (out / "table.md").write_text(markdown(ordered) + "\n")

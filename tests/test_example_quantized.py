@@ -81,6 +81,7 @@ def test_gradients_come_through_after_an_evaluation() -> None:
     [
         (["--help"], 0, "python examples/quantized.py --methods"),
         (["--methods", "qzo"], 2, "unknown methods qzo; there are zero-shot, zo,"),
+        (["--seeds", "0"], 2, "--steps, --batch-size and --seeds must be >= 1, got 5, 16 and 0"),
     ],
 )
 def test_command_line(
@@ -91,3 +92,38 @@ def test_command_line(
         EXAMPLE.main()
     assert stop.value.code == code
     assert message in "".join(capsys.readouterr())
+
+
+def test_a_result_is_kept_for_the_same_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With runs that come to nothing but a result; the rows that start from another's weights bring it."""
+    made: list[str] = []
+
+    def run_alone(task: Any, method: Any, seed: int, threads: int | None) -> Any:
+        made.append(f"{method.name}-{seed}")
+        if method.weights and not method.after:
+            method.weights.touch()
+        result = EXAMPLE.Result(method.name, method.title, seed, 0.5, 1.0, 1, 1.0, 2, 2, history=[])
+        result.save(tmp_path / "runs" / f"{made[-1]}.json")
+        return result
+
+    def runs(*options: str) -> list[str]:
+        made.clear()
+        monkeypatch.setattr(sys, "argv", [str(FILE), "--out", str(tmp_path), "--methods", "zero-shot", "zo-ptq4", *options])
+        EXAMPLE.main()
+        return sorted(made)
+
+    monkeypatch.setattr(EXAMPLE, "run_alone", run_alone)
+    monkeypatch.setattr(EXAMPLE, "prepare", lambda *_: None)
+    every = ["zero-shot-0", "zo-0", "zo-ptq4-0"]
+    assert runs() == every
+    assert runs() == []
+    assert runs("--seeds", "2") == ["zo-1", "zo-ptq4-1"]
+    assert runs("--steps", "7") == every[1:]
+    assert runs("--steps", "7") == []
+    for changed in (["--test", "50"], ["--model", "other"], ["--max-length", "64"], ["--threads", "1"]):
+        assert runs(*changed) == every
+    assert runs("--batch-size", "8") == every
+    (tmp_path / "runs" / "zo-0.safetensors").unlink()
+    assert "zo-0" in runs("--batch-size", "8")
+    (tmp_path / "runs" / "zero-shot-0.settings").unlink()
+    assert runs("--batch-size", "8") == ["zero-shot-0"]
