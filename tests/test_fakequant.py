@@ -289,11 +289,15 @@ def test_what_is_treated() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 1}, r"fake_quantize\(bits=...\)` must be from 2 to 8, got 1"),
+        ({"bits": 1}, r"fake_quantize\(bits=...\)` must be a whole number from 2 to 8, got 1"),
         ({"bits": 9}, "got 9"),
-        ({"input_bits": 16}, r"input_bits=...\)` must be from 2 to 8, got 16"),
-        ({"group_size": 3}, r"group_size=3\)` must divide the 8 inputs of '0'"),
+        ({"bits": 3.5}, "got 3.5"),
+        ({"bits": "4"}, "got '4'"),
+        ({"input_bits": 16}, r"input_bits=...\)` must be a whole number from 2 to 8, got 16"),
+        ({"group_size": 3}, r"group_size=3\)` must be a whole number that divides the 8 inputs of '0'"),
         ({"group_size": 0}, "group_size=0"),
+        ({"group_size": 4.0}, r"group_size=4\.0"),
+        ({"skip": "1.0"}, r"fake_quantize\(skip=...\)` has '1\.0', which is no submodule's name"),
         ({"skip": ("0", "3")}, "found no linear layer"),
         ({"train": "middel"}, "is unknown; allowed"),
         ({"train": "re:nothing"}, "names no trainable parameter"),
@@ -303,6 +307,21 @@ def test_what_is_treated() -> None:
 def test_bad_settings(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         net(**options)
+
+
+@pytest.mark.parametrize("export", [False, True])
+@torch.no_grad()
+def test_encoder_layers_evaluate_the_rounded_weights(export: bool) -> None:
+    """PyTorch's one kernel for the whole layer, in eval mode, takes the weights as they are."""
+    torch.manual_seed(3)
+    plain = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 64, dropout=0.0, batch_first=True), 2)
+    module, x, mask = fake_quantize(plain, 2), torch.randn(2, 5, 64), torch.arange(5).expand(2, 5) > torch.tensor([[2], [4]])
+    if export:
+        export_quantized(module)
+    for options in ({}, {"src_key_padding_mask": mask}):
+        expected = module.train()(x, **options)
+        found = module.eval()(x, **options)
+        torch.testing.assert_close(found[:, :3], expected[:, :3], rtol=1e-4, atol=1e-4)
 
 
 def test_nothing_to_export() -> None:

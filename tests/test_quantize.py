@@ -287,6 +287,7 @@ def test_lightning_s_precision_plugin(mode: Any) -> None:
         ({"kind": "nf3"}, r"kind='nf3'\)` is unknown; allowed: 'nf4', 'fp4', 'int8'"),
         ({"kind": "int8", "double": True}, "'int8' has neither"),
         ({"kind": "int8", "compute_dtype": torch.bfloat16}, "'int8' has neither"),
+        ({"skip": ("0", "l")}, r"quantize\(skip=...\)` has 'l', which is no submodule's name"),
         ({"skip": ("0", "1")}, r"found no linear layer with a weight of its own outside skip=\('0', '1'\)"),
     ],
     ids=str,
@@ -311,6 +312,16 @@ def test_bad_modules() -> None:
     layer = bnb.nn.Linear4bit(96, 64).to("cpu")
     with pytest.raises(ValueError, match="96 inputs, no multiple of 64"):
         expose_scales(nn.Sequential(layer))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@torch.no_grad()
+def test_encoder_layers_evaluate(kind: Any) -> None:
+    torch.manual_seed(3)
+    module = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 64, dropout=0.0, batch_first=True), 2)
+    quantize(module, kind)
+    x = torch.randn(2, 5, 64)
+    torch.testing.assert_close(module.eval()(x), module.train()(x), rtol=0.02, atol=0.02)
 
 
 def test_adapters_are_there_already() -> None:

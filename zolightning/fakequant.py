@@ -8,7 +8,6 @@ post-training quantisation. A state dict is read by a model that was prepared in
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .quantize import refuse_adapters, skipped
+from .quantize import compute_by_layers, linear_layers
 from .space import Select, compute_with, select
 
 _LEAST_FACTOR, _LEAST_SCALE = 0.05, 1e-8
@@ -252,36 +251,31 @@ def fake_quantize(
 
     Raises:
         ValueError: bits out of range, a group size that does not divide a layer's inputs, a layer without values on the meta
-            device, no layer, or adapters on the module.
+            device, no layer, a name to skip that nothing has, or adapters on the module.
     """
     for name, value in (("bits", bits), ("input_bits", input_bits)):
-        if value is not None and not 2 <= value <= 8:
-            raise ValueError(f"`fake_quantize({name}=...)` must be from 2 to 8, got {value}")
-    refuse_adapters(module, "fake_quantize")
+        if value is not None and value not in range(2, 9):
+            raise ValueError(f"`fake_quantize({name}=...)` must be a whole number from 2 to 8, got {value!r}")
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
-    owners = Counter(id(p) for m in module.modules() for p in m.parameters(recurse=False))
-    layers: dict[str, Any] = {
-        name: layer
-        for name, layer in module.named_modules()
-        if name and type(layer) is nn.Linear and owners[id(layer.weight)] == 1
-        and not skipped(name, skip)
-    }  # fmt: skip
+    layers = linear_layers(module, "fake_quantize", skip, lambda layer: layer is not module and type(layer) is nn.Linear)
     if not layers:
         raise ValueError(
-            f"`fake_quantize` found no linear layer inside the module with a weight of its own outside skip={skip}"
+            f"`fake_quantize` found no linear layer inside the module with a weight of its own outside skip={skip}; it treats "
+            "nn.Linear, no layers that are quantised and no Conv1D of GPT-2"
         )
     for name, layer in layers.items():
         if layer.weight.is_meta:
             raise ValueError(f"{name!r} is on the meta device, without values; load its weights before `fake_quantize`")
-        if group_size is not None and (group_size < 1 or layer.in_features % group_size):
+        if group_size is not None and (not isinstance(group_size, int) or group_size < 1 or layer.in_features % group_size):
             raise ValueError(
-                f"`fake_quantize(group_size={group_size})` must divide the {layer.in_features} inputs of {name!r}; "
-                "None gives each row one scale"
+                f"`fake_quantize(group_size={group_size})` must be a whole number that divides the {layer.in_features} inputs "
+                f"of {name!r}; None gives each row one scale"
             )
     trained = select(module, train, {f"{name}.weight": layer.weight for name, layer in layers.items()})
     for name, layer in layers.items():
         fake = FakeQuantLinear(layer, bits, group_size, input_bits)
         module.set_submodule(name, fake if f"{name}.weight" in trained else QuantizedLinear(fake))
+    compute_by_layers(module)
     for model in module.modules():
         if hasattr(model, "save_pretrained"):
             setattr(model, "save_pretrained", _refuse_to_save)  # noqa: B010

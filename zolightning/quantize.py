@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -49,24 +49,18 @@ def quantize(
     Raises:
         ImportError: bitsandbytes is not installed.
         ValueError: unknown kind, nothing to quantise, a layer on another device than CPU or CUDA, or one whose inputs are
-            no multiple of 64 ('nf4' and 'fp4' on CPU), adapters on the module, or a Hugging Face model that is quantised
-            with other settings already.
+            no multiple of 64 ('nf4' and 'fp4' on CPU), a name to skip that nothing has, adapters on the module, or a Hugging
+            Face model that is quantised with other settings already.
     """
     if kind not in get_args(Kind):
         raise ValueError(f"`quantize(kind={kind!r})` is unknown; allowed: {', '.join(map(repr, get_args(Kind)))}")
     if kind == "int8" and (double or compute_dtype is not None):
         raise ValueError("`quantize(double=..., compute_dtype=...)` are for 'nf4' and 'fp4'; 'int8' has neither")
     bnb = import_bitsandbytes()
-    refuse_adapters(module, "quantize")
-    configs = [(model, _config(model, kind, double, compute_dtype)) for model in _pretrained(module)]
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
+    configs = [(model, _config(model, kind, double, compute_dtype)) for model in _pretrained(module)]
     kept = {part for model, _ in configs for part in model._keep_in_fp32_modules or ()}  # transformers will not convert them
-    owners = Counter(id(p) for m in module.modules() for p in m.parameters(recurse=False))
-    found = {
-        name: layer
-        for name, layer in module.named_modules()
-        if _convertible(layer) and owners[id(layer.weight)] == 1 and not skipped(name, (*skip, *kept))
-    }
+    found = {n: m for n, m in linear_layers(module, "quantize", skip, _convertible).items() if not skipped(n, kept)}
     if not found:
         raise ValueError(f"`quantize` found no linear layer with a weight of its own outside skip={skip}")
     for name, layer in found.items():
@@ -85,6 +79,7 @@ def quantize(
         if not name:
             return new
         module.set_submodule(name, new)
+    compute_by_layers(module)
     for model, config in configs:
         left = {name for name, layer in model.named_modules() if _convertible(layer)}
         config.llm_int8_skip_modules = sorted(left | ({"lm_head"} & set(skip)))  # the head too that only an outer model has
@@ -106,14 +101,41 @@ def _convertible(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear or is_a(layer, "transformers", "Conv1D")
 
 
-def refuse_adapters(module: nn.Module, function: str) -> None:
-    """ValueError where adapters are on the module: their own linear layers would be quantised."""
+def linear_layers(
+    module: nn.Module, function: str, skip: Sequence[str], convertible: Callable[[nn.Module], bool]
+) -> dict[str, Any]:
+    """The layers with a weight of their own that ``function`` is to convert, by name.
+
+    Raises:
+        ValueError: adapters are on the module, whose linear layers would be converted too, or ``skip`` has a name of nothing.
+    """
     adapter = next(adapter_names(module), None)
     if adapter is not None:
         raise ValueError(f"adapters are on the module already ({adapter!r}, …); call `{function}` first, then put them on")
+    modules = dict(module.named_modules())
+    unknown = [part for part in skip if part != "lm_head" and not any(skipped(name, (part,)) for name in modules)]
+    if unknown:
+        raise ValueError(
+            f"`{function}(skip=...)` has {unknown[0]!r}, which is no submodule's name nor a part of one between dots"
+        )
+    owners = Counter(id(p) for m in modules.values() for p in m.parameters(recurse=False))
+    return {
+        name: layer
+        for name, layer in modules.items()
+        if convertible(layer) and owners[id(layer.weight)] == 1 and not skipped(name, skip)
+    }
 
 
-def skipped(name: str, skip: Sequence[str]) -> bool:
+def compute_by_layers(module: nn.Module) -> None:
+    """In eval mode PyTorch's encoder layers hand their linear layers' weights to one kernel, which takes them as they are."""
+    for part in module.modules():
+        if isinstance(part, nn.TransformerEncoderLayer):
+            part.activation_relu_or_gelu = 0  # one of the conditions of that kernel
+        elif isinstance(part, nn.TransformerEncoder):
+            part.use_nested_tensor = False
+
+
+def skipped(name: str, skip: Iterable[str]) -> bool:
     """Whether a module's name, or a part of it between dots, is one of those."""
     return any(f".{part}." in f".{name}." for part in skip)
 

@@ -49,8 +49,8 @@ def expose_scales(module: nn.Module) -> list[str]:
     names = [f"{name}.scales".lstrip(".") for name, _ in scaled_layers(module)]
     if not names:
         raise ValueError(
-            "there is no quantised layer to train the scales of; quantise the model with `zolightning.quantize(model, 'nf4')` "
-            "or load it with a quantization_config"
+            "there is no quantised layer to train the scales of; quantise the model with `zolightning.quantize(model, 'nf4')`, "
+            "load it with a quantization_config, or export fake-quantised layers"
         )
     return names
 
