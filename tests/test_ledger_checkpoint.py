@@ -53,7 +53,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from zolightning import LedgerCheckpointIO, ZOStrategy
 from zolightning.ledger import LedgerError, base_path, load_base, read, replay
 from zolightning.ledger_io import base_of
-from zolightning.space import DenseLeaf
+from zolightning.space import leaf
 
 OPTIMIZERS: dict[str, Callable[[list[Any]], Optimizer]] = {
     "sgd": lambda p: SGD(p, lr=1e-2),
@@ -597,15 +597,16 @@ def test_optimizers_that_cannot_be_replayed(tmp_path: Path) -> None:
 
 def test_after_an_error_in_the_middle_of_an_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half an update is in the weights: no position says so, but the weights are kept as they are."""
-    calls, original = [0], DenseLeaf.sgd_
+    calls, original = [0], leaf.sgd_all_
 
-    def failing(self: DenseLeaf, *args: Any) -> None:
+    def failing(targets: Any, dist: Any, terms: Any, leaves: Any, *rest: Any) -> None:
         calls[0] += 1
-        if calls[0] == 3 * 4 + 2:
+        if calls[0] == 3 + 1:
+            original(targets[:1], dist, terms, leaves[:1], *rest)
             raise RuntimeError("on purpose")
-        original(self, *args)
+        original(targets, dist, terms, leaves, *rest)
 
-    monkeypatch.setattr(DenseLeaf, "sgd_", failing)
+    monkeypatch.setattr(leaf, "sgd_all_", failing)
     module, noted = make("sgd"), Noted()
     torch.manual_seed(3)
     with (

@@ -17,7 +17,7 @@ from torch.optim import SGD, AdamW
 
 from zolightning import ZOStrategy
 from zolightning.ledger import read, replay
-from zolightning.space import DenseLeaf
+from zolightning.space import DenseLeaf, leaf
 from zolightning.uninterrupted import uninterrupted
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
@@ -132,18 +132,28 @@ def test_ctrl_c_in_a_slow_update_leaves_the_weights_of_a_whole_step(
 ) -> None:
     """A real SIGINT from another thread, in the middle of step 3, when some parameters are updated and some are not."""
     noted, calls, fired = Noted(), [0], []
-    method = "gradient" if "AdamW" in repr(optimizer([*mlp().parameters()])) else "sgd_"
-    original = getattr(DenseLeaf, method)
+    all_at_once, gradient = leaf.sgd_all_, DenseLeaf.gradient
 
-    def slow(self: DenseLeaf, *args: Any) -> Any:
+    def interrupt() -> None:
+        fired.append(True)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+
+    def slow(targets: Any, dist: Any, terms: Any, leaves: Any, *rest: Any) -> None:
+        calls[0] += 1
+        for i in range(len(targets)):
+            if calls[0] == 3 + 1 and i == 1:
+                interrupt()
+            all_at_once(targets[i : i + 1], dist, terms, leaves[i : i + 1], *rest)
+
+    def slow_gradient(self: DenseLeaf, *args: Any) -> Any:
         calls[0] += 1
         if calls[0] == 3 * 4 + 2:  # the second of the four parameters
-            fired.append(True)
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.05)
-        return original(self, *args)
+            interrupt()
+        return gradient(self, *args)
 
-    monkeypatch.setattr(DenseLeaf, method, slow)
+    monkeypatch.setattr(leaf, "sgd_all_", slow)
+    monkeypatch.setattr(DenseLeaf, "gradient", slow_gradient)
     module, whole = Task(mlp(), optimizer=optimizer), Task(mlp(), optimizer=optimizer)
     trainer = quiet_trainer(ZOStrategy(PLAIN, ledger=tmp_path / "ledger.zo"), callbacks=[noted])
     with pytest.raises(SystemExit):  # Lightning's answer to Ctrl-C
