@@ -8,7 +8,7 @@ post-training quantisation. A state dict is read by a model that was prepared in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .quantize import compute_by_layers, linear_layers
 from .space import Select, compute_with, select
+from .space.scales.layer import KeepsFloat32
 
 _LEAST_FACTOR, _LEAST_SCALE = 0.05, 1e-8
 _BLOCK = 1 << 18  # weights rounded at once: float32 copies of a whole matrix break up a CPU allocator's memory
@@ -54,20 +55,6 @@ def quantize_to_grid(x: Tensor, bits: int, lower: Tensor, upper: Tensor) -> Grid
     scales = ((high - low) / levels).clamp(min=_LEAST_SCALE)
     zeros = (-low / scales).round()
     return Grid((x / scales).round_().add_(zeros).clamp_(0, levels), scales, zeros)  # in place: half the time
-
-
-class KeepsFloat32(nn.Module):
-    """A module whose scales and factors stay float32 when it is converted: in 16 bits they would round away their training."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsFloat32:
-        names = [name for name in ("lower", "upper", "smooth", "scales") if hasattr(self, name)]
-        exact = {name: getattr(self, name).data for name in names}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, value in exact.items():
-            converted = getattr(self, name)
-            if converted.dtype != value.dtype:
-                converted.data = value.to(converted.device)
-        return self
 
 
 class FakeQuantWeight(KeepsFloat32):

@@ -16,7 +16,21 @@ FLOOR = 1e-7
 """Smallest scale (QZO, arXiv:2505.13430): an update never makes one zero or negative."""
 
 
-class ScaledLayer(nn.Module, ABC):
+class KeepsFloat32(nn.Module):
+    """A module whose scales and factors stay float32 when it is converted: in 16 bits they would round away their training."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KeepsFloat32:
+        names = [name for name in ("lower", "upper", "smooth", "scales") if hasattr(self, name)]
+        exact = {name: getattr(self, name).data for name in names}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, value in exact.items():
+            converted = getattr(self, name)
+            if converted.dtype != value.dtype:
+                converted.data = value.to(converted.device)
+        return self
+
+
+class ScaledLayer(KeepsFloat32, ABC):
     """Mixed into the class of a quantised layer that exists: its scales become the float32 Parameter ``scales``.
 
     The layer's library goes on computing; before each forward it is given the scales by a torch operation on the
@@ -79,10 +93,7 @@ class ScaledLayer(nn.Module, ABC):
         return _empty, (kind, stock), self.__dict__
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ScaledLayer:
-        exact = self.scales.data
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.scales.dtype != exact.dtype:
-            self.scales.data = exact.to(self.scales.device)
+        super()._apply(fn, recurse)
         self.link_scales()
         return self
 
