@@ -84,6 +84,11 @@ def distinct(items: Iterable[T], text_of: Callable[[T], str]) -> list[T]:
     return list(first.values())
 
 
+def drawn(items: list[T], most: int) -> list[T]:
+    """Return so many of the items, the same in every run, or all of them. Not the first: a file may be sorted by its labels."""
+    return items if len(items) <= most else random.Random(0).sample(items, most)
+
+
 def split_classes(
     by_class: Sequence[Sequence[Example]],
     held: Sequence[tuple[int, int]],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
-import random
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,7 +15,6 @@ import torch
 
 from .._lightning import Callback, MLFlowLogger, pl
 from ..data import (
-    Example,
     PromptTemplate,
     Splits,
     encode,
@@ -26,6 +24,7 @@ from ..data import (
     read_table,
     verbalizer_ids,
 )
+from ..data.text import drawn
 from ..memory import MemoryMeter
 from ..monitor import ZOMonitor
 from ..tracking import DEFAULT_STORE, mlflow_logger
@@ -118,12 +117,7 @@ def splits(task: Task, seed: int = 0) -> Splits:
     if task.data is None:
         return film_snippets(seed, validation=task.validation, test=task.test, offline=task.offline)
     found = read_table(task.data, text=task.text, label=task.label, seed=seed)
-    return found._replace(validation=_some(found.validation, task.validation), test=_some(found.test, task.test))
-
-
-def _some(examples: list[Example], most: int) -> list[Example]:
-    """Not the first: a file may be sorted by its labels."""
-    return examples if len(examples) <= most else random.Random(0).sample(examples, most)
+    return found._replace(validation=drawn(found.validation, task.validation), test=drawn(found.test, task.test))
 
 
 class _History(Callback):

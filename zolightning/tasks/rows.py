@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..data.table import read_records, split_files
+from ..data.text import drawn
 from .item import Item, Row, TextTask
 
 
@@ -77,9 +78,7 @@ def load_task(
     else:
         count = min(validation, len(trainable) // 3)
         held, trainable = trainable[:count], trainable[count:]
-    if len(reported) > test:  # not the first: a file may be sorted by its answers
-        reported = random.Random(0).sample(reported, test)
-    found = TaskSplits(trainable[:train], held[:validation], reported)
+    found = TaskSplits(trainable[:train], held[:validation], drawn(reported, test))
     if not all(found):
         sizes = ", ".join(f"{len(part)} for {name}" for name, part in zip(found._fields, found, strict=True))
         raise ValueError(f"too few rows: {sizes}; each part needs at least one")
