@@ -241,6 +241,14 @@ struct Noise {
     }
 };
 
+// body(begin, end) for every part of [begin, end) that lies in one tile
+template <class Body> inline void tiles(i64 begin, i64 end, const Body& body) {
+    for (i64 at = begin, next; at < end; at = next) {
+        next = std::min(end, at / TILE * TILE + TILE);
+        body(at, next);
+    }
+}
+
 // body(row, column, begin, end) for every part of every row that lies in one tile: the row's elements from `column` on,
 // which are begin ... end of the leaf, the row itself starting at origin(row).
 template <class Origin, class Body>
@@ -249,11 +257,8 @@ void sweep(i64 rows, i64 width, int threads, const Origin& origin, const Body& b
     parallel_for(rows * pieces, batch, threads, [&](i64 first, i64 last) {
         for (i64 item = first; item < last; ++item) {
             const i64 row = item / pieces, column = item % pieces * GRAIN, start = origin(row);
-            const i64 end = start + std::min(width, column + GRAIN);
-            for (i64 at = start + column, next; at < end; at = next) {
-                next = std::min(end, at / TILE * TILE + TILE);
-                body(row, at - start, at, next);
-            }
+            const i64 stop = start + std::min(width, column + GRAIN);
+            tiles(start + column, stop, [&](i64 begin, i64 end) { body(row, begin - start, begin, end); });
         }
     });
 }
@@ -272,11 +277,8 @@ template <class Body> void sweep_runs(const Run* runs, i64 n, int threads, const
         for (i64 item = first; item < last; ++item) {
             while (item >= pieces[r + 1]) ++r;
             const Run& run = runs[r];
-            const i64 column = (item - pieces[r]) * GRAIN, end = run.start + std::min(run.length, column + GRAIN);
-            for (i64 at = run.start + column, next; at < end; at = next) {
-                next = std::min(end, at / TILE * TILE + TILE);
-                body(run, at, next);
-            }
+            const i64 column = (item - pieces[r]) * GRAIN, stop = run.start + std::min(run.length, column + GRAIN);
+            tiles(run.start + column, stop, [&](i64 begin, i64 end) { body(run, begin, end); });
         }
     });
 }

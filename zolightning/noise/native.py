@@ -43,14 +43,15 @@ class _Run(ctypes.Structure):
 
 
 _I32, _I64, _U32, _F64, _P = ctypes.c_int, ctypes.c_int64, ctypes.c_uint32, ctypes.c_double, ctypes.c_void_p
-_NOISE = (_I32, _P, _I64, _U32)  # kind, terms, count, leaf
+_DIRECTIONS = (_I32, _P, _I64)  # kind, terms, count
+_NOISE = (*_DIRECTIONS, _U32)  # and the leaf
 _SIGNATURES = {
     "zol_set_parallel": (_P,),
     "zol_noise": (*_NOISE, _P, _P, _I64, _I64, _P, _I32),
     "zol_perturb": (*_NOISE, _I64, _P, _I64, _I64, _I32, _P, _I32, _P, _I32),
     "zol_perturb_both": (*_NOISE, _I64, _I64, _I32, _P, _I32, _P, _P, _I32),
     "zol_round": (_U32, _U32, _U32, _U32, _I64, _I64, _P, _I32, _P, _I32),
-    "zol_sgd": (_I32, _P, _I64, _P, _I64, _U32, _U32, _U32, _F64, _F64, _I32, _I32, _I32),
+    "zol_sgd": (*_DIRECTIONS, _P, _I64, _U32, _U32, _U32, _F64, _F64, _I32, _I32, _I32),
     "zol_outer_sum": (_P, _P, _I64, _I64, _I64, _P, _I32),
     "zol_keep_large": (_I64, _F64, _I32, _P, _I32, _P, _I32),
     "zol_mixed_sum": (_P, _I64, _I64, _P, _I32),
@@ -150,11 +151,10 @@ class NativeLibrary(Library):
         lr: float, weight_decay: float, key: Key,
     ) -> None:  # fmt: skip
         runs = [_Run(leaf, start, target.numel(), target.data_ptr()) for target, leaf in zip(targets, leaves, strict=True)]
-        noise = _noise(kind, terms, 0)[:-1]  # the leaves are the runs'
         rounding = (*philox_key(key), rounding_query(key))
         rule = (lr, weight_decay, bool(self.fused))
         data = (DTYPES[targets[0].dtype], torch.get_num_threads())
-        self._c.zol_sgd(*noise, (_Run * len(runs))(*runs), len(runs), *rounding, *rule, *data)
+        self._c.zol_sgd(*_directions(kind, terms), (_Run * len(runs))(*runs), len(runs), *rounding, *rule, *data)
         for target in targets:
             _touch(target)
 
@@ -177,8 +177,12 @@ class NativeLibrary(Library):
 
 
 def _noise(kind: int, terms: Sequence[Term], leaf: int) -> tuple[int, ctypes.Array[_Term], int, int]:
+    return *_directions(kind, terms), leaf
+
+
+def _directions(kind: int, terms: Sequence[Term]) -> tuple[int, ctypes.Array[_Term], int]:
     distinct = all(coefficient for _, coefficient in terms)  # 0.0 and -0.0 would be one to a cache
-    return kind, (_array if distinct else _array.__wrapped__)(tuple(terms)), len(terms), leaf
+    return kind, (_array if distinct else _array.__wrapped__)(tuple(terms)), len(terms)
 
 
 @lru_cache(maxsize=8)  # all leaves of a probe, and of an update, have the same terms
