@@ -39,6 +39,14 @@ def test_one_file_cannot_be_both(tmp_path: Path) -> None:
         bench(model="tiny-llama", out=str(tmp_path / "x.csv"))
 
 
+def test_graphs_are_skipped_where_there_is_no_gpu(tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    options = ["--repeats", "1", "--warmup", "0", "--threads", "1", "--device", "cpu", "--memory", "False", "--out", str(out)]
+    main(["bench", "--model", "tiny-llama", "--batch", "1", "--length", "4", *options, "--methods", "spsa-graphs,rank1-graphs"])
+    for row in json.loads(out.read_text())["rows"][1:]:
+        assert row["skipped"] == "no CUDA graphs: the module is on cpu"
+
+
 def test_every_method_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, store = tmp_path / "new" / "bench.json", f"sqlite:///{tmp_path}/mlflow.db"
     options = ["--repeats", "3", "--warmup", "1", "--threads", "1", "--device", "cpu", "--out", str(out), "--store", store]
@@ -56,7 +64,7 @@ def test_every_method_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert report["versions"]["torch"] == torch.__version__
     assert report["gemm"]["gflops"] > 0
     rows = {r["method"]: r for r in report["rows"]}
-    assert list(rows) == [name for name in METHODS if name != "forward-master"]
+    assert list(rows) == [name for name in METHODS if name in DEFAULT_METHODS or name == "lightning"]
     assert all(r["skipped"] == "" for r in rows.values())
     for row in rows.values():
         assert len(row["seconds"]) == 3

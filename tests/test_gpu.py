@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import PLAIN, PerExampleTask, assert_same, fit, lm_losses, tiny_causal_lm, token_batches, weights
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from zolightning import ZOConfig, ZOStrategy, noise
 from zolightning.ledger import read, replay
 from zolightning.noise import Distribution, Gaussian, Rademacher, reference, rungs
 from zolightning.noise.selftest import same_bits, specimens, verify_triton
+from zolightning.space import Cycle
 from zolightning.types import Key, Term
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -127,6 +129,67 @@ def test_both_probes_in_one_batch_are_those_of_two() -> None:
     _, together = train(STRUCTURES["dense"], torch.float32)
     _, apart = train(STRUCTURES["two forwards"], torch.float32)
     assert_same(weights(together.cpu()), weights(apart.cpu()), tolerance=1e-4)
+
+
+def with_dropout(net: Any, batch: Any) -> Tensor:
+    """Draws from the GPU's generator, which each probe must find where the others did."""
+    return lm_losses(net, batch) * F.dropout(torch.ones((), device=GPU), 0.5)
+
+
+GRAPHS = {name: STRUCTURES[name] for name in ("dense", "gaussian", "two forwards", "rank1", "adam")}
+GRAPHS["turns"] = PLAIN.override(lr=1e-2, cycle=Cycle(blocks=1))
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("loss", [lm_losses, with_dropout], ids=lambda f: f.__name__)
+def test_graphs_train_as_plain_forwards(name: str, loss: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def trained(graphs: bool) -> Any:
+        module = PerExampleTask(tiny_causal_lm("llama").bfloat16(), loss)
+        items = [*token_batches(12), *token_batches(8, size=3)]  # a second shape comes later
+        fit(module, items, ZOStrategy(GRAPHS[name].override(cuda_graphs=graphs)), **ON_GPU)
+        return weights(module.cpu())
+
+    expected = trained(False)
+    with caplog.at_level("INFO"):
+        assert_same(trained(True), expected)
+    assert "replayed as CUDA graphs" in caplog.text
+
+
+def waits(net: Any, batch: Any) -> Tensor:
+    losses = lm_losses(net, batch)
+    return losses * (1.0 if losses.sum().item() > 0 else 2.0)
+
+
+class Counts:
+    """Reads what a replay does not know of."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, net: Any, batch: Any) -> Tensor:
+        self.calls += 1
+        return lm_losses(net, batch) * self.calls
+
+
+def means(net: Any, batch: Any) -> Tensor:
+    """PyTorch's own mean, which is split afterwards."""
+    x = net(input_ids=batch).logits
+    return F.mse_loss(x.float(), torch.zeros_like(x, dtype=torch.float32))
+
+
+@pytest.mark.parametrize(("loss", "why"), [(waits, "waits for the GPU"), (Counts(), "another loss"), (means, "losses of the")])
+def test_forwards_that_no_graph_can_give_run_as_they_are(loss: Any, why: str, caplog: pytest.LogCaptureFixture) -> None:
+    def trained(graphs: bool) -> Any:
+        own = copy.deepcopy(loss)
+        module = PerExampleTask(tiny_causal_lm("llama").bfloat16(), own)
+        fit(module, token_batches(8), ZOStrategy(PLAIN.override(lr=1e-2, cuda_graphs=graphs)), **ON_GPU)
+        return weights(module.cpu())
+
+    with caplog.at_level("INFO"):
+        found = trained(True)
+    assert why in caplog.text
+    if not isinstance(loss, Counts):  # which knows that it was called for a test
+        assert_same(found, trained(False))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])

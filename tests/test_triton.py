@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,8 +16,12 @@ pytestmark = pytest.mark.skipif(
 
 INTERPRET = """
 import torch
+from triton_rounding import nearest
+from zolightning.noise import triton_kernels
 from zolightning.noise.selftest import verify_triton
 from zolightning.noise.triton_library import TritonLibrary
+
+triton_kernels._nearest = nearest
 
 class Off(TritonLibrary):
     def outer_sum(self, a, b):
@@ -68,7 +73,8 @@ print(compiled)
 
 def run(script: str, **environment: str) -> str:
     """In a process of its own: Triton chooses between compiler and interpreter when it is imported."""
-    variables = {**os.environ, **environment}
+    paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    variables = {**os.environ, **environment, "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -73,6 +73,12 @@ class ZOConfig:
     direction that the examples share, the batch is small (256 tokens): faster. False: two forwards, with the activation
     memory of inference."""
 
+    cuda_graphs: bool = False
+    """Record the forwards of ``zo_objective`` as CUDA graphs, one for each shape of batch, so that a small model on a GPU no
+    longer waits for Python. What the forward does in Python (logging, counting, reading anything but the batch) happens for the
+    first batches of a shape alone. Forwards that cannot be recorded, or whose replay gives other bits, run as they are, and the
+    log says why."""
+
     normalize: bool | Literal["std"] = True
     """Divide g by its running RMS, so that lr is the RMS change per weight and step. 'std': by its standard deviation over
     the step's directions, as FZOO and ES do. False: a plain lr."""
@@ -175,6 +181,7 @@ class Overrides(TypedDict, total=False):
         structure: 'dense', 'rank1', 'sparse' or 'lowrank' perturbations, or a Structure; 'auto': 'rank1' where it can run.
         scales: Scales of quantised layers: 'absolute' noise, 'relative' noise, or 'frozen'.
         one_batch: Both probes in one batch of twice the size, where the module allows it.
+        cuda_graphs: Replay the forwards of zo_objective as CUDA graphs, one for each shape of batch.
         normalize: Divide g by its running RMS, so that lr is the RMS change per weight and step; 'std': by its standard
             deviation over the step's directions.
         normalize_beta: Decay of that running RMS, in [0, 1).
@@ -196,6 +203,7 @@ class Overrides(TypedDict, total=False):
     structure: str | Structure
     scales: Scales
     one_batch: bool
+    cuda_graphs: bool
     normalize: bool | Literal["std"]
     normalize_beta: float
     clip: float | None

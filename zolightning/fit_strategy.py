@@ -17,6 +17,7 @@ from .config import ZOConfig
 from .isolation import Isolation
 from .ledger import Recorder
 from .ledger_io import keeps_positions
+from .mixin import ZOMixin
 from .one_device import OneDeviceStrategy
 from .optimizers import follow, in_place_of, is_plain_sgd, needs_closure
 from .rates import base_lr, override_lr
@@ -79,6 +80,11 @@ class FitStrategy(OneDeviceStrategy, ABC):
         self.seed = (torch.initial_seed() if self.config.seed is None else self.config.seed) & 0xFFFFFFFFFFFFFFFF
         module = self.lightning_module
         assert module is not None
+        if self.config.cuda_graphs and not isinstance(module, ZOMixin):
+            raise MisconfigurationException(
+                f"`cuda_graphs=True` records `zo_objective`, which {type(module).__name__} has not; derive it from ZOMixin, or "
+                "leave cuda_graphs out"
+            )
         self._isolation = Isolation(module, self.root_device)
         precision = str(getattr(self.precision_plugin, "precision", ""))
         self.estimator = self.config.build_estimator(compute_dtype(module, precision))
@@ -199,5 +205,5 @@ class FitStrategy(OneDeviceStrategy, ABC):
             self._ledger.close()
         self.precision_plugin.__dict__.pop("main_params", None)
         for search in self._searches.values():
-            search.view.release()
+            search.release()
         super().teardown()

@@ -164,18 +164,14 @@ def repeat_batch(batch: Any, examples: int, copies: int) -> Any:
         if batch.dim() == 0 or batch.shape[0] != examples:
             return batch
         return batch.repeat(copies, *([1] * (batch.dim() - 1)))
-    if isinstance(batch, Mapping):
-        repeated = {k: repeat_batch(v, examples, copies) for k, v in batch.items()}
-        return repeated if type(batch) is dict else type(batch)(repeated)  # type: ignore[call-arg]
-    if isinstance(batch, (list, tuple)):
-        plain = not any(isinstance(v, (Tensor, Mapping, list, tuple)) for v in batch)
-        if plain:
-            return batch * copies if len(batch) == examples else batch
-        items = [repeat_batch(v, examples, copies) for v in batch]
-        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
-    if is_dataclass(batch) and not isinstance(batch, type):
-        return replace(batch, **{f.name: repeat_batch(getattr(batch, f.name), examples, copies) for f in fields(batch)})
-    return batch
+    if isinstance(batch, (list, tuple)) and not any(isinstance(v, (Tensor, Mapping, list, tuple)) for v in batch):
+        return batch * copies if len(batch) == examples else batch
+    return _rebuilt(batch, lambda value: repeat_batch(value, examples, copies))
+
+
+def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
+    """The batch with every value that is no container replaced by the function's."""
+    return _rebuilt(batch, lambda value: map_leaves(value, function)) if _is_container(batch) else function(batch)
 
 
 def example_losses(out: Any, examples: int, splitter: LossSplitter) -> Tensor | None:
@@ -188,6 +184,23 @@ def example_losses(out: Any, examples: int, splitter: LossSplitter) -> Tensor | 
     loss = out.get("loss") if isinstance(out, Mapping) else out
     losses = loss if isinstance(loss, Tensor) and loss.shape == (examples,) else splitter.losses(out)
     return None if losses is None else losses.detach().double().cpu()
+
+
+def _is_container(batch: Any) -> bool:
+    return isinstance(batch, (Mapping, list, tuple)) or (is_dataclass(batch) and not isinstance(batch, type))
+
+
+def _rebuilt(batch: Any, child: Callable[[Any], Any]) -> Any:
+    """A container of the same type with ``child`` of each of its values; anything else as it is."""
+    if isinstance(batch, Mapping):
+        values = {k: child(v) for k, v in batch.items()}
+        return values if type(batch) is dict else type(batch)(values)  # type: ignore[call-arg]
+    if isinstance(batch, (list, tuple)):
+        items = [child(v) for v in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    if _is_container(batch):
+        return replace(batch, **{f.name: child(getattr(batch, f.name)) for f in fields(batch)})
+    return batch
 
 
 def _children(batch: Any) -> list[Any]:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from .config import ZOConfig
 from .estimators import Estimator, PerExampleSPSA
+from .graphs import Graphs
 from .inspection import Examples, inspect_step, takes_both
 from .isolation import Isolation
 from .mixin import ZOMixin
@@ -45,10 +46,18 @@ class Search(NamedTuple):
     """Ids of the optimizer's parameters that were trainable."""
     select: Select
     """The selection; the block that 'dominant' stands for."""
+    graphs: Graphs | None
+    """Recorded forwards, where they are asked for."""
 
     def holds(self, batch: Any) -> bool:
         """Whether nothing was frozen, unfrozen or added since, and the batch can show no more of its examples."""
         return self.trainable == trainable(self.optimizer) and self.examples.hold(batch)
+
+    def release(self) -> None:
+        """Give the probes' memory back."""
+        self.view.release()
+        if self.graphs is not None:
+            self.graphs.release()
 
     def describe(self, estimator: Estimator, weights: int) -> str:
         """One line for the user when training starts."""
@@ -139,7 +148,8 @@ def new_search(
     if config.cycle is not None:  # only now: all of them were looked at
         take_turns(module, view.leaves, config.cycle)
     calibration.leaves.update({leaf.name: leaf.settings for leaf in view.leaves if leaf.settings})
-    return Search(optimizer, view, examples, trainable(optimizer), selected)
+    graphs = Graphs(view, isolation) if config.cuda_graphs else None
+    return Search(optimizer, view, examples, trainable(optimizer), selected, graphs)
 
 
 def compute_dtype(module: nn.Module, precision: str) -> torch.dtype:

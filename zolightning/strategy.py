@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,15 +136,17 @@ class ZOStrategy(ResumableStrategy):
         seen = sum(len(e.terms) for e in self._window)
         try:
             search = self._search(optimizer, forward, batch)
-            examples, repeats = search.examples.of(batch)
+            graphs, (examples, repeats) = search.graphs, search.examples.of(batch)
             with self._isolation.step() as probes:
-                objective = BatchObjective(forward, batch, probes, examples, repeats, self._muted, search.view.prefix)
+                run, prefix = (forward, search.view.prefix) if graphs is None else (partial(graphs, forward), None)
+                objective = BatchObjective(run, batch, probes, examples, repeats, self._muted, prefix)
                 estimate = zo_step(objective, search.view, self.estimator, Key(self.seed, self.zo_step, seen))
         except SkipStep:
             return None, None
         estimate = estimate._replace(forwards=estimate.forwards + prepared)
-        if news := search.view.prefix.news():
-            rank_zero_info(f"ZO: {news}")
+        for news in (search.view.prefix.news(), *(graphs.news() if graphs else ())):
+            if news:
+                rank_zero_info(f"ZO: {news}")
         if objective.refused:
             self._warn_once(
                 "apart", f"a batch of {examples} ran in two forwards, since doubling it failed: {objective.refused}"

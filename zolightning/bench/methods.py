@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .._lightning import Callback, pl
 from ..config import EPS_BY_DTYPE, ZOConfig
+from ..graphs import Graphs
 from ..inspection import Examples, inspect_step, takes_both
 from ..isolation import Isolation
 from ..mixin import ZOMixin
@@ -114,6 +115,10 @@ def zeroth_order(work: Workload, config: ZOConfig) -> Running:
         elif not (found := inspect_step(loss, work.batch, view, isolation, repeatable=True)).losses:
             raise Unavailable("the model reshapes its batch, so its linear layers cannot tell the examples apart")
     examples, repeats = found.of(work.batch)
+    graphs = Graphs(view, isolation) if config.cuda_graphs else None
+    if graphs is not None and (why := graphs.news()):
+        raise Unavailable("; ".join(why))
+    run, prefix = (loss, view.prefix) if graphs is None else (partial(graphs, loss), None)
     steps, state = 0, shaping.init()
 
     @torch.no_grad()
@@ -121,7 +126,7 @@ def zeroth_order(work: Workload, config: ZOConfig) -> Running:
         nonlocal steps, state
         optimizer.param_groups[0]["lr"] = lr
         with isolation.step() as probes:
-            objective = BatchObjective(loss, work.batch, probes, examples, repeats, prefix=view.prefix)
+            objective = BatchObjective(run, work.batch, probes, examples, repeats, prefix=prefix)
             estimate = merge([zo_step(objective, view, estimator, Key(seed, steps))])
         record, state = finish(estimate, estimate.coefficients, shaping, state, optimizer, steps)
         if record.skipped:
@@ -129,6 +134,11 @@ def zeroth_order(work: Workload, config: ZOConfig) -> Running:
         apply_update(optimizer, view.leaves, record.terms, Key(seed, steps))
         steps += 1
 
+    if graphs is not None:
+        for _ in range(4):  # until the forwards are recorded
+            step(LR)
+        if (news := graphs.news()) and "replayed" not in news[-1]:
+            raise Unavailable(news[-1])
     return Running(step, model, view.numel)
 
 
@@ -253,6 +263,8 @@ METHODS = {
         Method("spsa-gaussian", partial(zeroth_order, config=_DENSE.override(noise="gaussian"))),
         Method("spsa-middle", partial(zeroth_order, config=_DENSE.override(select="middle"))),
         Method("rank1", partial(zeroth_order, config=_RANK1)),
+        Method("spsa-graphs", partial(zeroth_order, config=_DENSE.override(cuda_graphs=True))),
+        Method("rank1-graphs", partial(zeroth_order, config=_RANK1.override(cuda_graphs=True))),
         Method("lightning", partial(in_trainer, config=_DENSE)),
         Method("backprop-sgd", partial(backprop, optimizer_type=SGD), backprop=True, state=1.0),
         Method("backprop-adamw", partial(backprop, optimizer_type=AdamW), backprop=True, state=3.0),
@@ -260,4 +272,4 @@ METHODS = {
         Method("lora", lora, backprop=True),
     )
 }
-DEFAULT_METHODS = [name for name in METHODS if name not in ("forward-master", "lightning")]
+DEFAULT_METHODS = [name for name in METHODS if name not in ("forward-master", "lightning", "spsa-graphs", "rank1-graphs")]

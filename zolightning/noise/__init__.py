@@ -1,6 +1,7 @@
 """Counter-based noise: the same bits on every device, chunking, thread count, rank and library version."""
 
 from .distributions import Distribution, Gaussian, Rademacher, permutation
+from .held import HeldKey
 from .kernels import (
     keep_large_,
     mixed_sum,
@@ -23,6 +24,7 @@ __all__ = [
     "DISTRIBUTIONS",
     "Distribution",
     "Gaussian",
+    "HeldKey",
     "Rademacher",
     "active_rung",
     "keep_large_",

@@ -1,7 +1,8 @@
 """The sweeps as Triton kernels, one pass over the weights each.
 
-bfloat16 is read and written as integers, so that its rounding is ours. ``aligned`` says that runs begin with a block of noise;
-of the tensors in a table also that 16 divides their addresses and lengths.
+bfloat16 is read and written as integers; the GPU's own rounding to nearest is the reference's, which the self-test confirms.
+``aligned`` says that runs begin with a block of noise; of the tensors in a table also that 16 divides their addresses and
+lengths. ``single``: such a run of one term, without the loop over terms, which would lay its sum out anew.
 """
 
 from __future__ import annotations
@@ -36,25 +37,23 @@ def _read(pointer, at, inside, narrow: tl.constexpr):
 @triton.jit
 def _write(pointer, at, inside, value, narrow: tl.constexpr):
     if narrow:
-        tl.store(pointer + at, _nearest(value).to(tl.int16), mask=inside)
+        tl.store(pointer + at, _nearest(value), mask=inside)
     else:
         tl.store(pointer + at, value, mask=inside)
 
 
 @triton.jit
 def _nearest(value):
-    """The upper half of a float32 rounded to bfloat16, ties to even."""
-    bits = value.to(tl.uint32, bitcast=True)
-    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, (bits >> 16) | 0x40, nearest)
+    """A float32 as bfloat16, ties to even."""
+    return value.to(tl.bfloat16).to(tl.int16, bitcast=True)
 
 
 @triton.jit
 def _stochastic(value, random):
-    """bfloat16 as int16, rounded up or down by 16 random bits an element."""
+    """bfloat16, rounded up or down by 16 random bits an element; to nearest beyond the largest finite number."""
     bits = value.to(tl.uint32, bitcast=True)
     ordinary = (bits & 0x7FFFFFFF) <= 0x7F7F0000
-    return tl.where(ordinary, (bits + random) >> 16, _nearest(value)).to(tl.int16)
+    return tl.where(ordinary, ((bits + random) >> 16).to(tl.int16), _nearest(value))
 
 
 @triton.jit
@@ -66,14 +65,15 @@ def _begin(size: tl.constexpr):
 @_kernel
 def perturb(
     out, source, terms, coefficients, count, leaf, start, length,
-    kind: tl.constexpr, aligned: tl.constexpr, narrow_in: tl.constexpr, narrow_out: tl.constexpr, size: tl.constexpr,
+    kind: tl.constexpr, aligned: tl.constexpr, single: tl.constexpr,
+    narrow_in: tl.constexpr, narrow_out: tl.constexpr, size: tl.constexpr,
 ):  # fmt: skip
     """out = source + Σ_k c_k z_k."""
     first = _begin(size)
     at = first + tl.arange(0, size)
     inside = at < length
     value = _read(source, at, inside, narrow_in)
-    value += sum_run(first + start, kind, aligned, terms, coefficients, count, leaf, size)
+    value += sum_run(first + start, kind, aligned, single, terms, coefficients, count, leaf, size)
     _write(out, at, inside, value, narrow_out)
 
 
@@ -87,7 +87,7 @@ def perturb_both(
     at = first + tl.arange(0, size)
     inside = at < length
     value = _read(source, at, inside, narrow_in)
-    noise = sum_run(first + start, kind, aligned, terms, coefficients, 1, leaf, size)
+    noise = sum_run(first + start, kind, aligned, True, terms, coefficients, 1, leaf, size)
     _write(plus, at, inside, value + noise, narrow_out)
     _write(minus, at, inside, value - noise, narrow_out)
 
@@ -148,14 +148,14 @@ def perturb_all(
         at = first + tl.arange(0, size)
         inside = at < length
         value = _read(source, at, inside, narrow)
-        value += sum_run(start + first, kind, True, terms, coefficients, count, leaf, size)
+        value += sum_run(start + first, kind, True, False, terms, coefficients, count, leaf, size)
         _write(out, at, inside, value, narrow)
 
 
 @_kernel
 def sgd_all(
     table, terms, coefficients, count, k0, k1, query, rates,
-    kind: tl.constexpr, decays: tl.constexpr, aligned: tl.constexpr, size: tl.constexpr,
+    kind: tl.constexpr, aligned: tl.constexpr, single: tl.constexpr, decays: tl.constexpr, size: tl.constexpr,
 ):  # fmt: skip
     """A row of the table for each program: target (twice), leaf, start, length."""
     row = table + 5 * tl.program_id(0)
@@ -167,7 +167,7 @@ def sgd_all(
         at = first + tl.arange(0, size)
         inside = at < length
         old = _read(target, at, inside, True)
-        gradient = sum_run(start + first, kind, aligned, terms, coefficients, count, leaf, size)
+        gradient = sum_run(start + first, kind, aligned, single, terms, coefficients, count, leaf, size)
         if decays:
             gradient = gradient + old * tl.load(rates + 1)
         updated = old - gradient * tl.load(rates)

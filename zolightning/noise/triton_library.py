@@ -17,6 +17,7 @@ from torch import Tensor
 from ..types import Key, Term
 from . import reference
 from . import triton_kernels as kernels
+from .held import held_words, keep, key_words
 from .library import Library
 from .philox import philox_key, rounding_query
 
@@ -54,7 +55,8 @@ class TritonLibrary(Library):
     def perturb(self, out: Tensor, source: Tensor, kind: int, terms: Sequence[Term], leaf: int, start: int) -> None:
         data = (_raw(out), _raw(source), *_terms(terms, out.device), len(terms), leaf, start, out.numel())
         forms = {"narrow_in": _FORM[source.dtype], "narrow_out": _FORM[out.dtype]}
-        _launch(kernels.perturb, out.numel(), *data, kind=kind, aligned=start % _NOISE_BLOCK == 0, **forms)
+        aligned = start % _NOISE_BLOCK == 0
+        _launch(kernels.perturb, out.numel(), *data, kind=kind, aligned=aligned, single=aligned and len(terms) == 1, **forms)
 
     def perturb_both(self, plus: Tensor, minus: Tensor, source: Tensor, kind: int, term: Term, leaf: int, start: int) -> None:
         data = (_raw(plus), _raw(minus), _raw(source), *_terms([term], source.device), leaf, start, source.numel())
@@ -71,7 +73,7 @@ class TritonLibrary(Library):
         self, outs: Sequence[Tensor], sources: Sequence[Tensor], kind: int, terms: Sequence[Term], leaves: Sequence[int]
     ) -> None:
         device = sources[0].device
-        table = _table(_rows(sources, outs, leaves, [0] * len(outs)), device)
+        table = keep(_table(_rows(sources, outs, leaves, [0] * len(outs)), device))
         numbers = (*_terms(terms, device), len(terms))
         forms = {"narrow": _FORM[sources[0].dtype], "aligned": _aligned(sources) and _aligned(outs)}
         _each(kernels.perturb_all, table, *numbers, kind=kind, **forms)
@@ -95,8 +97,9 @@ class TritonLibrary(Library):
         table = _table(_rows(targets, targets, leaves, starts), device)
         numbers = (*_terms(terms, device), len(terms), *philox_key(key), rounding_query(key))
         aligned = _aligned(targets) and all(start % _NOISE_BLOCK == 0 for start in starts)
-        rates = _floats(struct.pack("2d", lr, weight_decay), device)
-        _each(kernels.sgd_all, table, *numbers, rates, kind=kind, decays=weight_decay != 0.0, aligned=aligned)
+        forms = {"aligned": aligned, "single": aligned and len(terms) == 1, "decays": weight_decay != 0.0}
+        rates = _coefficients([lr, weight_decay], device)
+        _each(kernels.sgd_all, table, *numbers, rates, kind=kind, **forms)
 
     def stochastic_round_(self, target: Tensor, value: Tensor, key: Key, leaf: int, start: int) -> None:
         stream = (*philox_key(key), rounding_query(key))
@@ -110,7 +113,7 @@ class TritonLibrary(Library):
         return out
 
     def keep_large_(self, out: Tensor, stored: Tensor, limit: float) -> None:
-        limits = _floats(struct.pack("d", limit), out.device)
+        limits = _coefficients([limit], out.device)
         forms = {"narrow_in": _FORM[stored.dtype], "narrow_out": _FORM[out.dtype]}
         _launch(kernels.keep_large, out.numel(), _raw(out), _raw(stored), limits, out.numel(), **forms)
 
@@ -163,10 +166,13 @@ def _raw(tensor: Tensor) -> Tensor:
 
 
 def _terms(terms: Sequence[Term], device: torch.device) -> tuple[Tensor, Tensor]:
-    words = tuple(word for key, _ in terms for word in (*philox_key(key), key.query))
-    return _integers(words or (0,), device), _floats(
-        struct.pack(f"{len(terms) or 1}d", *([c for _, c in terms] or [0.0])), device
-    )
+    words = tuple(word for key, _ in terms for word in key_words(key)) or (0,)
+    held = held_words(words)
+    return (keep(_integers(words, device)) if held is None else held), _coefficients([c for _, c in terms] or [0.0], device)
+
+
+def _coefficients(numbers: Sequence[float], device: torch.device) -> Tensor:
+    return keep(_floats(struct.pack(f"{len(numbers)}d", *numbers), device))
 
 
 @lru_cache(maxsize=8)  # all leaves of a step ask for the same, and a copy to the device waits for it

@@ -41,6 +41,12 @@ def sign(word, bit):
 
 
 @triton.jit
+def signed_one(word, bit: tl.constexpr):
+    """The same for a bit that is known beforehand: the float's own sign."""
+    return (((word << (31 - bit)) & 0x80000000) | 0x3F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def normals(word):
     """Both numbers that a word makes."""
     u = ((word & 0xFFFF) * 2 + 1).to(tl.float32) * 7.62939453125e-06
@@ -73,16 +79,32 @@ def noise_at(element, kind: tl.constexpr, leaf, query, k0, k1):
 
 
 @triton.jit
+def interleave(a, b, c, d):
+    """a₀, b₀, c₀, d₀, a₁, …: a thread's own numbers side by side, so nothing is exchanged."""
+    return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+
+
+@triton.jit
+def words_run(first, leaf, query, k0, k1, blocks: tl.constexpr):
+    """All words of so many blocks, one after another."""
+    c0, c1, c2, c3 = philox(first + tl.arange(0, blocks), leaf, query, k0, k1)
+    return interleave(c0, c1, c2, c3)
+
+
+@triton.jit
 def noise_run(start, kind: tl.constexpr, leaf, query, k0, k1, size: tl.constexpr):
     """z of ``start … start + size``, where 128 divides both."""
     if kind == 0:
-        column = tl.arange(0, 128)[None, :]
-        word = words((start >> 7) + tl.arange(0, size // 128)[:, None], column >> 5, leaf, query, k0, k1)
-        value = tl.reshape(sign(word, column & 31), (size,))
+        word = (start >> 5) + tl.arange(0, size // 32)
+        drawn = words(word >> 2, word & 3, leaf, query, k0, k1)
+        group = tl.arange(0, size // 8)  # 8 elements each: what a thread reads at once
+        own = tl.reshape(tl.broadcast_to(drawn[:, None], (size // 32, 4)), (size // 8,)) >> ((group & 3) * 8).to(tl.uint32)
+        even = interleave(signed_one(own, 0), signed_one(own, 2), signed_one(own, 4), signed_one(own, 6))
+        odd = interleave(signed_one(own, 1), signed_one(own, 3), signed_one(own, 5), signed_one(own, 7))
+        value = tl.interleave(even, odd)
     else:
-        block = (start >> 3) + tl.arange(0, size // 8)[:, None]
-        first, second = normals(words(block, tl.arange(0, 4)[None, :], leaf, query, k0, k1))
-        value = tl.reshape(tl.join(first, second), (size,))
+        first, second = normals(words_run(start >> 3, leaf, query, k0, k1, size // 8))
+        value = tl.interleave(first, second)
     return value
 
 
@@ -90,9 +112,8 @@ def noise_run(start, kind: tl.constexpr, leaf, query, k0, k1, size: tl.constexpr
 def random_run(start, aligned: tl.constexpr, leaf, query, k0, k1, size: tl.constexpr):
     """16 random bits for each of ``start … start + size``; ``aligned``: 8 divides both."""
     if aligned:
-        block = (start >> 3) + tl.arange(0, size // 8)[:, None]
-        word = words(block, tl.arange(0, 4)[None, :], leaf, query, k0, k1)
-        bits = tl.reshape(tl.join(word & 0xFFFF, word >> 16), (size,))
+        word = words_run(start >> 3, leaf, query, k0, k1, size // 8)
+        bits = tl.interleave(word & 0xFFFF, word >> 16)
     else:
         element = start + tl.arange(0, size)
         word = words(element >> 3, (element >> 1) & 3, leaf, query, k0, k1)
@@ -112,14 +133,24 @@ def sum_at(element, kind: tl.constexpr, terms, coefficients, count, leaf):
 
 
 @triton.jit
-def sum_run(start, kind: tl.constexpr, aligned: tl.constexpr, terms, coefficients, count, leaf, size: tl.constexpr):
-    """The same over ``start … start + size``; ``aligned``: 128 divides both."""
-    if aligned:
+def scaled_run(start, k, kind: tl.constexpr, terms, coefficients, leaf, size: tl.constexpr):
+    """c_k z_k over ``start … start + size``, where 128 divides both."""
+    k0, k1, query = tl.load(terms + 3 * k), tl.load(terms + 3 * k + 1), tl.load(terms + 3 * k + 2)
+    return noise_run(start, kind, leaf, query, k0, k1, size) * tl.load(coefficients + k)
+
+
+@triton.jit
+def sum_run(
+    start, kind: tl.constexpr, aligned: tl.constexpr, single: tl.constexpr, terms, coefficients, count, leaf, size: tl.constexpr
+):
+    """The same over ``start … start + size``; ``aligned``: 128 divides both; ``single``: there is one term."""
+    if not aligned:
+        total = sum_at(start + tl.arange(0, size), kind, terms, coefficients, count, leaf)
+    elif single:
+        total = scaled_run(start, 0, kind, terms, coefficients, leaf, size)
+    else:
         total = tl.zeros((size,), tl.float32)
         for k in range(count):
-            k0, k1, query = tl.load(terms + 3 * k), tl.load(terms + 3 * k + 1), tl.load(terms + 3 * k + 2)
-            scaled = noise_run(start, kind, leaf, query, k0, k1, size) * tl.load(coefficients + k)
+            scaled = scaled_run(start, k, kind, terms, coefficients, leaf, size)
             total = tl.where(k == 0, scaled, total + scaled)
-    else:
-        total = sum_at(start + tl.arange(0, size), kind, terms, coefficients, count, leaf)
     return total

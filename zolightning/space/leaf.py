@@ -42,7 +42,7 @@ class Scratch:
 
     def __init__(self, trained: int) -> None:
         self._trained = trained
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self.buffer = torch.empty(0, dtype=torch.uint8)
         self._views: dict[tuple[int, int, int, torch.dtype, torch.device], tuple[Tensor, ...]] = {}
 
     def take(self, copies: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
@@ -51,10 +51,10 @@ class Scratch:
         views = self._views.get(form)
         if views is None:
             size = copies * rows * columns * dtype.itemsize
-            if self._buffer.numel() < size or self._buffer.device != device:
+            if self.buffer.numel() < size or self.buffer.device != device:
                 self._views.clear()
-                self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
-            views = self._views[form] = self._buffer[:size].view(dtype).view(copies, rows, columns).unbind()
+                self.buffer = torch.empty(size, dtype=torch.uint8, device=device)
+            views = self._views[form] = self.buffer[:size].view(dtype).view(copies, rows, columns).unbind()
         return views
 
     def row_blocks(self, weight: Tensor, copies: int = 1) -> Iterator[tuple[int, int]]:
@@ -62,11 +62,13 @@ class Scratch:
         count, columns = weight.shape
         elements = max(HEAD_BLOCK, self._trained // 64 if weight.is_cuda else 0) // copies
         step = count if count * columns <= elements else max(1, elements // columns)
+        if 128 < step < count:  # a GPU's products of other widths than multiples of a few numbers take twice as long
+            step -= step % 128
         for row in range(0, count, step):
             yield row, min(step, count - row)
 
     def release(self) -> None:
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self.buffer = torch.empty(0, dtype=torch.uint8)
         self._views.clear()
 
 
@@ -370,6 +372,11 @@ class Vectors:
         stored = [leaf.parameter.detach() for leaf in leaves]
         perturb_all(outs, stored, leaves[0].distribution, terms, [leaf.index for leaf in leaves])
         return {id(leaf.parameter): out for leaf, out in zip(leaves, outs, strict=True)}
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """What the probes have written until now."""
+        return list(self._buffers.values())
 
     def _buffer(self, weight: Tensor, side: int) -> Tensor:
         out = self._buffers.get((id(weight), side))

@@ -23,9 +23,13 @@ from .leaf import DenseLeaf, Leaf, PerExampleLeaf, Scratch, Vectors
 
 
 class Shared(NamedTuple):
-    """All examples see θ + Σ_k c_k z_k."""
+    """All examples see θ + Σ_k c_k z_k, whose keys are of one step."""
 
     terms: Sequence[Term]
+
+    @property
+    def key(self) -> Key:
+        return self.terms[0].key
 
 
 class Both(NamedTuple):
@@ -34,6 +38,10 @@ class Both(NamedTuple):
     term: Term
     examples: int
     """In both halves together."""
+
+    @property
+    def key(self) -> Key:
+        return self.term.key
 
 
 class PerExample(NamedTuple):

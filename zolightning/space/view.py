@@ -34,6 +34,8 @@ class View:
         self._scratch = Scratch(sum(leaf.parameter.numel() for leaf in leaves))
         self._vectors = Vectors(leaves)
         self._compiled_root = compiled
+        self.point: Point | None = None
+        """Where the probe is that runs now."""
         self.refresh()
         trained = [leaf.parameter for leaf in self.leaves]
         self.prefix = unperturbed_prefix(root, trained, compiled=self.compiled)
@@ -67,7 +69,7 @@ class View:
             if terms and self._swapped:
                 stack.enter_context(self._swap(terms))
             if terms and not self._compiled_root:
-                stack.enter_context(self._probe(terms[0].key, Shared(terms)))
+                stack.enter_context(self.probe(Shared(terms)))
             yield
 
     @contextmanager
@@ -79,7 +81,7 @@ class View:
         """
         if self.compiled:
             raise ValueError("a forward derivative does not pass through compiled code; leave torch.compile out")
-        with fwAD.dual_level(), sdpa_kernel(SDPBackend.MATH), self._probe(key, Tangent(key)):  # fused attention has none
+        with fwAD.dual_level(), sdpa_kernel(SDPBackend.MATH), self.probe(Tangent(key)):  # fused attention has none
             yield
 
     @property
@@ -90,13 +92,13 @@ class View:
     @contextmanager
     def along_both(self, key: Key, offset: float, examples: int) -> Iterator[None]:
         """The first half of the batch's ``examples`` reads θ + offset · z(key), the second θ − offset · z(key)."""
-        with self._probe(key, Both(Term(key, offset), examples)):
+        with self.probe(Both(Term(key, offset), examples)):
             yield
 
     @contextmanager
     def along_each(self, key: Key, queries: Tensor, offsets: Tensor) -> Iterator[None]:
         """Example n of the batch reads θ + offsets[n] · z(key with query queries[n])."""
-        with self._probe(key, PerExample(key, queries, offsets)):
+        with self.probe(PerExample(key, queries, offsets)):
             yield
 
     def unread(self) -> Unread:
@@ -104,13 +106,18 @@ class View:
         return Unread({id(leaf.parameter): leaf for leaf in self.leaves})
 
     @contextmanager
-    def _probe(self, key: Key, point: Point) -> Iterator[None]:
-        active = {id(leaf.parameter): leaf for leaf in self.leaves if leaf.active(key)}
-        with ExitStack() as stack:
-            for region in self._regions:
-                stack.enter_context(_without_modes(region))
-            stack.enter_context(Probe(active, point, self._scratch, self._vectors))
-            yield
+    def probe(self, point: Point) -> Iterator[None]:
+        """Every read of a leaf that is active in the step of the point's key gives what is there at the point."""
+        active = {id(leaf.parameter): leaf for leaf in self.leaves if leaf.active(point.key)}
+        before, self.point = self.point, point
+        try:
+            with ExitStack() as stack:
+                for region in self._regions:
+                    stack.enter_context(_without_modes(region))
+                stack.enter_context(Probe(active, point, self._scratch, self._vectors))
+                yield
+        finally:
+            self.point = before
 
     @contextmanager
     def _swap(self, terms: Sequence[Term]) -> Iterator[None]:
@@ -136,6 +143,10 @@ class View:
                     "updating the old tensor. Change the module in `configure_model` or `setup`, before `fit` builds "
                     "the optimizer."
                 )
+
+    def buffers(self) -> list[Tensor]:
+        """The scratch memory that probes use now."""
+        return [self._scratch.buffer, *self._vectors.buffers]
 
     def release(self) -> None:
         """Give scratch memory back."""
