@@ -138,6 +138,7 @@ def with_dropout(net: Any, batch: Any) -> Tensor:
 
 GRAPHS = {name: STRUCTURES[name] for name in ("dense", "gaussian", "two forwards", "rank1", "adam")}
 GRAPHS["turns"] = PLAIN.override(lr=1e-2, cycle=Cycle(blocks=1))
+GRAPHS["a direction for each example"] = ZOConfig(select="re:_proj|norm", lr=1e-2, seed=3)
 
 
 @pytest.mark.parametrize("name", GRAPHS)

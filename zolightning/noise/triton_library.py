@@ -21,7 +21,7 @@ from .held import held_words, keep, key_words
 from .library import Library
 from .philox import philox_key, rounding_query
 
-BLOCK = 1024
+BLOCK = 2048
 PIECE = 1 << 15  # elements that a program of a table takes
 _NOISE_BLOCK = 128  # of Rademacher noise, the widest: a run that begins with one begins with a block of any other
 

@@ -105,7 +105,10 @@ class Probe(TorchFunctionMode):
 
     def __init__(self, leaves: Mapping[int, Leaf], point: Point, scratch: Scratch, vectors: Vectors, side: int = 0) -> None:
         super().__init__()
-        self._leaves, self._point, self._scratch = leaves, point, scratch
+        self.point = point
+        self.resting = False
+        """Another probe inside of this one is at work."""
+        self._leaves, self._scratch = leaves, scratch
         self._ready = vectors.perturbed(leaves, point.terms, side) if isinstance(point, Shared) and point.terms else {}
         self._sides: tuple[Probe, ...] = ()
         if isinstance(point, Both):
@@ -114,6 +117,8 @@ class Probe(TorchFunctionMode):
             self._sides = tuple(Probe(leaves, p, scratch, vectors, side) for side, p in enumerate(points))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.resting:
+            return func(*args, **kwargs or {})
         if func is compute_with and not self._sides:
             return self._compute(*args)
         if func is F.linear and not kwargs and len(args) > 1 and id(args[1]) in self._leaves:  # most common of all
@@ -130,23 +135,23 @@ class Probe(TorchFunctionMode):
         if func is F.embedding:
             return self._embedding(*args, **kwargs)
         self._refuse_write(func, args, kwargs)
-        if isinstance(self._point, PerExample):
+        if isinstance(self.point, PerExample):
             if func in _ELEMENTWISE:
                 return self._elementwise(func, args, kwargs)
             if func is F.layer_norm or func is F.rms_norm:
                 return self._norm(func, *args, **kwargs)
-        elif isinstance(self._point, Shared) and func is _T.__getitem__:
+        elif isinstance(self.point, Shared) and func is _T.__getitem__:
             leaf = self._leaves.get(id(args[0]))
             if leaf is not None and _is_row_index(args[1]):
-                return leaf.rows(args[1], self._point.terms)
+                return leaf.rows(args[1], self.point.terms)
         return self._elsewhere(func, args, kwargs)
 
     def _both(self, func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The halves of the examples, each by the probe of its side."""
-        assert isinstance(self._point, Both)
+        assert isinstance(self.point, Both)
         self._refuse_write(func, args, kwargs)
         place = next((i for i, a in enumerate(args) if isinstance(a, Tensor) and id(a) not in self._leaves), None)
-        examples = self._point.examples
+        examples = self.point.examples
         shared = func is F.embedding and place == 0 and args[0].shape[:1] == (1,)  # positions, for all alike
         if (
             place is None
@@ -169,12 +174,12 @@ class Probe(TorchFunctionMode):
 
     def _linear_both(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         """With both weights built in one go, where the leaf can."""
-        assert isinstance(self._point, Both)
-        leaf, by_example = self._leaves[id(weight)], input.dim() >= 2 and input.shape[0] % self._point.examples == 0
+        assert isinstance(self.point, Both)
+        leaf, by_example = self._leaves[id(weight)], input.dim() >= 2 and input.shape[0] % self.point.examples == 0
         plain = weight.dim() == 2 and weight.is_contiguous() and id(input) not in self._leaves
         if type(leaf) is DenseLeaf and plain and by_example and not torch.is_grad_enabled():
             plus, minus = (side._substitute(bias) for side in self._sides)
-            return leaf.linear_both(input, plus, minus, self._point.term, self._scratch)
+            return leaf.linear_both(input, plus, minus, self.point.term, self._scratch)
         return self._both(F.linear, (), (input, weight, bias), {})
 
     def _elsewhere(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -198,11 +203,11 @@ class Probe(TorchFunctionMode):
     def _substitute(self, value: Any) -> Any:
         leaf = self._leaves.get(id(value))
         if leaf is not None:
-            if isinstance(self._point, Shared):
+            if isinstance(self.point, Shared):
                 ready = self._ready.get(id(value))
-                return leaf.perturbed(self._point.terms) if ready is None else ready
-            if isinstance(self._point, Tangent):
-                tangent = leaf.gradient([Term(self._point.key, 1.0)])
+                return leaf.perturbed(self.point.terms) if ready is None else ready
+            if isinstance(self.point, Tangent):
+                tangent = leaf.gradient([Term(self.point.key, 1.0)])
                 return fwAD.make_dual(leaf.parameter.detach(), tangent.to(leaf.parameter.dtype))  # type: ignore[no-untyped-call]
             raise PerExampleError(
                 f"per-example directions reach a matrix through a linear layer and a vector beside activations, but "
@@ -215,20 +220,20 @@ class Probe(TorchFunctionMode):
         return value
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-        if isinstance(self._point, PerExample) and id(bias) in self._leaves:
+        if isinstance(self.point, PerExample) and id(bias) in self._leaves:
             out = self._linear(input, weight) if id(weight) in self._leaves else F.linear(input, weight)
             return out + self._vector(bias, out).to(out.dtype)
         leaf = self._leaves.get(id(weight))
-        if leaf is None or weight.dim() != 2 or not weight.numel() or isinstance(self._point, Tangent):
+        if leaf is None or weight.dim() != 2 or not weight.numel() or isinstance(self.point, Tangent):
             return self._elsewhere(F.linear, (input, weight, bias), {})
         input, bias = self._substitute(input), self._substitute(bias)
-        if isinstance(self._point, Shared):
+        if isinstance(self.point, Shared):
             if torch.is_grad_enabled():  # autograd would keep the scratch
-                return F.linear(input, leaf.perturbed(self._point.terms), bias)
-            return leaf.linear(input, bias, self._point.terms, self._scratch)
+                return F.linear(input, leaf.perturbed(self.point.terms), bias)
+            return leaf.linear(input, bias, self.point.terms, self._scratch)
         if not isinstance(leaf, PerExampleLeaf):
             return self._substitute(weight)  # which says why not
-        return leaf.compute_each(input, lambda w, x: F.linear(x, w, bias), bias, *self._point)
+        return leaf.compute_each(input, lambda w, x: F.linear(x, w, bias), bias, *self.point)
 
     def _compute(self, parameter: Tensor, x: Tensor, compute: Compute, bias: Tensor | None) -> Any:
         def inside(value: Tensor, x: Tensor) -> Tensor:
@@ -236,10 +241,10 @@ class Probe(TorchFunctionMode):
                 return compute(value, x)
 
         leaf = self._leaves.get(id(parameter))
-        if not isinstance(self._point, PerExample) or not isinstance(leaf, PerExampleLeaf):
+        if not isinstance(self.point, PerExample) or not isinstance(leaf, PerExampleLeaf):
             return inside(self._substitute(parameter), x)
         bias = self._vector(bias, x) if id(bias) in self._leaves else bias
-        return leaf.compute_each(x, inside, bias, *self._point)
+        return leaf.compute_each(x, inside, bias, *self.point)
 
     def _elementwise(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         beside = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and id(a) not in self._leaves), None)
@@ -259,10 +264,10 @@ class Probe(TorchFunctionMode):
 
     def _vector(self, parameter: Any, beside: Tensor | None) -> Tensor:
         """What each example reads of a vector, in a shape that broadcasts over the activations beside it."""
-        assert isinstance(self._point, PerExample)
-        leaf, count = self._leaves[id(parameter)], self._point.queries.numel()
+        assert isinstance(self.point, PerExample)
+        leaf, count = self._leaves[id(parameter)], self.point.queries.numel()
         if isinstance(leaf, DenseLeaf) and leaf.per_example and beside is not None and beside.dim() >= 2:
-            each = leaf.each(*self._point)
+            each = leaf.each(*self.point)
             if beside.shape[0] == count:
                 return each.view(count, *[1] * (beside.dim() - 2), -1)
             if beside.dim() == 2 and beside.shape[0] % count == 0:  # the model has flattened its examples' tokens
@@ -279,9 +284,9 @@ class Probe(TorchFunctionMode):
         **kwargs: Any,
     ) -> Any:
         leaf = self._leaves.get(id(weight))
-        if leaf is None or max_norm is not None or not isinstance(self._point, Shared) or _outside(input, weight.shape[0]):
+        if leaf is None or max_norm is not None or not isinstance(self.point, Shared) or _outside(input, weight.shape[0]):
             return self._elsewhere(F.embedding, (input, weight, padding_idx, max_norm, *args), kwargs)
-        return leaf.rows(input, self._point.terms)  # the other arguments matter to the backward pass alone
+        return leaf.rows(input, self.point.terms)  # the other arguments matter to the backward pass alone
 
 
 class Unread(TorchFunctionMode):

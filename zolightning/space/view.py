@@ -34,8 +34,7 @@ class View:
         self._scratch = Scratch(sum(leaf.parameter.numel() for leaf in leaves))
         self._vectors = Vectors(leaves)
         self._compiled_root = compiled
-        self.point: Point | None = None
-        """Where the probe is that runs now."""
+        self._probe: Probe | None = None
         self.refresh()
         trained = [leaf.parameter for leaf in self.leaves]
         self.prefix = unperturbed_prefix(root, trained, compiled=self.compiled)
@@ -109,15 +108,25 @@ class View:
     def probe(self, point: Point) -> Iterator[None]:
         """Every read of a leaf that is active in the step of the point's key gives what is there at the point."""
         active = {id(leaf.parameter): leaf for leaf in self.leaves if leaf.active(point.key)}
-        before, self.point = self.point, point
+        outer = self._probe
+        if outer is not None:
+            outer.resting = True
         try:
+            self._probe = Probe(active, point, self._scratch, self._vectors)
             with ExitStack() as stack:
                 for region in self._regions:
                     stack.enter_context(_without_modes(region))
-                stack.enter_context(Probe(active, point, self._scratch, self._vectors))
+                stack.enter_context(self._probe)
                 yield
         finally:
-            self.point = before
+            self._probe = outer
+            if outer is not None:
+                outer.resting = False
+
+    @property
+    def point(self) -> Point | None:
+        """Where the probe is that runs now."""
+        return None if self._probe is None else self._probe.point
 
     @contextmanager
     def _swap(self, terms: Sequence[Term]) -> Iterator[None]:
