@@ -227,6 +227,6 @@ def test_lightning_s_precision_plugin(mode: Any) -> None:
     fit(module, token_batches(3), strategy, plugins=[plugin], **ON_GPU)
     scales = [p for n, p in module.named_parameters() if n.endswith("scales")]
     assert scales
-    assert all(p.is_cuda and (p > 0).all() for p in scales)
+    assert all((p > 0).all() for p in scales)  # on the CPU: Lightning puts the module back there
     assert strategy.last_record is not None
     assert strategy.last_record.projected_grad > 0

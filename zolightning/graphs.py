@@ -205,9 +205,10 @@ def _check(out: Any, point: Point) -> None:
 
 @contextmanager
 def _refusing_to_wait() -> Iterator[None]:
-    """Operations that wait for the GPU raise an error."""
-    before = torch.cuda.get_sync_debug_mode()
+    """Operations that wait for the GPU raise an error; code that asks is told what it is told while a graph is recorded."""
+    before, asked = torch.cuda.get_sync_debug_mode(), torch.cuda.is_current_stream_capturing
     torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.is_current_stream_capturing = lambda: True
     try:
         yield
     except RuntimeError as error:
@@ -215,6 +216,7 @@ def _refusing_to_wait() -> Iterator[None]:
             raise
         raise Refused(f"the forward waits for the GPU ({error}), as `.item()` and copies from the host do") from error
     finally:
+        torch.cuda.is_current_stream_capturing = asked
         torch.cuda.set_sync_debug_mode(before)
 
 
