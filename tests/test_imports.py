@@ -20,7 +20,7 @@ LAYERS = [
     {"space"},
     {"estimators", "shaping", "updates", "isolation", "losses", "ties", "uninterrupted"},
     {"step", "objective", "config", "mixin", "rates", "ledger"},
-    {"inspection"},
+    {"inspection", "graphs"},
     {"recipes", "one_device", "ledger_io", "search"},
     {"run_ledger"},
     {"fit_strategy"},

@@ -108,13 +108,20 @@ class Probe(TorchFunctionMode):
         self.point = point
         self.resting = False
         """Another probe inside of this one is at work."""
-        self._leaves, self._scratch = leaves, scratch
-        self._ready = vectors.perturbed(leaves, point.terms, side) if isinstance(point, Shared) and point.terms else {}
+        self._leaves, self._scratch, self._vectors, self._side = leaves, scratch, vectors, side
+        self._ready: Mapping[int, Tensor] = {}
         self._sides: tuple[Probe, ...] = ()
         if isinstance(point, Both):
             (key, offset), _ = point
             points = (Shared([Term(key, offset)]), Shared([Term(key, -offset)]))
             self._sides = tuple(Probe(leaves, p, scratch, vectors, side) for side, p in enumerate(points))
+
+    def fill(self) -> None:
+        """Make the small tensors that it gives, all at once, in memory that it shares with other probes."""
+        if isinstance(self.point, Shared) and self.point.terms:
+            self._ready = self._vectors.perturbed(self._leaves, self.point.terms, self._side)
+        for side in self._sides:
+            side.fill()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.resting:

@@ -113,6 +113,7 @@ class View:
             outer.resting = True
         try:
             self._probe = Probe(active, point, self._scratch, self._vectors)
+            self._probe.fill()
             with ExitStack() as stack:
                 for region in self._regions:
                     stack.enter_context(_without_modes(region))
@@ -121,6 +122,7 @@ class View:
         finally:
             self._probe = outer
             if outer is not None:
+                outer.fill()
                 outer.resting = False
 
     @property
