@@ -69,7 +69,7 @@ def test_a_probe_inside_another_does_the_work_alone() -> None:
 def test_a_held_key_is_read_from_memory_while_launches_are_recorded() -> None:
     first, later, other = Key(1, 2, 3), Key(1, 9, 3), Key(5, 6)
     held = HeldKey(first, torch.device("cpu"))
-    with held.recording(first):
+    with held.recording():
         assert held_words(key_words(first)) is held.words
         assert held_words(key_words(other)) is None
         table = keep(torch.ones(1))

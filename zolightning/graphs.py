@@ -12,7 +12,7 @@ Python code of the forward does not run in a replay: what it logs, counts or rea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .isolation import Isolation, rng_state, set_rng_state
 from .noise import HeldKey
-from .objective import map_leaves
+from .objective import leaves, loss_of, map_leaves
 from .space import DenseLeaf, Rank1Leaf, View
 from .space.probe import Both, PerExample, Point, Shared
 
@@ -49,14 +49,15 @@ class Graphs:
         self._seen: dict[Hashable, _Graph | None] = {}
         self._pool: Any = None
         self._news: list[str] = []
-        self._off = self._why_not()
-        if self._off:
-            self._news.append(f"no CUDA graphs: {self._off}")
+        self.refused = ""
+        """Why forwards run as they are; "" while they may be recorded."""
+        if why := self._why_not():
+            self._refuse(why)
 
     def __call__(self, forward: Forward, batch: Any) -> Any:
         """``forward(batch)`` at the view's point."""
         point = self._view.point
-        form = None if self._off or point is None else self._form(batch, point)
+        form = None if self.refused or point is None else self._form(batch, point)
         if form is None or point is None:
             return forward(batch)
         if form not in self._seen:
@@ -96,15 +97,18 @@ class Graphs:
         if not why and not _same(replayed, out):
             why = "a replay gave another loss than the forward"
         if why:
-            self._off = why
-            self._news.append(f"no CUDA graphs: {why}")
-            self.release()
+            self._refuse(why)
             return out
         assert graph is not None
         self._seen[form], graph.proved = graph, not first
         if graph.proved and sum(g is not None and g.proved for g in self._seen.values()) == 1:
             self._news.append("forwards are replayed as CUDA graphs, with the bits of plain ones")
         return out
+
+    def _refuse(self, why: str) -> None:
+        self.refused = f"no CUDA graphs: {why}"
+        self._news.append(self.refused)
+        self.release()
 
     def _record(self, forward: Forward, batch: Any, point: Point) -> _Graph:
         device = self._device
@@ -115,7 +119,7 @@ class Graphs:
         side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(device))
         for checking in (nullcontext(), _refusing_to_wait()):  # the first time fills caches, for which it may wait
-            with torch.cuda.stream(side), held.recording(point.key), checking, self._view.probe(point):
+            with torch.cuda.stream(side), held.recording(), checking, self._view.probe(point):
                 out = forward(batch)
         torch.cuda.current_stream(device).wait_stream(side)
         _check(out, point)
@@ -123,7 +127,7 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         with (
             torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
-            held.recording(point.key),
+            held.recording(),
             self._view.probe(point),
         ):
             out = forward(batch)
@@ -140,16 +144,10 @@ class Graphs:
             kind = (point.queries.shape,)
         else:
             return None
-        form: list[Hashable] = []
-
-        def note(value: Any) -> Any:
-            form.append((value.shape, value.dtype, value.device) if isinstance(value, Tensor) else value)
-            return value
-
+        form = tuple((v.shape, v.dtype, v.device) if isinstance(v, Tensor) else v for v in leaves(batch))
         try:
-            map_leaves(batch, note)
             turns = tuple(leaf.active(point.key) for leaf in self._view.leaves if leaf.turn is not None)
-            return hash((type(point), kind, tuple(form), turns, self._memory()))
+            return hash((type(point), kind, form, turns, self._memory()))
         except TypeError:  # something in the batch has no hash
             return None
 
@@ -181,10 +179,9 @@ class _Graph:
     proved: bool = False
 
     def replay(self, batch: Any, point: Point) -> Any:
-        values: list[Tensor] = []
-        map_leaves(batch, lambda v: values.append(v) if isinstance(v, Tensor) else None)
-        remaining = iter(values)
-        map_leaves(self.batch, lambda v: v.copy_(next(remaining)) if isinstance(v, Tensor) else None)
+        for own, value in zip(leaves(self.batch), leaves(batch), strict=True):
+            if isinstance(own, Tensor):
+                own.copy_(value)
         if isinstance(self.point, PerExample) and isinstance(point, PerExample):
             self.point.queries.copy_(point.queries)
             self.point.offsets.copy_(point.offsets)
@@ -195,7 +192,7 @@ class _Graph:
 
 def _check(out: Any, point: Point) -> None:
     """A mean that is split afterwards, or a number made on the host, is nothing that a replay could give."""
-    loss = out.get("loss") if isinstance(out, Mapping) else out
+    loss = loss_of(out)
     if not isinstance(loss, Tensor):
         raise Refused(f"the loss is no tensor but {type(loss).__name__}")
     examples = point.examples if isinstance(point, Both) else point.queries.numel() if isinstance(point, PerExample) else None
@@ -222,10 +219,7 @@ def _refusing_to_wait() -> Iterator[None]:
 
 def _same(a: Any, b: Any) -> bool:
     """Equal in every bit of every tensor, one NaN being as good as another."""
-    found: list[Any] = []
-    map_leaves(a, found.append)
-    others: list[Any] = []
-    map_leaves(b, others.append)
+    found, others = leaves(a), leaves(b)
     return len(found) == len(others) and all(
         torch.equal(x.nan_to_num(), y.nan_to_num()) if isinstance(x, Tensor) and isinstance(y, Tensor) else bool(x == y)
         for x, y in zip(found, others, strict=True)

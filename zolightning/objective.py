@@ -54,7 +54,7 @@ class BatchObjective:
 
     def derivative(self) -> tuple[float, float]:
         out = self._run(self._batch)
-        value, loss = loss_value(out), out.get("loss") if isinstance(out, Mapping) else out
+        value, loss = loss_value(out), loss_of(out)
         slope = fwAD.unpack_dual(loss).tangent if isinstance(loss, Tensor) else None  # type: ignore[no-untyped-call]
         if slope is None:
             raise ValueError(
@@ -93,7 +93,7 @@ class BatchObjective:
         if self._probes.count == 0:
             with self._probes.forward(), reuse.first() if reuse else nullcontext():
                 out = self.first = self._forward(batch)
-            loss = _loss(out)
+            loss = loss_of(out)
             self.dtype = loss.dtype if isinstance(loss, Tensor) else None
             return out
         with self._probes.forward(), self._extra(), reuse.later() if reuse else nullcontext():
@@ -102,14 +102,15 @@ class BatchObjective:
             return out
         with self._probes.forward(), self._extra():  # is it what a full forward gives?
             full = self._forward(batch)
-        a, b = _loss(out), _loss(full)
+        a, b = loss_of(out), loss_of(full)
         reuse.prefix.proved = torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
         if not reuse.prefix.proved:
             self._reuse = None
         return full
 
 
-def _loss(out: Any) -> Any:
+def loss_of(out: Any) -> Any:
+    """The loss in what a training step returned: itself, or what it holds as 'loss'."""
     return out.get("loss") if isinstance(out, Mapping) else out
 
 
@@ -174,6 +175,11 @@ def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
     return _rebuilt(batch, lambda value: map_leaves(value, function)) if _is_container(batch) else function(batch)
 
 
+def leaves(batch: Any) -> list[Any]:
+    """Every value in the batch that is no container, in the order of :func:`map_leaves`."""
+    return [leaf for child in _children(batch) for leaf in leaves(child)] if _is_container(batch) else [batch]
+
+
 def example_losses(out: Any, examples: int, splitter: LossSplitter) -> Tensor | None:
     """(examples,) in float64 on the CPU: what the step returned, or what the mean it returned was taken over; else None.
 
@@ -181,7 +187,7 @@ def example_losses(out: Any, examples: int, splitter: LossSplitter) -> Tensor | 
     """
     if out is None:
         raise SkipStep
-    loss = out.get("loss") if isinstance(out, Mapping) else out
+    loss = loss_of(out)
     losses = loss if isinstance(loss, Tensor) and loss.shape == (examples,) else splitter.losses(out)
     return None if losses is None else losses.detach().double().cpu()
 

@@ -116,8 +116,6 @@ def zeroth_order(work: Workload, config: ZOConfig) -> Running:
             raise Unavailable("the model reshapes its batch, so its linear layers cannot tell the examples apart")
     examples, repeats = found.of(work.batch)
     graphs = Graphs(view, isolation) if config.cuda_graphs else None
-    if graphs is not None and (why := graphs.news()):
-        raise Unavailable("; ".join(why))
     run, prefix = (loss, view.prefix) if graphs is None else (partial(graphs, loss), None)
     steps, state = 0, shaping.init()
 
@@ -136,9 +134,9 @@ def zeroth_order(work: Workload, config: ZOConfig) -> Running:
 
     if graphs is not None:
         for _ in range(4):  # until the forwards are recorded
+            if graphs.refused:
+                raise Unavailable(graphs.refused)
             step(LR)
-        if (news := graphs.news()) and "replayed" not in news[-1]:
-            raise Unavailable(news[-1])
     return Running(step, model, view.numel)
 
 

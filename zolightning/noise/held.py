@@ -33,10 +33,9 @@ class HeldKey:
         self.words.copy_(torch.tensor(key_words(key), dtype=torch.int64))
 
     @contextmanager
-    def recording(self, key: Key) -> Iterator[None]:
-        """Launches inside that are given ``key`` read it from here."""
+    def recording(self) -> Iterator[None]:
+        """Launches inside that are given the first key read it from here."""
         global _current
-        self._named = key_words(key)
         before, _current = _current, self
         try:
             yield

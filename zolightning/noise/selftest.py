@@ -152,10 +152,9 @@ def _checks(library: NativeLibrary, dist: Distribution) -> dict[str, Callable[[]
         agree = True
         for source in map(specimens, DTYPES):
             for dtype in DTYPES:
-                native, expected = torch.empty(2, _LENGTH, dtype=dtype)
-                library.perturb(native, source, kind, _TERMS, _LEAF, _START)
-                reference.perturb(expected, source, dist, _TERMS, _LEAF, _START)
-                agree &= same_bits(native, expected) and _perturbs_both(library, source, dtype, dist)
+                agree &= _perturbs(library, source, dtype, dist, _TERMS, _START) and _perturbs_both(
+                    library, source, dtype, dist
+                )
         return agree
 
     def perturb_rows() -> bool:
