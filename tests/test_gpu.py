@@ -61,6 +61,7 @@ def test_sweeps_give_the_bits_of_the_cpu(dist: Distribution, dtype: torch.dtype,
         updated = here.clone()
         if dtype in (torch.bfloat16, torch.float16):  # how torch.add rounds wider types is the device's own business
             noise.sgd_(updated, dist, TERMS, 7, 1000, 0.3, 0.1, KEY)
+            noise.outer_sgd_(updated, drawn[:, :40].contiguous(), drawn[:, 40:90].contiguous(), 7, 0.3, 0.1, KEY)
         words = here.view(-1).view(torch.int16 if here.element_size() == 2 else torch.int32).to(torch.int64)
         fingerprint = torch.tensor(noise.mixed_sum(words, 4) % (1 << 62))
         return [t.cpu() for t in (moved, plus, minus, some, kept, total, drawn, outer, updated, fingerprint)]

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import mlp, tiny_causal_lm, weights
-from torch import nn
+from torch import Tensor, nn
 
-from zolightning.noise import Rademacher
-from zolightning.space import DenseLeaf, Rank1, Rank1Leaf, View, blocks, build_view, select
+from zolightning import noise
+from zolightning.noise import Gaussian, Rademacher, stochastic_round_, working_dtype
+from zolightning.space import DenseLeaf, LowRank, Place, Rank1, Rank1Leaf, Structure, View, blocks, build_view, select
 from zolightning.types import Key, Term
 
 
@@ -118,6 +119,38 @@ def test_rank1_of_the_optimizer_is_the_probe_s() -> None:
     assert torch.linalg.matrix_rank(leaf.gradient(terms[:1])) == 1
     torch.testing.assert_close(whole, sum(leaf.gradient([t]) for t in terms))
     torch.testing.assert_close(leaf.noise(terms, 5, 9), whole.flatten()[5:14])
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", [Rank1(), LowRank(2, 3)], ids=str)
+def test_an_update_by_outer_products_is_the_dense_one(
+    kind: Structure, dtype: torch.dtype, decay: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, whether the weight is contiguous or not, and cut into whatever pieces."""
+    torch.manual_seed(0)
+    start = torch.randn(37, 29).to(dtype)
+    terms = [Term(Key(1, 2, q), c) for q, c in enumerate((0.5, -2.0, 1.0))]
+
+    def updated(weight: Tensor) -> Tensor:
+        leaf = kind.leaf(Place("w", 3, nn.Parameter(weight), Gaussian()), True, {})
+        assert leaf is not None
+        leaf.sgd_(terms, 0.3, decay, Key(1, 2))
+        return leaf.parameter.detach().clone()
+
+    leaf = kind.leaf(Place("w", 3, nn.Parameter(start.clone()), Gaussian()), True, {})
+    assert leaf is not None
+    wide, gradient = start.to(working_dtype(dtype)), leaf.gradient(terms)
+    expected = start.clone()
+    if dtype == torch.bfloat16:
+        stochastic_round_(expected, wide - (gradient + decay * wide if decay else gradient) * 0.3, Key(1, 2), 3, 0)
+    else:
+        expected = wide.add(gradient.add(wide, alpha=decay) if decay else gradient, alpha=-0.3)
+    assert torch.equal(updated(start.clone()), expected)
+    monkeypatch.setattr(noise.reference, "CHUNK", 50)
+    assert torch.equal(updated(start.clone()), expected)
+    if dtype != torch.bfloat16:  # whose strided twin may round products and sums in one
+        assert torch.equal(updated(start.t().contiguous().t()), expected)
 
 
 def test_rank1_needs_a_matrix() -> None:

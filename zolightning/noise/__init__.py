@@ -1,11 +1,14 @@
 """Counter-based noise: the same bits on every device, chunking, thread count, rank and library version."""
 
+from .constants import floats, integers
 from .distributions import Distribution, Gaussian, Rademacher, permutation
 from .held import HeldKey
 from .kernels import (
     keep_large_,
     mixed_sum,
     noise_sum,
+    outer_run,
+    outer_sgd_,
     outer_sum,
     perturb,
     perturb_all,
@@ -27,9 +30,13 @@ __all__ = [
     "HeldKey",
     "Rademacher",
     "active_rung",
+    "floats",
+    "integers",
     "keep_large_",
     "mixed_sum",
     "noise_sum",
+    "outer_run",
+    "outer_sgd_",
     "outer_sum",
     "permutation",
     "perturb",

@@ -210,6 +210,32 @@ def outer_sum(a: Tensor, b: Tensor) -> Tensor:
     return library.outer_sum(a, b)
 
 
+def outer_run(a: Tensor, b: Tensor, start: int, length: int) -> Tensor:
+    """Elements ``start … start + length`` of :func:`outer_sum`, row-major."""
+    return reference.outer_run(a, b, start, length, outer_sum)
+
+
+def outer_sgd_(target: Tensor, a: Tensor, b: Tensor, leaf: int, lr: float, weight_decay: float, key: Key) -> None:
+    r"""One plain SGD step on a whole leaf, :math:`w \leftarrow w - \mathrm{lr}\,(\sum_k a_k b_k^\top + \mathrm{wd}\, w)`.
+
+    The sum is that of :func:`outer_sum`, rounding that of :func:`sgd_`.
+
+    Args:
+        target: (rows, columns), updated in place.
+        a: (n, rows), in the target's working dtype.
+        b: (n, columns), likewise.
+        leaf: the leaf's index.
+        lr: learning rate.
+        weight_decay: the L2 penalty's factor.
+        key: names the rounding bits.
+    """
+    library = _library_for(target, a, b)
+    if library is None or not library.updates_by_outer(target.dtype):
+        reference.outer_sgd_(target, a, b, leaf, lr, weight_decay, key, outer_sum)
+    else:
+        library.outer_sgd_(target, a, b, leaf, lr, weight_decay, key)
+
+
 def keep_large_(out: Tensor, stored: Tensor, limit: float) -> None:
     """``out[i] = stored[i]`` where ``|stored[i]| > limit``: what a perturbation or an update shall not have changed.
 

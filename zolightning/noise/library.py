@@ -83,6 +83,14 @@ class Library(ABC):
     def outer_sum(self, a: Tensor, b: Tensor) -> Tensor:
         """Σ_k a_k b_kᵀ in the order of k, float32."""
 
+    def updates_by_outer(self, dtype: torch.dtype) -> bool:
+        """Whether :meth:`outer_sgd_` takes weights of this type; else the sum is made first, piece by piece."""
+        return False
+
+    def outer_sgd_(self, target: Tensor, a: Tensor, b: Tensor, leaf: int, lr: float, weight_decay: float, key: Key) -> None:
+        """target −= lr · (Σ_k a_k b_kᵀ + weight_decay · target) of a whole leaf, in one pass."""
+        raise NotImplementedError
+
     @abstractmethod
     def keep_large_(self, out: Tensor, stored: Tensor, limit: float) -> None:
         """out = stored where \\|stored\\| > limit."""

@@ -17,6 +17,7 @@ from .distributions import Distribution, elements, rounding_bits, run
 CHUNK = 1 << 18  # elements
 _DEVICE_CHUNK = 1 << 22  # where it is the kernel launches that take time
 NoiseSum = Callable[[Distribution, Sequence[Term], int, int, int, torch.device], Tensor]
+OuterSum = Callable[[Tensor, Tensor], Tensor]
 _LARGEST = {torch.bfloat16: 0x7F7F0000, torch.float16: 0x477FE000}  # the largest finite numbers, as bits of a float32
 
 
@@ -99,7 +100,6 @@ def _round(value: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where((bits & 0x7FFFFFFF) <= _LARGEST[dtype], rounded, value)  # beyond: to nearest, as any cast
 
 
-@torch.no_grad()
 def sgd_(
     target: Tensor,
     dist: Distribution,
@@ -111,10 +111,22 @@ def sgd_(
     key: Key,
     noise: NoiseSum = noise_sum,
 ) -> None:
-    """``w -= lr * (Σ_k c_k z_k + weight_decay * w)``, by the very operations of ``torch.optim.SGD`` in float32, float64."""
+    """``w -= lr * (Σ_k c_k z_k + weight_decay * w)``."""
+
+    def gradient(offset: int, length: int) -> Tensor:
+        return noise(dist, terms, leaf, start + offset, length, target.device)
+
+    _descend_(target, gradient, leaf, start, lr, weight_decay, key)
+
+
+@torch.no_grad()
+def _descend_(
+    target: Tensor, gradient: Callable[[int, int], Tensor], leaf: int, start: int, lr: float, weight_decay: float, key: Key
+) -> None:
+    """By the very operations of ``torch.optim.SGD`` in float32, float64."""
     wide = target.dtype not in _LARGEST
     for offset, (w,) in _slices(target):
-        d = noise(dist, terms, leaf, start + offset, w.numel(), w.device).view(w.shape)
+        d = gradient(offset, w.numel()).view(w.shape)
         if wide:
             d = d.to(w.dtype)
             w.add_(d.add(w, alpha=weight_decay) if weight_decay else d, alpha=-lr)
@@ -130,6 +142,31 @@ def outer_sum(a: Tensor, b: Tensor) -> Tensor:
     for left, right in zip(a, b, strict=True):
         total += left[:, None] * right
     return total
+
+
+def outer_run(a: Tensor, b: Tensor, start: int, length: int, outer: OuterSum = outer_sum) -> Tensor:
+    """``length`` elements of the sum from element ``start`` on, row-major."""
+    columns = b.shape[1]
+    first, last = start // columns, -(-(start + length) // columns)
+    return outer(a[:, first:last].contiguous(), b).view(-1)[start - first * columns :][:length]
+
+
+def outer_sgd_(
+    target: Tensor,
+    a: Tensor,
+    b: Tensor,
+    leaf: int,
+    lr: float,
+    weight_decay: float,
+    key: Key,
+    outer: OuterSum = outer_sum,
+) -> None:
+    """``w -= lr * (Σ_k a_k b_kᵀ + weight_decay * w)``."""
+
+    def gradient(start: int, length: int) -> Tensor:
+        return outer_run(a, b, start, length, outer)
+
+    _descend_(target, gradient, leaf, 0, lr, weight_decay, key)
 
 
 @torch.no_grad()

@@ -77,7 +77,17 @@ def verify_triton(library: Library, device: torch.device) -> str:
         if not same_bits(ours, expected):
             return "what is kept differs from the reference"
     a, b = wide[: 3 * 37].view(3, 37), torch.linspace(-1, 1, 3 * 301, dtype=torch.float32, device=device).view(3, 301)
-    return "" if same_bits(library.outer_sum(a, b), reference.outer_sum(a, b)) else "the outer sum differs from the reference"
+    if not same_bits(library.outer_sum(a, b), reference.outer_sum(a, b)):
+        return "the outer sum differs from the reference"
+    for (height, columns), decay in product(((37, 51), (21, 96)), (0.0, 0.1)):  # an odd width, and one that 8 divides
+        a, b = (wide[-4 * n :].view(4, n).clamp(-9, 9) for n in (height, columns))
+        ours = narrow[9 : 9 + height * columns].clone().view(height, columns)
+        expected = ours.clone()
+        library.outer_sgd_(ours, a, b, _LEAF, 0.3, decay, _KEY)
+        reference.outer_sgd_(expected, a, b, _LEAF, 0.3, decay, _KEY)
+        if not same_bits(ours, expected):
+            return "the update by outer products differs from the reference"
+    return ""
 
 
 def _perturbs(

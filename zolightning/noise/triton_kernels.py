@@ -12,7 +12,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .triton_noise import noise_at, random_run, sum_at, sum_run
+from .triton_noise import noise_at, random_at, random_of, random_run, sum_at, sum_run
 
 _NUMBERS = ["leaf", "start", "width", "k0", "k1", "query", "count", "height", "columns"]
 
@@ -196,3 +196,31 @@ def outer_sum(a, b, out, count, height, columns, size: tl.constexpr):
     for k in range(count):
         total += tl.load(a + k * height + row, mask=inside, other=0) * tl.load(b + k * columns + column, mask=inside, other=0)
     tl.store(out + at, total, mask=inside)
+
+
+@_kernel
+def outer_sgd(
+    target, a, b, count, height, columns, leaf, k0, k1, query, rates,
+    aligned: tl.constexpr, decays: tl.constexpr, tall: tl.constexpr, wide: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows and columns for each program; ``aligned``: 8 divides the columns, 16 the address."""
+    if aligned:
+        columns = columns // 8 * 8  # so that the compiler knows: a hint is lost on an argument
+    row, first = tl.program_id(0) * tall + tl.arange(0, tall), tl.program_id(1) * wide
+    column = first + tl.arange(0, wide)
+    down, across = row < height, column < columns
+    at, inside = row.to(tl.int64)[:, None] * columns + column[None, :], down[:, None] & across[None, :]
+    old = _read(target, at, inside, True)
+    gradient = tl.zeros((tall, wide), tl.float32)
+    for k in range(count):
+        left = tl.load(a + k * height + row, mask=down, other=0)
+        gradient += left[:, None] * tl.load(b + k * columns + column, mask=across, other=0)[None, :]
+    if decays:
+        gradient = gradient + old * tl.load(rates + 1)
+    updated = old - gradient * tl.load(rates)
+    if aligned:
+        block = (row.to(tl.int64) * (columns // 8) + first // 8)[:, None] + tl.arange(0, wide // 8)[None, :]
+        random = random_of(block, leaf, query, k0, k1)
+    else:
+        random = random_at(at, leaf, query, k0, k1)
+    tl.store(target + at, _stochastic(updated, random), mask=inside)

@@ -5,7 +5,6 @@ Every product and sum is rounded by itself (``enable_fp_fusion=False``). Importe
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -17,11 +16,13 @@ from torch import Tensor
 from ..types import Key, Term
 from . import reference
 from . import triton_kernels as kernels
+from .constants import floats, integers
 from .held import held_words, keep, key_words
 from .library import Library
 from .philox import philox_key, rounding_query
 
 BLOCK = 2048
+TILE = (16, 256)  # rows and columns of a program of a matrix: 16 bytes of 8 neighbours a thread, 4 rows each
 PIECE = 1 << 15  # elements that a program of a table takes
 _NOISE_BLOCK = 128  # of Rademacher noise, the widest: a run that begins with one begins with a block of any other
 
@@ -98,7 +99,7 @@ class TritonLibrary(Library):
         numbers = (*_terms(terms, device), len(terms), *philox_key(key), rounding_query(key))
         aligned = _aligned(targets) and all(start % _NOISE_BLOCK == 0 for start in starts)
         forms = {"aligned": aligned, "single": aligned and len(terms) == 1, "decays": weight_decay != 0.0}
-        rates = _coefficients([lr, weight_decay], device)
+        rates = floats([lr, weight_decay], device)
         _each(kernels.sgd_all, table, *numbers, rates, kind=kind, **forms)
 
     def stochastic_round_(self, target: Tensor, value: Tensor, key: Key, leaf: int, start: int) -> None:
@@ -112,8 +113,22 @@ class TritonLibrary(Library):
         _launch(kernels.outer_sum, out.numel(), a, b, out, a.shape[0], *out.shape)
         return out
 
+    def updates_by_outer(self, dtype: torch.dtype) -> bool:
+        return self.updates(dtype)
+
+    def outer_sgd_(self, target: Tensor, a: Tensor, b: Tensor, leaf: int, lr: float, weight_decay: float, key: Key) -> None:
+        height, columns = target.shape
+        if not target.numel():
+            return
+        rates = floats([lr, weight_decay], target.device)
+        data = (_raw(target), a, b, len(a), height, columns, leaf, *philox_key(key), rounding_query(key), rates)
+        aligned = target.data_ptr() % 16 == 0 and columns % 8 == 0
+        kernels.outer_sgd[(triton.cdiv(height, TILE[0]), triton.cdiv(columns, TILE[1]))](
+            *data, aligned=aligned, decays=weight_decay != 0.0, tall=TILE[0], wide=TILE[1], enable_fp_fusion=False
+        )
+
     def keep_large_(self, out: Tensor, stored: Tensor, limit: float) -> None:
-        limits = _coefficients([limit], out.device)
+        limits = floats([limit], out.device)
         forms = {"narrow_in": _FORM[stored.dtype], "narrow_out": _FORM[out.dtype]}
         _launch(kernels.keep_large, out.numel(), _raw(out), _raw(stored), limits, out.numel(), **forms)
 
@@ -168,18 +183,4 @@ def _raw(tensor: Tensor) -> Tensor:
 def _terms(terms: Sequence[Term], device: torch.device) -> tuple[Tensor, Tensor]:
     words = tuple(word for key, _ in terms for word in key_words(key)) or (0,)
     held = held_words(words)
-    return (keep(_integers(words, device)) if held is None else held), _coefficients([c for _, c in terms] or [0.0], device)
-
-
-def _coefficients(numbers: Sequence[float], device: torch.device) -> Tensor:
-    return keep(_floats(struct.pack(f"{len(numbers)}d", *numbers), device))
-
-
-@lru_cache(maxsize=8)  # all leaves of a step ask for the same, and a copy to the device waits for it
-def _integers(words: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(words, dtype=torch.int64).to(device)
-
-
-@lru_cache(maxsize=8)  # by their bytes: 0.0 and -0.0 are equal
-def _floats(numbers: bytes, device: torch.device) -> Tensor:
-    return torch.tensor(struct.unpack(f"{len(numbers) // 8}d", numbers), dtype=torch.float32).to(device)
+    return (integers(words, device) if held is None else held), floats([c for _, c in terms] or [0.0], device)

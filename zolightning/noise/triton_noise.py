@@ -109,15 +109,27 @@ def noise_run(start, kind: tl.constexpr, leaf, query, k0, k1, size: tl.constexpr
 
 
 @triton.jit
+def random_of(block, leaf, query, k0, k1):
+    """16 random bits for each element of the blocks, 8 of them side by side in the place of each."""
+    c0, c1, c2, c3 = philox(block, leaf, query, k0, k1)
+    word = interleave(c0, c1, c2, c3)
+    return tl.interleave(word & 0xFFFF, word >> 16)
+
+
+@triton.jit
+def random_at(element, leaf, query, k0, k1):
+    """The same for elements anywhere."""
+    word = words(element >> 3, (element >> 1) & 3, leaf, query, k0, k1)
+    return tl.where((element & 1) == 0, word & 0xFFFF, word >> 16)
+
+
+@triton.jit
 def random_run(start, aligned: tl.constexpr, leaf, query, k0, k1, size: tl.constexpr):
     """16 random bits for each of ``start … start + size``; ``aligned``: 8 divides both."""
     if aligned:
-        word = words_run(start >> 3, leaf, query, k0, k1, size // 8)
-        bits = tl.interleave(word & 0xFFFF, word >> 16)
+        bits = random_of((start >> 3) + tl.arange(0, size // 8), leaf, query, k0, k1)
     else:
-        element = start + tl.arange(0, size)
-        word = words(element >> 3, (element >> 1) & 3, leaf, query, k0, k1)
-        bits = tl.where((element & 1) == 0, word & 0xFFFF, word >> 16)
+        bits = random_at(start + tl.arange(0, size), leaf, query, k0, k1)
     return bits
 
 

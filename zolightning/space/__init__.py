@@ -3,8 +3,8 @@
 from .build import Scales, build_view, take_turns
 from .compute import compute_with
 from .dominant import dominant_block
-from .leaf import DenseLeaf, Leaf, Rank1Leaf, descend_, keep_
-from .lowrank_leaf import LowRankLeaf
+from .leaf import DenseLeaf, Leaf, descend_, keep_
+from .outer_leaf import LowRankLeaf, Rank1Leaf
 from .prefix import Prefix
 from .scale_leaf import AbsoluteScaleLeaf, RelativeScaleLeaf, RowScaleLeaf, ScaleLeaf
 from .scales import expose_scales

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..noise import (
     Distribution,
+    floats,
+    integers,
     noise_sum,
-    outer_sum,
     perturb,
     perturb_all,
     perturb_both,
@@ -297,57 +298,8 @@ class PerExampleLeaf(Leaf, ABC):
         parts = []
         for _, group in groupby((term.key for term in terms), lambda key: key[:2]):  # all queries of a step in one go
             keys = list(group)
-            parts.append(self.coordinates(keys[0], torch.tensor([key.query for key in keys], device=device), length))
-        coefficients = torch.tensor([[term.coefficient] for term in terms], dtype=dtype, device=device)
-        return torch.cat(parts).to(dtype), coefficients
-
-
-class Rank1Leaf(PerExampleLeaf):
-    r"""A matrix with :math:`z = u v^\top`: out + in coordinates, applied to activations, the weight never copied.
-
-    A linear layer sees :math:`W x + \epsilon\,u\,(v^\top x)`, which costs two thin products instead of a sweep over W,
-    and lets every example of a batch have a direction of its own.
-    """
-
-    def __init__(self, name: str, index: int, parameter: nn.Parameter, distribution: Distribution) -> None:
-        if parameter.dim() != 2:
-            raise ValueError(f"a rank-1 leaf needs a matrix, got {name!r} of shape {tuple(parameter.shape)}")
-        super().__init__(name, index, parameter, distribution)
-
-    def factors(self, key: Key, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """u of shape (n, out) and v of shape (n, in), float32, for each of n queries of the key's step."""
-        out, into = self.parameter.shape
-        both = self.coordinates(key, queries, out + into)
-        return both[:, :out], both[:, out:]
-
-    def noise(self, terms: Sequence[Term], start: int, length: int) -> Tensor:
-        out, into = self.parameter.shape
-        first, last = start // into, -(-(start + length) // into)
-        z, coefficients = self.drawn(terms, out + into)
-        u, v = z[:, first:last] * coefficients, z[:, out:].contiguous()
-        return outer_sum(u, v).view(-1)[start - first * into :][:length]
-
-    def linear(self, x: Tensor, bias: Tensor | None, terms: Sequence[Term], scratch: Scratch) -> Tensor:
-        out = F.linear(x, self.parameter, bias)
-        flat_x, flat_out = x.reshape(1, -1, x.shape[-1]), out.view(1, -1, out.shape[-1])
-        for key, coefficient in terms:
-            self._add_rank1(flat_out, flat_x, key, torch.tensor([key.query]), torch.tensor([coefficient], dtype=torch.float32))
-        return out
-
-    def compute_each(
-        self, x: Tensor, compute: Compute, bias: Tensor | None, key: Key, queries: Tensor, offsets: Tensor
-    ) -> Tensor:
-        by_example = self.by_example(x, queries.numel())
-        out = compute(self.parameter.detach(), x)
-        self._add_rank1(out.view(len(by_example), -1, out.shape[-1]), by_example, key, queries, offsets)
-        return out
-
-    def _add_rank1(self, out: Tensor, x: Tensor, key: Key, queries: Tensor, offsets: Tensor) -> None:
-        """out[n] += offset[n] · (x[n] · v[n]) u[n], in place: the product's output is nobody else's yet."""
-        u, v = self.factors(key, queries.to(out.device))
-        u = u * offsets.to(u.device, u.dtype)[:, None]
-        inner = torch.matmul(x, v.to(x.dtype)[:, :, None])
-        out.baddbmm_(inner.to(out.dtype), u.to(out.dtype)[:, None, :])
+            parts.append(self.coordinates(keys[0], integers([key.query for key in keys], device), length))
+        return torch.cat(parts).to(dtype), floats([term.coefficient for term in terms], device, dtype)[:, None]
 
 
 class Vectors:

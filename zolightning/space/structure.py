@@ -10,8 +10,8 @@ from typing import NamedTuple
 from torch import nn
 
 from ..noise import Distribution
-from .leaf import DenseLeaf, Leaf, Rank1Leaf
-from .lowrank_leaf import LowRankLeaf
+from .leaf import DenseLeaf, Leaf
+from .outer_leaf import LowRankLeaf, Rank1Leaf
 from .sparse_leaf import SparseLeaf
 
 

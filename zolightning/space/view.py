@@ -97,6 +97,8 @@ class View:
     @contextmanager
     def along_each(self, key: Key, queries: Tensor, offsets: Tensor) -> Iterator[None]:
         """Example n of the batch reads θ + offsets[n] · z(key with query queries[n])."""
+        device = self.leaves[0].parameter.device  # once: a copy in each layer would make a GPU wait there
+        queries, offsets = queries.to(device), offsets.to(device)
         with self.probe(PerExample(key, queries, offsets)):
             yield
 
