@@ -47,6 +47,19 @@ def test_graphs_are_skipped_where_there_is_no_gpu(tmp_path: Path) -> None:
         assert row["skipped"] == "no CUDA graphs: the module is on cpu"
 
 
+def test_quantised_layers(tmp_path: Path) -> None:
+    """Less memory than the plain model, and codes that no step changes; both kinds beside each other."""
+    out = tmp_path / "bench.json"
+    bench(
+        model="tiny-llama", batch=2, length=8, repeats=1, warmup=0, threads=1, device="cpu", out=str(out),
+        methods="forward-nf4,qzo-nf4,forward-int8,qzo-int8,spsa-rademacher",
+    )  # fmt: skip
+    rows = {r["method"]: r for r in json.loads(out.read_text())["rows"]}
+    assert {name for name, row in rows.items() if row["skipped"]} == set()
+    assert all(row["exact"] for row in rows.values())
+    assert 0 < rows["qzo-int8"]["trained"] < rows["qzo-nf4"]["trained"] < rows["spsa-rademacher"]["trained"] / 10
+
+
 def test_every_method_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, store = tmp_path / "new" / "bench.json", f"sqlite:///{tmp_path}/mlflow.db"
     options = ["--repeats", "3", "--warmup", "1", "--threads", "1", "--device", "cpu", "--out", str(out), "--store", store]

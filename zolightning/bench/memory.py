@@ -16,8 +16,8 @@ import torch
 
 from ..memory import MemoryMeter, tensor_bytes
 from .measure import fits, hushed, out_of_memory
-from .methods import LR, METHODS, Method, Unavailable
-from .workload import Spec, Workload
+from .methods import LR, METHODS, Method
+from .workload import Spec, Unavailable
 
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
@@ -90,8 +90,8 @@ def _attempt(spec: Spec, method: Method, steps: int) -> Memory:
 def peak_here(spec: Spec, method: Method, steps: int) -> Memory:
     """The peak in this process, in which nothing else should have run."""
     tiny = replace(spec, model="tiny-llama", batch=2, length=4)
-    method.setup(Workload(tiny)).step(LR)  # libraries load what they need before memory is measured
-    work = Workload(spec)
+    method.setup(method.workload(tiny)).step(LR)  # libraries load what they need before memory is measured
+    work = method.workload(spec)
     weights = tensor_bytes(work.model.parameters())
     if not fits(method.state * weights, work.device):
         return Memory(None, weights, f"needs over {method.state * weights / 1e9:.1f} GB beside the weights, which is not free")

@@ -20,19 +20,17 @@ from ..inspection import Examples, inspect_step, takes_both
 from ..isolation import Isolation
 from ..mixin import ZOMixin
 from ..objective import BatchObjective, loss_value
-from ..space import build_view
+from ..quantize import Kind
+from ..recipes import QZO
+from ..space import build_view, expose_scales
 from ..step import finish, merge, zo_step
 from ..strategy import ZOStrategy
 from ..types import Key
 from ..updates import apply_update
 from .reference import ReferenceMeZO
-from .workload import Workload
+from .workload import Spec, Unavailable, Workload
 
 LR = 1e-7  # small enough that nothing blows up, large enough that nothing is skipped
-
-
-class Unavailable(Exception):
-    """This method cannot run on this model or with these packages; the message says why."""
 
 
 @dataclass
@@ -71,6 +69,13 @@ class Method:
     plain: bool = False
     """Runs on weights stored in the compute dtype, also where the others have fp32 masters."""
 
+    kind: Kind | None = None
+    """Runs on a quantised model of its own, see :func:`~zolightning.quantize`."""
+
+    def workload(self, spec: Spec) -> Workload:
+        """One of its own."""
+        return Workload(spec.plain if self.plain else spec, self.kind)
+
 
 def forward(work: Workload) -> Running:
     """Two forwards without gradients: what a two-point step cannot do without."""
@@ -99,11 +104,18 @@ def reference_mezo(work: Workload) -> Running:
 def zeroth_order(work: Workload, config: ZOConfig) -> Running:
     """What ZOStrategy does in a step, without the Trainer: probes, shaping, update by plain SGD."""
     model, seed = work.shell(), work.spec.seed
-    optimizer = SGD(model.parameters(), lr=LR)
+    if work.kind is not None:
+        expose_scales(model)
+    optimizer = SGD([p for p in model.parameters() if p.is_floating_point()], lr=LR)
     structure = "dense" if config.structure == "auto" else config.structure
     try:
         view = build_view(
-            model, model.parameters(), config.build_distribution(), select_spec=config.select, structure=structure
+            model,
+            optimizer.param_groups[0]["params"],
+            config.build_distribution(),
+            select_spec=config.select,
+            structure=structure,
+            scales=config.scales,
         )
     except ValueError as error:  # no linear layers to take rank-1 directions of
         raise Unavailable(str(error)) from error
@@ -248,6 +260,8 @@ def synchronize(device: torch.device) -> None:
 _DENSE = ZOConfig(estimator="spsa", structure="dense", select="all", normalize=False)
 _RANK1 = ZOConfig(estimator="per_example", structure="rank1", select="middle", normalize=False)
 
+_QZO = QZO.override(structure="rank1", normalize=False)
+
 FORWARD = Method("forward", forward, plain=True)
 FORWARD_MASTER = Method("forward-master", forward)
 REFERENCE = Method("reference-mezo", reference_mezo)
@@ -263,6 +277,10 @@ METHODS = {
         Method("rank1", partial(zeroth_order, config=_RANK1)),
         Method("spsa-graphs", partial(zeroth_order, config=_DENSE.override(cuda_graphs=True))),
         Method("rank1-graphs", partial(zeroth_order, config=_RANK1.override(cuda_graphs=True))),
+        Method("forward-nf4", forward, plain=True, kind="nf4"),
+        Method("qzo-nf4", partial(zeroth_order, config=_QZO), plain=True, kind="nf4"),
+        Method("forward-int8", forward, plain=True, kind="int8"),
+        Method("qzo-int8", partial(zeroth_order, config=_QZO), plain=True, kind="int8"),
         Method("lightning", partial(in_trainer, config=_DENSE)),
         Method("backprop-sgd", partial(backprop, optimizer_type=SGD), backprop=True, state=1.0),
         Method("backprop-adamw", partial(backprop, optimizer_type=AdamW), backprop=True, state=3.0),
@@ -270,4 +288,5 @@ METHODS = {
         Method("lora", lora, backprop=True),
     )
 }
-DEFAULT_METHODS = [name for name in METHODS if name not in ("forward-master", "lightning", "spsa-graphs", "rank1-graphs")]
+_ON_REQUEST = ("forward-master", "lightning", "spsa-graphs", "rank1-graphs")
+DEFAULT_METHODS = [name for name, method in METHODS.items() if name not in _ON_REQUEST and method.kind is None]

@@ -26,7 +26,7 @@ def _opt(hidden: int, layers: int, heads: int) -> Shape:
 
 
 ARCHITECTURES = {
-    "tiny-llama": Shape(32, 64, 6, 4, 2, 256, True),
+    "tiny-llama": Shape(64, 128, 6, 4, 2, 256, True),
     "tiny-opt": Shape(32, 128, 6, 4, 0, 256, True),
     "smollm2-135m": Shape(576, 1536, 30, 9, 3, 49152, True),
     "smollm2-360m": Shape(960, 2560, 32, 15, 5, 49152, True),

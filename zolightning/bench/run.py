@@ -16,9 +16,9 @@ from ..memory import tensor_bytes
 from .machine import machine, versions
 from .measure import Gemm, Timed, count_flops, fits, hushed, interleave, is_exact, out_of_memory, timed
 from .memory import Memory, measure_memory
-from .methods import FORWARD, FORWARD_MASTER, LR, METHODS, REFERENCE, Running, Unavailable
+from .methods import FORWARD, FORWARD_MASTER, LR, METHODS, REFERENCE, Running
 from .report import Row, make_row
-from .workload import Spec, Workload
+from .workload import Spec, Unavailable, Workload
 
 Say = Callable[[str], None]
 _GEMM = "matrix product"
@@ -65,8 +65,7 @@ def run(
 def _memory(spec: Spec, names: Sequence[str], say: Say) -> dict[str, Memory]:
     peaks: dict[str, Memory] = {}
     for i, name in enumerate(names):
-        method = METHODS[name]
-        found = peaks[name] = measure_memory(spec.plain if method.plain else spec, method)
+        found = peaks[name] = measure_memory(spec, METHODS[name])
         text = f"skipped, {found.reason}" if found.peak is None else f"{found.peak / 1e6:.1f} MB"
         say(f"[memory {i + 1}/{len(names)}] {name}: {text}")
     return peaks
@@ -93,7 +92,7 @@ class Session:
     def start(self, name: str, warmup: int) -> None:
         """Set a method up and warm it up, or note why not."""
         method, memory = METHODS[name], self.peaks.get(name)
-        work = self.plain if method.plain else self.work
+        work = self.plain if method.plain else self.work  # a quantised model is smaller
         weights = tensor_bytes(work.model.parameters())
         needed = method.state * weights
         if memory is not None:
@@ -105,7 +104,7 @@ class Session:
             self.skipped[name] = f"needs {needed / 1e9:.1f} GB beside the weights, which is not free"
             return
         try:
-            running = method.setup(work)
+            running = method.setup(work if method.kind is None else method.workload(work.spec))
             exact = is_exact(running)
             counted = name == FORWARD.name or method.backprop
             flops = count_flops(running) if counted else self.flops[FORWARD.name]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..quantize import Kind, quantize
 from .models import build_model
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -78,6 +79,10 @@ class Spec:
         return replace(self, master=None)
 
 
+class Unavailable(Exception):
+    """A method cannot run on this model or with these packages; the message says why."""
+
+
 class Workload:
     """The model, the batch and the loss of a :class:`Spec`.
 
@@ -86,11 +91,20 @@ class Workload:
 
     Args:
         spec: what to make.
+        kind: quantise the linear layers so, see :func:`~zolightning.quantize`; such a workload is for one method alone.
+
+    Raises:
+        Unavailable: bitsandbytes is not installed, or cannot quantise this model.
     """
 
-    def __init__(self, spec: Spec) -> None:
-        self.spec, self.device = spec, torch.device(spec.device)
+    def __init__(self, spec: Spec, kind: Kind | None = None) -> None:
+        self.spec, self.device, self.kind = spec, torch.device(spec.device), kind
         self.model = build_model(spec.model, spec.stored_dtype, self.device, spec.length, spec.seed)
+        if kind is not None:
+            try:
+                quantize(self.model, kind)
+            except (ImportError, ValueError) as error:
+                raise Unavailable(str(error)) from error
         if spec.logits == "last" and "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
             raise ValueError(f"`logits=last`: {type(self.model).__name__} cannot leave out logits; use logits=full")
         generator = torch.Generator().manual_seed(spec.seed + 1)
@@ -105,7 +119,9 @@ class Workload:
         return sum(p.numel() for p in self.model.parameters())
 
     def shell(self) -> nn.Module:
-        """A module whose Parameters are new objects on the workload's own memory, ties kept."""
+        """A module whose Parameters are new objects on the workload's own memory, ties kept; a quantised one itself."""
+        if self.kind is not None:
+            return self.model
         shared: dict[int, Any] = {id(p): nn.Parameter(p.detach()) for p in self.model.parameters()}
         return copy.deepcopy(self.model, shared)
 
