@@ -72,6 +72,17 @@ def test_large_batches_take_two_forwards() -> None:
     assert sizes == [65, 65, 2, 2, 2, 2]  # the first batch decides
 
 
+def test_large_batches_with_a_direction_for_each_example_take_two_forwards() -> None:
+    """The same directions: only the rounding may differ."""
+    sizes: list[int] = []
+    module = PerExampleTask(mlp(), sized(per_example_mse, sizes))
+    apart, items = copy.deepcopy(module), batches(2) + batches(1, size=513)
+    fit(module, items, ZOConfig(select="all", eps=1e-2, lr=1e-2))
+    assert sizes == [5, 5, 10, 10, 10, 513, 513]
+    fit(apart, items, ZOConfig(select="all", eps=1e-2, lr=1e-2, one_batch=False))
+    assert_same(weights(module), weights(apart), tolerance=1e-5)
+
+
 class Reads(nn.Module):
     """A weight that is read where no examples can be seen."""
 

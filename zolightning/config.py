@@ -69,8 +69,8 @@ class ZOConfig:
     they are, with what else is trainable trained."""
 
     one_batch: bool = True
-    """Run both probes in one batch of twice the size, where the module gives its losses by ``zo_objective`` and, for a
-    direction that the examples share, the batch is small (256 tokens): faster. False: two forwards, with the activation
+    """Run both probes in one batch of twice the size, where the module gives its losses by ``zo_objective`` and the batch is
+    small (2,048 tokens; 256 for a direction that the examples share): faster. False: two forwards, with the activation
     memory of inference."""
 
     cuda_graphs: bool = False

@@ -23,10 +23,11 @@ from torch import Tensor
 from .isolation import Isolation, rng_state, set_rng_state
 from .noise import HeldKey
 from .objective import leaves, loss_of, map_leaves
-from .space import DenseLeaf, Rank1Leaf, View
+from .space import DenseLeaf, Rank1Leaf, RowScaleLeaf, View
 from .space.probe import Both, PerExample, Point, Shared
 
 _MOST = 32  # graphs; further shapes run as they are
+_RECORDED = (DenseLeaf, Rank1Leaf, RowScaleLeaf)  # their noise depends on nothing but the key, which a replay is given
 
 Forward = Callable[[Any], Any]
 
@@ -162,7 +163,7 @@ class Graphs:
             return f"the module is on {self._device}"
         if self._view.compiled:
             return "part of the module runs as compiled code"
-        others = {type(leaf).__name__ for leaf in self._view.leaves if type(leaf) not in (DenseLeaf, Rank1Leaf)}
+        others = {type(leaf).__name__ for leaf in self._view.leaves if type(leaf) not in _RECORDED}
         return f"{', '.join(sorted(others))} cannot be recorded" if others else ""
 
 

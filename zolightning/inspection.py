@@ -18,6 +18,7 @@ from .space import View
 from .types import Key, PerExampleError
 
 _SMALL = 256  # numbers in a batch: twice as many cost little memory, and less than twice the time
+_LARGE = 2048  # from here on they cost twice the time, and activations that may not fit
 
 _FAR = 0.05  # a perturbation that no loss can fail to notice
 
@@ -43,8 +44,9 @@ class Examples(NamedTuple):
 
     def of(self, batch: Any) -> tuple[int | None, bool]:
         """How many examples with losses of their own the batch holds, or None, and whether it may be repeated."""
-        both = self.both and _is_small(batch)
-        return batch_examples(batch) if self.losses or both else None, self.repeats or both
+        size = batch_numel(batch)
+        both = self.both and size <= _SMALL
+        return batch_examples(batch) if self.losses or both else None, both or (self.repeats and size <= _LARGE)
 
 
 def inspect_step(forward: Callable[[Any], Any], batch: Any, view: View, isolation: Isolation, repeatable: bool) -> Examples:
@@ -95,11 +97,6 @@ def _close(left: Tensor, right: Tensor) -> bool:
     return torch.allclose(left, right, rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
-def _is_small(batch: Any) -> bool:
-    """Whether both probes of a shared direction had better run in one batch."""
-    return batch_numel(batch) <= _SMALL
-
-
 def takes_both(forward: Callable[[Any], Any], batch: Any, view: View, isolation: Isolation, estimator: Estimator) -> bool:
     """Try whether both probes of a direction give in one batch the losses that they give in two; leave no trace.
 
@@ -111,7 +108,7 @@ def takes_both(forward: Callable[[Any], Any], batch: Any, view: View, isolation:
         estimator: what probes them.
     """
     examples = batch_examples(batch)
-    if examples is None or not estimator.two_sided or view.compiled or view.prefix or not _is_small(batch):
+    if examples is None or not estimator.two_sided or view.compiled or view.prefix or batch_numel(batch) > _SMALL:
         return False
     twice = repeat_batch(batch, examples, 2)
     for offset in (_FAR, 0.1 * _FAR, 0.02 * _FAR):

@@ -40,9 +40,10 @@ def bench(
             have their weights in dtype.
         logits: 'last': cross-entropy over the vocabulary at the last position; 'full': at every position.
         methods: names separated by commas: forward, forward-master, reference-mezo, spsa-rademacher, spsa-gaussian,
-            spsa-middle, rank1, spsa-graphs and rank1-graphs (CUDA graphs), forward-nf4, qzo-nf4, forward-int8 and qzo-int8
-            (bitsandbytes layers), lightning, backprop-sgd, backprop-adamw, backprop-checkpointed, lora. Default: all but those
-            with graphs or quantised layers and lightning. The forwards, which the others are compared with, always run.
+            spsa-middle, rank1, spsa-graphs and rank1-graphs (CUDA graphs), forward-nf4, qzo-nf4, qzo-nf4-graphs, forward-int8,
+            qzo-int8 and qzo-int8-graphs (bitsandbytes layers), lightning, backprop-sgd, backprop-adamw, backprop-checkpointed,
+            lora. Default: all but those with graphs or quantised layers and lightning. The forwards, which the others are
+            compared with, always run.
         repeats: timed steps of each method.
         warmup: steps of each method before that.
         memory: also measure peak memory, each method in a process of its own.
