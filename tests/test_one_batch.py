@@ -76,9 +76,9 @@ def test_large_batches_with_a_direction_for_each_example_take_two_forwards() -> 
     """The same directions: only the rounding may differ."""
     sizes: list[int] = []
     module = PerExampleTask(mlp(), sized(per_example_mse, sizes))
-    apart, items = copy.deepcopy(module), batches(2) + batches(1, size=513)
+    apart, items = copy.deepcopy(module), batches(2) + batches(1, size=1025)
     fit(module, items, ZOConfig(select="all", eps=1e-2, lr=1e-2))
-    assert sizes == [5, 5, 10, 10, 10, 513, 513]
+    assert sizes == [5, 5, 10, 10, 10, 1025, 1025]
     fit(apart, items, ZOConfig(select="all", eps=1e-2, lr=1e-2, one_batch=False))
     assert_same(weights(module), weights(apart), tolerance=1e-5)
 

@@ -70,7 +70,7 @@ class ZOConfig:
 
     one_batch: bool = True
     """Run both probes in one batch of twice the size, where the module gives its losses by ``zo_objective`` and the batch is
-    small (2,048 tokens; 256 for a direction that the examples share): faster. False: two forwards, with the activation
+    small (4,096 tokens; 256 for a direction that the examples share): faster. False: two forwards, with the activation
     memory of inference."""
 
     cuda_graphs: bool = False
