@@ -70,12 +70,24 @@ def apply_update(
         else:
             for leaf in members:
                 _step_alone(optimizer, group, leaf, terms, key)
-    counts = [count for count in (leaf.project_() for leaf in leaves) if count is not None]
+    negative, saturated = _project_(leaves)
     stats = _compare(before, trained, leaves) if measure else UpdateStats()
-    if counts:
-        negative, saturated = torch.stack(counts).sum(0).tolist()
-        stats = stats._replace(negative=negative, saturated=saturated)
-    return stats
+    return stats._replace(negative=negative, saturated=saturated)
+
+
+def _project_(leaves: Sequence[Leaf]) -> tuple[int | None, int | None]:
+    """Move what is below its leaf's floor up to it; how many were zero or negative, and how many are at it now."""
+    bounded = [(leaf.parameter.detach(), leaf.floor) for leaf in leaves if leaf.floor is not None and leaf.parameter.numel()]
+    if not bounded:
+        return None, None
+    above = [values.amin() > floor for values, floor in bounded]  # one look at each, and one wait for all
+    negative = saturated = 0
+    for (values, floor), fine in zip(bounded, torch.stack([a.to(above[0].device) for a in above]).tolist(), strict=True):
+        if not fine:
+            negative += int((values <= 0).sum())
+            values.clamp_(min=floor)
+            saturated += int((values <= floor).sum())
+    return negative, saturated
 
 
 def _step_alone(optimizer: Optimizer, group: dict[str, Any], leaf: Leaf, terms: Sequence[Term], key: Key) -> None:

@@ -95,6 +95,11 @@ class Leaf(ABC):
         self.turn: Turn | None = None
         """Which steps it takes part in; None: all."""
 
+    @property
+    def floor(self) -> float | None:
+        """The smallest value that an update leaves; None: any may be."""
+        return None
+
     @abstractmethod
     def noise(self, terms: Sequence[Term], start: int, length: int) -> Tensor:
         """Σ_k c_k z_k over elements ``start … start + length``, row-major, in the leaf's working dtype."""
@@ -159,15 +164,6 @@ class Leaf(ABC):
                 stochastic_round_(piece, exact, key, self.index, start)
             if fixed is not None and before is not None:
                 keep_(piece, before, fixed)
-
-    def project_(self) -> Tensor | None:
-        """After an update: move what left the allowed values back in.
-
-        Returns:
-            How many elements were not positive, and how many are at the border now, as an int64 tensor of shape (2,);
-            None where every value is allowed.
-        """
-        return None
 
     def linear(self, x: Tensor, bias: Tensor | None, terms: Sequence[Term], scratch: Scratch) -> Tensor:
         """F.linear(x, W + Σ_k c_k z_k, bias), the weight built in scratch, in the dtype that the product runs in."""
@@ -299,7 +295,8 @@ class PerExampleLeaf(Leaf, ABC):
         for _, group in groupby((term.key for term in terms), lambda key: key[:2]):  # all queries of a step in one go
             keys = list(group)
             parts.append(self.coordinates(keys[0], integers([key.query for key in keys], device), length))
-        return torch.cat(parts).to(dtype), floats([term.coefficient for term in terms], device, dtype)[:, None]
+        drawn = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return drawn.to(dtype), floats([term.coefficient for term in terms], device, dtype)[:, None]
 
 
 class Vectors:

@@ -19,11 +19,9 @@ from .scales import FLOOR
 class ScaleLeaf(Leaf, ABC):
     """Scales Δ with z of their shape. Updates end at :data:`~zolightning.space.scales.FLOOR`."""
 
-    def project_(self) -> Tensor:
-        scales = self.parameter.detach()
-        negative = (scales <= 0).sum()
-        scales.clamp_(min=FLOOR)
-        return torch.stack((negative, (scales <= FLOOR).sum()))
+    @property
+    def floor(self) -> float:
+        return FLOOR
 
 
 class AbsoluteScaleLeaf(ScaleLeaf):
