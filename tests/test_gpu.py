@@ -217,6 +217,24 @@ def test_scales_of_bitsandbytes_layers(kind: Any) -> None:
     assert all((after[n] > 0).all() for n in changed)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_graphs_train_quantised_layers_as_plain_forwards(kind: Any, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("bitsandbytes")
+    from zolightning import quantize
+
+    def trained(graphs: bool) -> Any:
+        module = PerExampleTask(tiny_causal_lm("llama", width=64).to(torch.bfloat16), lm_losses)
+        quantize(module, kind)
+        strategy = ZOStrategy("qzo", lr=1e-2, seed=1, ledger=False, cuda_graphs=graphs)
+        fit(module, token_batches(8), strategy, **ON_GPU)
+        return weights(module.cpu())
+
+    expected = trained(False)
+    with caplog.at_level("INFO"):
+        assert_same(trained(True), expected)
+    assert "replayed as CUDA graphs" in caplog.text
+
+
 @pytest.mark.parametrize("mode", ["nf4", "nf4-dq", "fp4"])
 def test_lightning_s_precision_plugin(mode: Any) -> None:
     pytest.importorskip("bitsandbytes")
