@@ -7,9 +7,10 @@ python examples/quantized.py --methods qzo-nf4 qlora --steps 100
 The film-review task of ``zolightning demo``. Every run is a process of its own and is recorded in MLflow; table and picture go
 to --out, and a run whose result is there already, of the same settings, is not repeated: interrupt it, or start it again with
 more seeds. The rows:
-bfloat16 weights by ZO, also rounded afterwards; QZO, which trains the scales of NF4 or int8 layers and never their codes; LoRA
-on the NF4 base by ZO and by backprop (QLoRA), with about the arithmetic of the ZO runs; ZeroQAT, weights that are rounded to 4
-or 3 bits while they are trained by ZO, tested as real codes. Test examples are looked at once, at the end of a run.
+bfloat16 weights by ZO, also rounded afterwards; QZO, which trains the scales of NF4 or int8 layers and never their codes;
+vectors at the prompt's end of the frozen NF4 model by ZO; LoRA on it by ZO and by backprop (QLoRA), with about the arithmetic
+of the ZO runs; ZeroQAT, weights that are rounded to 4 or 3 bits while they are trained by ZO, tested as real codes. Test
+examples are looked at once, at the end of a run.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ def methods(steps: int, backprop_steps: int, batch_size: int, seeds: int) -> lis
         replace(nf4, name="qzo-nf4-batch", title="QZO on NF4, a direction for the batch", recipe="qzo", lr=2e-2,
                 settings=one_direction, **zo),
         replace(nf4, name="qzo-nf4-paper", title="QZO on NF4, paper recipe", recipe="qzo-paper", **{**zo, "decay": False}),
+        replace(nf4, name="reft-nf4", title="vectors (ReFT) by ZO on NF4", recipe="reft", interventions=True, **zo),
         replace(nf4, name="lora-zo", title="LoRA by ZO on NF4", lr=1e-2, **lora, **zo),
         replace(nf4, name="qlora", title="QLoRA (backprop) on NF4", lora=True, lr=5e-4, steps=backprop_steps, **shared),
         replace(int8, name="zero-shot-int8", title="zero-shot, int8"),

@@ -13,6 +13,8 @@ from helpers import Task, fit, lm_loss, tiny_causal_lm, token_batches, weights
 
 pytest.importorskip("bitsandbytes", reason="pip install 'bitsandbytes>=0.50' 'accelerate>=1.0'")
 
+from zolightning.interventions import intervene
+
 FILE = Path(__file__).parents[1] / "examples" / "quantized.py"
 
 
@@ -35,6 +37,7 @@ MOVED = {
     "qzo3": lambda name: name.endswith("scales"),
     "qzo-nf4-paper": lambda name: name.endswith("scales"),
     "qzo-int8": lambda name: name.endswith("scales"),
+    "reft-nf4": lambda name: name.endswith("intervention.vectors"),
     "lora-zo": lambda name: "lora_" in name,
     "qlora": lambda name: "lora_" in name,
     "zeroqat4": lambda name: name.endswith("proj.weight"),
@@ -51,6 +54,8 @@ def test_every_training_row_is_here() -> None:
 def test_row(name: str) -> None:
     method = METHODS[name]
     model = method.prepare(tiny_causal_lm("llama", 64))
+    if method.interventions:
+        intervene(model, 2, {"input_ids": token_batches(1)[0]})
     assert torch.isfinite(lm_loss(model, token_batches(1)[0])).all()
     if not method.steps:
         return

@@ -9,9 +9,24 @@ from typing import Any
 import pytest
 import reference
 import torch
-from helpers import PLAIN, Task, assert_same, batches, fit, lm_loss, mlp, mse, tiny_causal_lm, token_batches, weights
+from helpers import (
+    PLAIN,
+    PerExampleTask,
+    Task,
+    assert_same,
+    batches,
+    fit,
+    lm_loss,
+    lm_losses,
+    mlp,
+    mse,
+    tiny_causal_lm,
+    token_batches,
+    weights,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils import _pytree as pytree
@@ -345,3 +360,8 @@ def test_modules_that_cannot_be_treated() -> None:
         fake_quantize(nn.Sequential(nn.Linear(64, 4, device="meta")))
     with pytest.raises(ValueError, match=r"adapters are on the module already.*call `fake_quantize` first"):
         fake_quantize(lora(tiny_causal_lm("llama", 64)))
+
+
+def test_the_recipe_wants_layers_that_round() -> None:
+    with pytest.raises(MisconfigurationException, match=r"the module has none; call zolightning\.fakequant\.fake_quantize"):
+        fit(PerExampleTask(tiny_causal_lm("llama"), lm_losses), token_batches(1), ZOStrategy("zeroqat", lr=1e-3))

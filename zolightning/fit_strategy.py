@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from ._lightning import MisconfigurationException, _ResultCollection, pl, rank_zero_info, rank_zero_warn
 from .config import ZOConfig
+from .fakequant import FakeQuantLinear
 from .isolation import Isolation
 from .ledger import Recorder
 from .ledger_io import keeps_positions
@@ -98,9 +99,19 @@ class FitStrategy(OneDeviceStrategy, ABC):
 
     def model_to_device(self) -> None:
         super().model_to_device()
+        self._expect_rounding()
         if self.config.scales != "frozen":  # only now are the layers quantised, and the optimizers come next
             assert self.model is not None
             expose_scales(self.model)
+
+    def _expect_rounding(self) -> None:
+        """The recipe 'zeroqat' would train plain layers too, and nobody would see why nothing is rounded."""
+        assert self.model is not None
+        if self.recipe_name == "zeroqat" and not any(isinstance(m, FakeQuantLinear) for m in self.model.modules()):
+            raise MisconfigurationException(
+                "ZOStrategy('zeroqat') trains through the rounding of fake-quantised layers, and the module has none; call "
+                "zolightning.fakequant.fake_quantize(model) first, or use ZOStrategy() for plain weights"
+            )
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
