@@ -93,8 +93,6 @@ def methods(steps: int, backprop_steps: int, batch_size: int, seeds: int) -> lis
         replace(none, name="zo", title="ZO on bf16", recipe="default", lr=2e-3, **zo),
         replace(nf4, name="zero-shot-nf4", title="zero-shot, NF4"),
         replace(nf4, name="qzo-nf4", title="QZO on NF4", recipe="qzo", lr=2e-2, **zo),
-        replace(nf4, name="qzo-nf4-queries", title="QZO on NF4, 2 queries", recipe="qzo", lr=2e-2,
-                settings=(("num_queries", 2),), **zo),
         replace(nf4, name="qzo-nf4-batch", title="QZO on NF4, a direction for the batch", recipe="qzo", lr=2e-2,
                 settings=one_direction, **zo),
         replace(nf4, name="qzo-nf4-paper", title="QZO on NF4, paper recipe", recipe="qzo-paper", **{**zo, "decay": False}),

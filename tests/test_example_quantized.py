@@ -33,7 +33,6 @@ METHODS = {m.name: m for m in EXAMPLE.methods(steps=2, backprop_steps=2, batch_s
 MOVED = {
     "zo": lambda name: True,
     "qzo-nf4": lambda name: name.endswith("scales"),
-    "qzo-nf4-queries": lambda name: name.endswith("scales"),
     "qzo-nf4-batch": lambda name: name.endswith("scales"),
     "qzo3": lambda name: name.endswith("scales"),
     "qzo-nf4-paper": lambda name: name.endswith("scales"),

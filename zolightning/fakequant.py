@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .quantize import compute_by_layers, linear_layers
-from .space import Select, compute_with, select
+from .space import Rounds, Select, compute_with, select
 from .space.scales.layer import KeepsFloat32
 
 _LEAST_FACTOR, _LEAST_SCALE = 0.05, 1e-8
@@ -113,7 +113,7 @@ class FakeQuantInput(KeepsFloat32):
         return even.to(x.dtype)
 
 
-class FakeQuantLinear(nn.Linear):
+class FakeQuantLinear(Rounds, nn.Linear):
     """A linear layer that rounds its weight, and if asked its inputs, in the forward.
 
     A probe of the whole batch perturbs the weight before the rounding. Directions of each example's own act on the

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 
 from ._lightning import MisconfigurationException, _ResultCollection, pl, rank_zero_info, rank_zero_warn
 from .config import ZOConfig
-from .fakequant import FakeQuantLinear
 from .isolation import Isolation
 from .ledger import Recorder
 from .ledger_io import keeps_positions
@@ -25,7 +24,7 @@ from .rates import base_lr, override_lr
 from .run_ledger import RunLedger
 from .search import Calibration, Search, compute_dtype, new_search
 from .shaping import State
-from .space import View, expose_scales
+from .space import Rounds, View, expose_scales
 
 
 class _Muted(_ResultCollection):
@@ -107,7 +106,7 @@ class FitStrategy(OneDeviceStrategy, ABC):
     def _expect_rounding(self) -> None:
         """The recipe 'zeroqat' would train plain layers too, and nobody would see why nothing is rounded."""
         assert self.model is not None
-        if self.recipe_name == "zeroqat" and not any(isinstance(m, FakeQuantLinear) for m in self.model.modules()):
+        if self.recipe_name == "zeroqat" and not any(isinstance(m, Rounds) for m in self.model.modules()):
             raise MisconfigurationException(
                 "ZOStrategy('zeroqat') trains through the rounding of fake-quantised layers, and the module has none; call "
                 "zolightning.fakequant.fake_quantize(model) first, or use ZOStrategy() for plain weights"

@@ -1,7 +1,7 @@
 """What is perturbed: leaves, the views that hold them, and the probes that read them perturbed."""
 
 from .build import Scales, build_view, take_turns
-from .compute import compute_with
+from .compute import Rounds, compute_with
 from .dominant import dominant_block
 from .leaf import DenseLeaf, Leaf, descend_, keep_
 from .outer_leaf import LowRankLeaf, Rank1Leaf
@@ -40,6 +40,7 @@ __all__ = [
     "Rank1",
     "Rank1Leaf",
     "RelativeScaleLeaf",
+    "Rounds",
     "RowScaleLeaf",
     "ScaleLeaf",
     "Scales",

@@ -11,6 +11,10 @@ Compute = Callable[[Tensor, Tensor], Tensor]
 """(value of the parameter, x) → the layer's output."""
 
 
+class Rounds:
+    """Marks a layer that rounds its weight in the forward: what the recipe 'zeroqat' trains through."""
+
+
 def compute_with(parameter: Tensor, x: Tensor, compute: Compute, bias: Tensor | None = None) -> Tensor:
     """``compute(parameter, x)``, of which a probe replaces the parameter, or for each example what goes in and comes out.
 
