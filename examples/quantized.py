@@ -107,6 +107,8 @@ def methods(steps: int, backprop_steps: int, batch_size: int, seeds: int) -> lis
             replace(none, name=f"zeroqat{bits}", title=f"ZeroQAT, {bits} bits", bits=bits, recipe="zeroqat", lr=lr, **zo),
         )),
         replace(none, name="qzo3", title="QZO on 3-bit codes", bits=3, recipe="qzo", lr=2e-2, **zo),
+        replace(none, name="reft3", title="vectors (ReFT) by ZO on 3-bit codes", bits=3, recipe="reft",
+                interventions=True, **zo),
         replace(none, name="zeroqat3-probes", title="ZeroQAT, 3 bits, probes through the rounding", bits=3, recipe="zeroqat",
                 lr=1e-3, settings=one_direction, **zo),
     ]  # fmt: skip

@@ -38,6 +38,7 @@ MOVED = {
     "qzo-nf4-paper": lambda name: name.endswith("scales"),
     "qzo-int8": lambda name: name.endswith("scales"),
     "reft-nf4": lambda name: name.endswith("intervention.vectors"),
+    "reft3": lambda name: name.endswith("intervention.vectors"),
     "lora-zo": lambda name: "lora_" in name,
     "qlora": lambda name: "lora_" in name,
     "zeroqat4": lambda name: name.endswith("proj.weight"),
