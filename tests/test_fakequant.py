@@ -9,21 +9,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from helpers import (
-    PLAIN,
-    PerExampleTask,
-    Task,
-    assert_same,
-    batches,
-    fit,
-    lm_loss,
-    lm_losses,
-    mlp,
-    mse,
-    tiny_causal_lm,
-    token_batches,
-    weights,
-)
+from helpers import PLAIN, Task, assert_same, batches, fit, lm_loss, mlp, mse, tiny_causal_lm, token_batches, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -364,4 +350,4 @@ def test_modules_that_cannot_be_treated() -> None:
 
 def test_the_recipe_wants_layers_that_round() -> None:
     with pytest.raises(MisconfigurationException, match=r"the module has none; call zolightning\.fakequant\.fake_quantize"):
-        fit(PerExampleTask(tiny_causal_lm("llama"), lm_losses), token_batches(1), ZOStrategy("zeroqat", lr=1e-3))
+        fit(Task(mlp()), batches(1), ZOStrategy("zeroqat", lr=1e-3))

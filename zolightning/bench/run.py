@@ -92,7 +92,7 @@ class Session:
     def start(self, name: str, warmup: int) -> None:
         """Set a method up and warm it up, or note why not."""
         method, memory = METHODS[name], self.peaks.get(name)
-        work = self.plain if method.plain else self.work  # a quantised model is smaller
+        work = self.plain if method.plain else self.work  # for a quantised method: its model is smaller than this
         weights = tensor_bytes(work.model.parameters())
         needed = method.state * weights
         if memory is not None:
