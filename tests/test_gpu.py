@@ -30,11 +30,12 @@ DISTRIBUTIONS = [Rademacher(), Gaussian()]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-def test_triton_is_taken() -> None:
+@pytest.mark.parametrize("kind", [None, *(dist.native for dist in DISTRIBUTIONS)])
+def test_triton_is_taken(kind: int | None) -> None:
     assert noise.active_rung(GPU) == "triton"
-    library = rungs.gpu_library(GPU)
+    library = rungs.gpu_library(GPU, kind)
     assert library is not None
-    assert verify_triton(library, GPU) == ""
+    assert verify_triton(library, GPU, kind) == ""
 
 
 @pytest.mark.parametrize("dist", DISTRIBUTIONS, ids=str)

@@ -50,7 +50,7 @@ class Distribution(ABC):
         Returns:
             float32 of shape (n, length).
         """
-        library = rungs.library_on(starts.device) if self.native is not None else None
+        library = None if self.native is None else rungs.library_on(starts.device, self.native)
         if library is not None and self.native is not None:
             return library.noise(self.native, [Term(key, 1.0)], leaf, starts, length, queries)
         return elements(self, key, leaf, starts, length, key.query if queries is None else queries[:, None])

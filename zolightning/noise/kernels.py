@@ -20,7 +20,7 @@ from .library import Library
 
 def noise_sum(dist: Distribution, terms: Sequence[Term], leaf: int, start: int, length: int, device: torch.device) -> Tensor:
     """Σ_k c_k z_k over elements ``start … start + length``: float32 of shape (length,), summed in the terms' order."""
-    library = rungs.library_on(device)
+    library = rungs.library_on(device, dist.native)
     if library is None or dist.native is None:
         return reference.noise_sum(dist, terms, leaf, start, length, device)
     return library.noise(dist.native, terms, leaf, torch.full((1,), start, device=device), length)[0]
@@ -39,7 +39,7 @@ def perturb(out: Tensor, source: Tensor, dist: Distribution, terms: Sequence[Ter
     """
     if out.shape != source.shape:
         raise ValueError(f"perturb: out is {tuple(out.shape)}, source is {tuple(source.shape)}")
-    library = _library_for(out, source)
+    library = _library_for(out, source, kind=dist.native)
     if library is None or dist.native is None:
         reference.perturb(out, source, dist, terms, leaf, start)
     else:
@@ -58,7 +58,7 @@ def perturb_all(
         terms: the directions and how far to go along each.
         leaves: the leaves' indices.
     """
-    for library, places in _together(sources, outs):
+    for library, places in _together(sources, outs, kind=dist.native):
         if library is None or dist.native is None:
             for i in places:
                 perturb(outs[i], sources[i], dist, terms, leaves[i])
@@ -81,7 +81,7 @@ def perturb_both(
         leaf: the leaf's index.
         start: index of the source's first element in the leaf.
     """
-    library = _library_for(plus, minus, source)
+    library = _library_for(plus, minus, source, kind=dist.native)
     if library is None or dist.native is None:
         for out, side in ((plus, 1.0), (minus, -1.0)):
             perturb(out, source, dist, [Term(term.key, side * term.coefficient)], leaf, start)
@@ -106,7 +106,7 @@ def perturb_rows(out: Tensor, source: Tensor, dist: Distribution, terms: Sequenc
         low, high = rows.aminmax()
         if low < 0 or high >= source.shape[0]:
             raise IndexError(f"perturb_rows: rows {int(low)} … {int(high)} of a leaf with {source.shape[0]}")
-    library = _library_for(out, source)
+    library = _library_for(out, source, kind=dist.native)
     if library is None or dist.native is None:
         reference.perturb_rows(out, source, dist, terms, leaf, rows)
     else:
@@ -159,7 +159,7 @@ def sgd_(
         weight_decay: the L2 penalty's factor.
         key: names the rounding bits.
     """
-    library = _library_for(target)
+    library = _library_for(target, kind=dist.native)
     if library is None or dist.native is None or not library.updates(target.dtype):
         reference.sgd_(target, dist, terms, leaf, start, lr, weight_decay, key, noise_sum)
     else:
@@ -186,7 +186,7 @@ def sgd_all_(
         weight_decay: the L2 penalty's factor.
         key: names the rounding bits.
     """
-    for library, places in _together(targets):
+    for library, places in _together(targets, kind=dist.native):
         if library is None or dist.native is None or not library.updates(targets[places[0]].dtype):
             for i in places:
                 sgd_(targets[i], dist, terms, leaves[i], 0, lr, weight_decay, key)
@@ -264,10 +264,10 @@ def mixed_sum(words: Tensor, first: int = 0) -> int:
     return reference.mixed_sum(words, first) if library is None else library.mixed_sum(words, first)
 
 
-def _library_for(*tensors: Tensor) -> Library | None:
-    """The rung of plain tensors of one device that it takes, or None."""
+def _library_for(*tensors: Tensor, kind: int | None = None) -> Library | None:
+    """The rung, with kernels of that kind of noise, of plain tensors of one device that it takes, or None."""
     device = tensors[0].device
-    library = rungs.library_on(device)
+    library = rungs.library_on(device, kind)
     if library is None:
         return None
     for t in tensors:
@@ -276,11 +276,11 @@ def _library_for(*tensors: Tensor) -> Library | None:
     return library
 
 
-def _together(*tensors: Sequence[Tensor]) -> list[tuple[Library | None, list[int]]]:
+def _together(*tensors: Sequence[Tensor], kind: int | None) -> list[tuple[Library | None, list[int]]]:
     """Places of the tensors that one call of a library can take, by device and dtype."""
     groups: dict[tuple[torch.device, torch.dtype, bool], tuple[Library | None, list[int]]] = {}
     for place, each in enumerate(zip(*tensors, strict=True)):
-        library = _library_for(*each)
+        library = _library_for(*each, kind=kind)
         group = (each[0].device, each[0].dtype, library is None)
         groups.setdefault(group, (library, []))[1].append(place)
     return list(groups.values())

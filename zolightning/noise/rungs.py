@@ -21,14 +21,19 @@ _lock = threading.Lock()
 _settled = False
 _library: NativeLibrary | None = None
 _mode: Mode = "auto"
-_on_gpu: dict[torch.device, Library | None] = {}
+_on_gpu: dict[tuple[torch.device, int | None], Library | None] = {}
 
 
-def library_on(device: torch.device) -> Library | None:
-    """The kernels for tensors there, or None on the torch rung."""
+def library_on(device: torch.device, kind: int | None = None) -> Library | None:
+    """The kernels for tensors there, or None on the torch rung.
+
+    Args:
+        device: where the tensors are.
+        kind: a distribution's ``native``; None for the kernels that make none of its noise.
+    """
     if device.type == "cpu":
         return library()
-    return gpu_library(device) if device.type == "cuda" else None
+    return gpu_library(device, kind) if device.type == "cuda" else None
 
 
 def library() -> NativeLibrary | None:
@@ -40,24 +45,28 @@ def library() -> NativeLibrary | None:
     return _library
 
 
-def gpu_library(device: torch.device) -> Library | None:
-    """Triton's kernels, compiled and tested on this GPU on the first call, or None on the torch rung."""
+def gpu_library(device: torch.device, kind: int | None = None) -> Library | None:
+    """Triton's kernels, or None on the torch rung.
+
+    Those of a kind of noise are compiled and tested on this GPU when it is first asked for: a run seldom needs both.
+    """
     library()  # settles the mode
-    if device not in _on_gpu:
+    place = device, kind
+    if place not in _on_gpu:
         with _lock:
-            if device not in _on_gpu:
-                _on_gpu[device] = None if _mode == "torch" else _try_triton(device)
-    return _on_gpu[device]
+            if place not in _on_gpu:
+                _on_gpu[place] = None if _mode == "torch" else _try_triton(device, kind)
+    return _on_gpu[place]
 
 
-def _try_triton(device: torch.device) -> Library | None:
+def _try_triton(device: torch.device, kind: int | None) -> Library | None:
     from .selftest import verify_triton
 
     try:
         from .triton_library import TritonLibrary  # Triton comes with PyTorch's CUDA builds
 
         found = TritonLibrary()
-        wrong = verify_triton(found, device)
+        wrong = verify_triton(found, device, kind)
     except Exception as error:  # a compiler of its own, a driver's version: whatever it is, torch works
         wrong = f"{type(error).__name__}: {error}"
     if wrong:

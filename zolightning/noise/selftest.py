@@ -18,52 +18,71 @@ _KEY = Key(seed=0x5EED, step=7, query=2)
 _TERMS = (Term(_KEY, 1e-2), Term(Key(1, 2, 3), -0.37), Term(Key(2**63, 2**40, 0), 3.0))
 _LEAF = 11
 _LENGTH = 2 * 1024 + 77
+DISTRIBUTIONS: tuple[Distribution, ...] = (Rademacher(), Gaussian())
 _WHOLE = 1 << 35  # beyond 32-bit block numbers even of Rademacher noise, at the beginning of a block
 _START = _WHOLE + 1000  # in the middle of one
 
 
 def verify(library: NativeLibrary) -> str:
     """What differs, or nothing. Settles how the library's wide updates round, too."""
-    for dist in (Rademacher(), Gaussian()):
+    for dist in DISTRIBUTIONS:
         for name, check in _checks(library, dist).items():
             if not check():
                 return f"{name} of {dist.name} noise differs from the reference"
     return ""
 
 
-def verify_triton(library: Library, device: torch.device) -> str:
-    """What differs between Triton's kernels and torch's on this device, or nothing."""
+def verify_triton(library: Library, device: torch.device, kind: int | None) -> str:
+    """What differs between Triton's kernels and torch's on this device, or nothing.
+
+    Args:
+        library: the kernels.
+        device: where they run.
+        kind: a distribution's ``native``; None for the kernels that make none of its noise.
+    """
     narrow, wide = (specimens(dtype).to(device) for dtype in (torch.bfloat16, torch.float32))
-    for dist in (Rademacher(), Gaussian()):
-        assert dist.native is not None
-        for (source, dtype), start in product(
-            ((narrow, torch.bfloat16), (wide, torch.bfloat16), (wide, torch.float32)), (_START, _WHOLE)
-        ):
-            if not all(_perturbs(library, source, dtype, dist, terms, start) for terms in (_TERMS, _TERMS[:1])):
-                return f"the perturbation of {source.dtype} into {dtype} by {dist.name} noise differs from the reference"
-            if not _perturbs_both(library, source, dtype, dist, start):
-                return f"{source.dtype} moved both ways into {dtype} by {dist.name} noise differs from the reference"
-        starts, queries = torch.tensor([[0, 5, _START], [1, 0, 2**31 - 1]], device=device)
-        ours = library.noise(dist.native, [Term(_KEY, 1.0)], _LEAF, starts, _LENGTH, queries)
-        if not same_bits(ours, elements(dist, _KEY, _LEAF, starts, _LENGTH, queries[:, None])):
-            return f"the sample of {dist.name} noise differs from the reference"
-        ours = library.noise(dist.native, _TERMS, _LEAF, starts[2:], _LENGTH)[0]
-        if not same_bits(ours, reference.noise_sum(dist, _TERMS, _LEAF, _START, _LENGTH, device)):
-            return f"the sum of {dist.name} noise differs from the reference"
-        table, rows = wide[: 90 * 22].view(90, 22), torch.arange(0, 90, 7, device=device).flip(0)
-        ours, expected = torch.empty(2, len(rows), 22, dtype=torch.float32, device=device)
-        library.perturb_rows(ours, table, dist.native, _TERMS, _LEAF, rows)
-        reference.perturb_rows(expected, table, dist, _TERMS, _LEAF, rows)
+    if kind is None:
+        return _verify_rounding(library, narrow, wide)
+    (dist,) = (each for each in DISTRIBUTIONS if each.native == kind)
+    return _verify_noise(library, dist, narrow, wide)
+
+
+def _verify_noise(library: Library, dist: Distribution, narrow: Tensor, wide: Tensor) -> str:
+    assert dist.native is not None
+    device = wide.device
+    for (source, dtype), start in product(
+        ((narrow, torch.bfloat16), (wide, torch.bfloat16), (wide, torch.float32)), (_START, _WHOLE)
+    ):
+        if not all(_perturbs(library, source, dtype, dist, terms, start) for terms in (_TERMS, _TERMS[:1])):
+            return f"the perturbation of {source.dtype} into {dtype} by {dist.name} noise differs from the reference"
+        if not _perturbs_both(library, source, dtype, dist, start):
+            return f"{source.dtype} moved both ways into {dtype} by {dist.name} noise differs from the reference"
+    starts, queries = torch.tensor([[0, 5, _START], [1, 0, 2**31 - 1]], device=device)
+    ours = library.noise(dist.native, [Term(_KEY, 1.0)], _LEAF, starts, _LENGTH, queries)
+    if not same_bits(ours, elements(dist, _KEY, _LEAF, starts, _LENGTH, queries[:, None])):
+        return f"the sample of {dist.name} noise differs from the reference"
+    ours = library.noise(dist.native, _TERMS, _LEAF, starts[2:], _LENGTH)[0]
+    if not same_bits(ours, reference.noise_sum(dist, _TERMS, _LEAF, _START, _LENGTH, device)):
+        return f"the sum of {dist.name} noise differs from the reference"
+    table, rows = wide[: 90 * 22].view(90, 22), torch.arange(0, 90, 7, device=device).flip(0)
+    ours, expected = torch.empty(2, len(rows), 22, dtype=torch.float32, device=device)
+    library.perturb_rows(ours, table, dist.native, _TERMS, _LEAF, rows)
+    reference.perturb_rows(expected, table, dist, _TERMS, _LEAF, rows)
+    if not same_bits(ours, expected):
+        return f"the perturbation of rows by {dist.name} noise differs from the reference"
+    for decay, start, terms in product((0.0, 0.1), (_START, _WHOLE), (_TERMS, _TERMS[:1])):
+        ours, expected = narrow.clone(), narrow.clone()
+        library.sgd_(ours, dist.native, terms, _LEAF, start, 0.3, decay, _KEY)
+        reference.sgd_(expected, dist, terms, _LEAF, start, 0.3, decay, _KEY)
         if not same_bits(ours, expected):
-            return f"the perturbation of rows by {dist.name} noise differs from the reference"
-        for decay, start, terms in product((0.0, 0.1), (_START, _WHOLE), (_TERMS, _TERMS[:1])):
-            ours, expected = narrow.clone(), narrow.clone()
-            library.sgd_(ours, dist.native, terms, _LEAF, start, 0.3, decay, _KEY)
-            reference.sgd_(expected, dist, terms, _LEAF, start, 0.3, decay, _KEY)
-            if not same_bits(ours, expected):
-                return f"the update by {dist.name} noise differs from the reference"
-        if not _takes_many(library, dist, narrow, wide):
-            return f"perturbing or updating several leaves by {dist.name} noise differs from the reference"
+            return f"the update by {dist.name} noise differs from the reference"
+    if not _takes_many(library, dist, narrow, wide):
+        return f"perturbing or updating several leaves by {dist.name} noise differs from the reference"
+    return ""
+
+
+def _verify_rounding(library: Library, narrow: Tensor, wide: Tensor) -> str:
+    device = wide.device
     for start in (_START, _WHOLE):
         ours, expected = narrow.clone(), narrow.clone()
         library.stochastic_round_(ours, wide, _KEY, _LEAF, start)
