@@ -54,6 +54,13 @@ def test_recipes_have_plain_values(name: str) -> None:
     assert all(isinstance(v, (int, float, str, type(None))) for v in values.values())
 
 
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_settings_know_the_recipe_that_they_are(name: str) -> None:
+    config = recipe(name)
+    assert recipes.name_of(config.override()) == ZOStrategy(config).recipe_name == name
+    assert ZOStrategy(config.override(lr=0.123)).recipe_name == "custom"
+
+
 def test_mezo_has_the_paper_s_hyperparameters() -> None:
     assert (recipes.MEZO.eps, recipes.MEZO.lr, recipes.MEZO.noise, recipes.MEZO.select) == (1e-3, 1e-6, "gaussian", "all")
 

@@ -32,6 +32,7 @@ from zolightning.fakequant import (
 from zolightning.memory import tensor_bytes
 from zolightning.noise import Rademacher
 from zolightning.peft import lora
+from zolightning.recipes import ZEROQAT
 from zolightning.space import Rank1, expose_scales
 
 ONE = torch.ones(1)
@@ -348,6 +349,7 @@ def test_modules_that_cannot_be_treated() -> None:
         fake_quantize(lora(tiny_causal_lm("llama", 64)))
 
 
-def test_the_recipe_wants_layers_that_round() -> None:
+@pytest.mark.parametrize("recipe", ["zeroqat", ZEROQAT], ids=["name", "value"])
+def test_the_recipe_wants_layers_that_round(recipe: Any) -> None:
     with pytest.raises(MisconfigurationException, match=r"the module has none; call zolightning\.fakequant\.fake_quantize"):
-        fit(Task(mlp()), batches(1), ZOStrategy("zeroqat", lr=1e-3))
+        fit(Task(mlp()), batches(1), ZOStrategy(recipe, lr=1e-3))

@@ -206,3 +206,8 @@ def recipe(name: str) -> ZOConfig:
     """The recipe of that name; ValueError with the closest name for an unknown one."""
     _one_of("recipe", name, RECIPES)
     return RECIPES[name]
+
+
+def name_of(config: ZOConfig) -> str:
+    """The recipe's name, or 'custom' for other settings."""
+    return next((name for name, known in RECIPES.items() if known == config), "custom")

@@ -24,6 +24,7 @@ from ._lightning import MisconfigurationException, Precision, SingleDeviceStrate
 from .config import Overrides, ZOConfig
 from .mixin import ZOMixin
 from .objective import BatchObjective, loss_value
+from .recipes import name_of
 from .recipes import recipe as named_recipe
 from .resumable import ResumableStrategy
 from .space import View
@@ -64,7 +65,7 @@ class ZOStrategy(ResumableStrategy):
         **overrides: Unpack[Overrides],
     ) -> None:
         base = recipe if isinstance(recipe, ZOConfig) else named_recipe(recipe)
-        name = recipe if isinstance(recipe, str) else "custom"
+        name = recipe if isinstance(recipe, str) else name_of(recipe)
         super().__init__(base.override(**overrides), name, ledger, accelerator, checkpoint_io, precision_plugin)
         self.last_record: StepRecord | None = None
         self.records: list[StepRecord] = []
