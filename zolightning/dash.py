@@ -11,7 +11,7 @@ from .tracking import DEFAULT_STORE
 
 
 def dash(store: str = DEFAULT_STORE, port: int = 8501, host: str = "127.0.0.1") -> None:
-    """Watch and compare runs live in the browser. Example: zolightning dash --store sqlite:///zolightning-demo/mlflow.db
+    """Watch and compare runs live in the browser. Example: zolightning dash --store sqlite:///mlflow.db
 
     Args:
         store: MLflow tracking URI: an SQLite file, or a server's http address.
