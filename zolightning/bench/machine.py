@@ -29,8 +29,12 @@ def versions() -> dict[str, str]:
     """Of Python and of the packages that a step's speed depends on."""
     import zolightning
 
-    names = ("torch", "lightning", "transformers", "peft", "numpy")
-    found = {"zolightning": zolightning.__version__, "python": platform.python_version()}
+    names = ("lightning", "transformers", "peft", "numpy")
+    found = {
+        "zolightning": zolightning.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }  # +cu130 or so
     for name in names:
         try:
             found[name] = importlib.metadata.version(name)
