@@ -33,8 +33,8 @@ def versions() -> dict[str, str]:
     found = {
         "zolightning": zolightning.__version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
-    }  # +cu130 or so
+        "torch": torch.__version__,  # with the build, as +cu130
+    }
     for name in names:
         try:
             found[name] = importlib.metadata.version(name)
