@@ -1,7 +1,7 @@
 """Counter-based noise: the same bits on every device, chunking, thread count, rank and library version."""
 
 from .constants import floats, integers
-from .distributions import Distribution, Gaussian, Rademacher, permutation
+from .distributions import DISTRIBUTIONS, Distribution, Gaussian, Rademacher, permutation
 from .held import HeldKey
 from .kernels import (
     keep_large_,
@@ -20,8 +20,6 @@ from .kernels import (
 )
 from .reference import pieces, working_dtype
 from .rungs import active_rung, set_rung
-
-DISTRIBUTIONS: dict[str, type[Distribution]] = {"rademacher": Rademacher, "gaussian": Gaussian}
 
 __all__ = [
     "DISTRIBUTIONS",

@@ -110,6 +110,9 @@ class Gaussian(Distribution):
         return torch.stack((radius * cosine, radius * sine), dim=-1).flatten(-2)
 
 
+DISTRIBUTIONS: dict[str, type[Distribution]] = {"rademacher": Rademacher, "gaussian": Gaussian}
+
+
 class _Uniform16(Distribution):
     """Integers 0 … 65535 as float32: the rounding bits, eight a block."""
 

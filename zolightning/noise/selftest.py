@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..types import Key, Term
 from . import reference
-from .distributions import Distribution, Gaussian, Rademacher, elements
+from .distributions import DISTRIBUTIONS, Distribution, elements
 from .library import Library
 from .native import DTYPES, NativeLibrary
 
@@ -18,14 +18,13 @@ _KEY = Key(seed=0x5EED, step=7, query=2)
 _TERMS = (Term(_KEY, 1e-2), Term(Key(1, 2, 3), -0.37), Term(Key(2**63, 2**40, 0), 3.0))
 _LEAF = 11
 _LENGTH = 2 * 1024 + 77
-DISTRIBUTIONS: tuple[Distribution, ...] = (Rademacher(), Gaussian())
 _WHOLE = 1 << 35  # beyond 32-bit block numbers even of Rademacher noise, at the beginning of a block
 _START = _WHOLE + 1000  # in the middle of one
 
 
 def verify(library: NativeLibrary) -> str:
     """What differs, or nothing. Settles how the library's wide updates round, too."""
-    for dist in DISTRIBUTIONS:
+    for dist in (each() for each in DISTRIBUTIONS.values()):
         for name, check in _checks(library, dist).items():
             if not check():
                 return f"{name} of {dist.name} noise differs from the reference"
@@ -43,7 +42,7 @@ def verify_triton(library: Library, device: torch.device, kind: int | None) -> s
     narrow, wide = (specimens(dtype).to(device) for dtype in (torch.bfloat16, torch.float32))
     if kind is None:
         return _verify_rounding(library, narrow, wide)
-    (dist,) = (each for each in DISTRIBUTIONS if each.native == kind)
+    (dist,) = (each() for each in DISTRIBUTIONS.values() if each.native == kind)
     return _verify_noise(library, dist, narrow, wide)
 
 
