@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zolightning import ZOMonitor, ZOStrategy
+from zolightning.commands.demo.module import PromptClassifier, PromptData, intervene_at_ending
 from zolightning.data import PromptTemplate, encode, film_snippets, load_causal_lm, verbalizer_ids
-from zolightning.demo.module import PromptClassifier, PromptData, intervene_at_ending
+from zolightning.methods.recipes import RECIPES
 from zolightning.objectives import soft_zero_one, zero_one
-from zolightning.recipes import RECIPES
 
 Objective = Callable[[Tensor, Tensor], Tensor]
 

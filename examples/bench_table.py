@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import torch
 
-from zolightning.bench.main import select_methods
-from zolightning.bench.report import Row
-from zolightning.bench.run import run
-from zolightning.bench.workload import Spec
+from zolightning.commands.bench.main import select_methods
+from zolightning.commands.bench.report import Row
+from zolightning.commands.bench.run import run
+from zolightning.commands.bench.workload import Spec
 
 OURS = ("spsa-rademacher", "spsa-gaussian")
 

@@ -13,8 +13,8 @@ import lightning as L
 import torch
 
 from zolightning import ZOMonitor, ZOStrategy, mlflow_logger
+from zolightning.commands.demo.module import PromptClassifier, PromptData
 from zolightning.data import PromptTemplate, encode, film_snippets, load_causal_lm, verbalizer_ids
-from zolightning.demo.module import PromptClassifier, PromptData
 
 SETTINGS = {
     "per example, middle third, lr 1e-3": (1e-3, {}),

@@ -148,7 +148,7 @@ def write(store: str, run_ids: Sequence[str], pause: Event, stop: Event, out: Pa
         stop: ends it.
         out: the file.
     """
-    from zolightning.outbox import Outbox
+    from zolightning.records.outbox import Outbox
 
     client, keys = MlflowClient(store), names(METRICS)
     for run_id in run_ids:

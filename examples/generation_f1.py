@@ -22,10 +22,10 @@ import lightning as L
 import torch
 
 from zolightning import ZOMixin, ZOMonitor, ZOStrategy
+from zolightning.adapt.interventions import at_prompts, idle, interventions
+from zolightning.commands.demo.module import PromptData, intervene_at_ending
 from zolightning.data import VADER, Encoded, Example, encode_text, fetch, film_snippets, generate_answers, load_causal_lm
 from zolightning.data.archives import read_tar_member
-from zolightning.demo.module import PromptData, intervene_at_ending
-from zolightning.interventions import at_prompts, idle, interventions
 from zolightning.objectives import exact_match, text_errors, token_f1
 
 PROMPT = """Sentence: a dull, unfunny mess.

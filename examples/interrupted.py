@@ -23,11 +23,11 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from zolightning import ZOStrategy
+from zolightning.commands.demo.module import PromptClassifier
 from zolightning.data import PromptTemplate, collate, encode, film_snippets, load_causal_lm, verbalizer_ids
-from zolightning.demo.module import PromptClassifier
 from zolightning.ledger import base_path, fingerprint, load_base, read, replay
 from zolightning.ledger.format import Step
-from zolightning.ledger_io import LedgerCheckpointIO
+from zolightning.strategy.ledger_io import LedgerCheckpointIO
 
 BATCH = 8
 

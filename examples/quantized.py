@@ -26,13 +26,14 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_model, save_model
 
-from zolightning import ZOStrategy, quantize
-from zolightning.demo.main import prepare
-from zolightning.demo.methods import Method
-from zolightning.demo.report import groups, spread, write
-from zolightning.demo.run import Result, Task, run_alone, settings
-from zolightning.fakequant import export_quantized, fake_quantize
-from zolightning.tracking import DEFAULT_STORE
+from zolightning import ZOStrategy
+from zolightning.adapt import quantize
+from zolightning.adapt.fakequant import export_quantized, fake_quantize
+from zolightning.commands.demo.main import prepare
+from zolightning.commands.demo.methods import Method
+from zolightning.commands.demo.report import groups, spread, write
+from zolightning.commands.demo.run import Result, Task, run_alone, settings
+from zolightning.records.mlflow_logger import DEFAULT_STORE
 
 HEADER = ("method", "seeds", "accuracy %", "test loss", "weights MB", "peak memory MB", "CPU s", "forwards", "examples")
 
@@ -45,7 +46,7 @@ class Quantized(Method):
     """bitsandbytes layers: 'nf4' or 'int8'."""
 
     bits: int | None = None
-    """Bits of zolightning.fakequant, 64 weights a scale; codes when it is tested."""
+    """Bits of zolightning.adapt.fakequant, 64 weights a scale; codes when it is tested."""
 
     settings: tuple[tuple[str, Any], ...] = ()
     """What differs from the recipe."""

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from zolightning import ZOMonitor, ZOStrategy, mlflow_logger
+from zolightning.commands.demo.module import PromptData
 from zolightning.data import PromptTemplate, candidate_logits, encode, film_snippets, load_causal_lm, verbalizer_ids
-from zolightning.demo.module import PromptData
 
 
 class Sentiment(L.LightningModule):

@@ -36,7 +36,7 @@ Point = tuple[int, int, float]
 
 
 def make_store(path: Path) -> MlflowClient:
-    """A new store as :func:`zolightning.tracking.prepare_store` leaves it: tables and a write-ahead log."""
+    """A new store as :func:`zolightning.records.mlflow_logger.prepare_store` leaves it: tables and a write-ahead log."""
     client = MlflowClient(f"sqlite:///{path}")
     client.search_experiments()
     with closing(sqlite3.connect(path)) as store:

@@ -11,7 +11,7 @@ from helpers import PLAIN, Task, batches, mlp
 from torch.utils.data import DataLoader, IterableDataset
 
 from zolightning import ZOMonitor, ZOStrategy, mlflow_logger
-from zolightning._lightning import pl
+from zolightning.strategy._lightning import pl
 
 
 class Slowly(IterableDataset[Any]):

@@ -31,12 +31,12 @@ from torch.optim import SGD, Adagrad, AdamW, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from zolightning import LedgerCheckpointIO, ZOConfig, ZOStrategy
-from zolightning import strategy as strategy_module
 from zolightning.ledger import Recorder
 from zolightning.ledger import base as base_module
 from zolightning.ledger.writer import LedgerWriter
-from zolightning.run_ledger import RunLedger
 from zolightning.space import DenseLeaf, Leaf
+from zolightning.strategy import strategy as strategy_module
+from zolightning.strategy.run_ledger import RunLedger
 
 PHASES = ("starting", "probing", "recording", "updating", "saving", "ending")
 END = -1  # in place of a step's number

@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from mlflow import MlflowClient
 from torch import nn
 
-from zolightning.bench.main import bench, select_methods
-from zolightning.bench.measure import Gemm, count_flops, interleave, is_exact
-from zolightning.bench.memory import Memory
-from zolightning.bench.methods import DEFAULT_METHODS, METHODS, Method, Running, forward
-from zolightning.bench.models import ARCHITECTURES, random_model
-from zolightning.bench.reference import ReferenceMeZO
-from zolightning.bench.report import Row, make_row, text_table
-from zolightning.bench.run import Session
-from zolightning.bench.workload import Spec, Workload
 from zolightning.cli import main
+from zolightning.commands.bench.main import bench, select_methods
+from zolightning.commands.bench.measure import Gemm, count_flops, interleave, is_exact
+from zolightning.commands.bench.methods import DEFAULT_METHODS, METHODS, Method, Running, forward
+from zolightning.commands.bench.models import ARCHITECTURES, random_model
+from zolightning.commands.bench.peak import Memory
+from zolightning.commands.bench.reference_mezo import ReferenceMeZO
+from zolightning.commands.bench.report import Row, make_row, text_table
+from zolightning.commands.bench.run import Session
+from zolightning.commands.bench.workload import Spec, Workload
 
 
 def spec(**changes: object) -> Spec:

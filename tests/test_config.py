@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from zolightning import ZOConfig, ZOStrategy, recipes
-from zolightning.estimators import SPSA, PerExampleSPSA
+from zolightning import ZOConfig, ZOStrategy
+from zolightning.methods import recipes
+from zolightning.methods.estimators import SPSA, PerExampleSPSA
+from zolightning.methods.recipes import recipe
+from zolightning.methods.shaping import Chain, Clip, Normalize
 from zolightning.noise import Gaussian, Rademacher
-from zolightning.recipes import recipe
-from zolightning.shaping import Chain, Clip, Normalize
 
 
 def test_three_ways_to_say_it() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from zolightning import cache
 from zolightning.cache import cache_dir, private
-from zolightning.data.cache import atomic_file, atomic_folder, file_lock, sha256
+from zolightning.data.atomic import atomic_file, atomic_folder, file_lock, sha256
 
 
 def test_cache_dir_from_own_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

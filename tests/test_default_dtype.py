@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from zolightning import ZOStrategy
-from zolightning.noise import DISTRIBUTIONS, kernels, rungs, selftest, set_rung
+from zolightning.noise import DISTRIBUTIONS, kernels, selftest, set_rung
+from zolightning.noise import backends as rungs
 from zolightning.space import build_view
 from zolightning.types import Key, Term
 

@@ -16,13 +16,13 @@ from mlflow import MlflowClient
 from test_data_model import save_tiny
 
 from zolightning import ZOStrategy
+from zolightning.commands.demo.main import plan, prepare
+from zolightning.commands.demo.methods import PROFILES, select_methods
+from zolightning.commands.demo.module import PromptClassifier, PromptData
+from zolightning.commands.demo.report import markdown_table, text_table, write
+from zolightning.commands.demo.run import Result, Task, splits
 from zolightning.data import Example, PromptTemplate, encode, load_causal_lm
-from zolightning.demo.main import plan, prepare
-from zolightning.demo.methods import PROFILES, select_methods
-from zolightning.demo.module import PromptClassifier, PromptData
-from zolightning.demo.report import markdown_table, text_table, write
-from zolightning.demo.run import Result, Task, splits
-from zolightning.recipes import RECIPES
+from zolightning.methods.recipes import RECIPES
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -12,7 +12,7 @@ import torch
 from helpers import lm_loss, lm_losses, tiny_causal_lm, token_batches
 from torch import Tensor, nn
 
-from zolightning.estimators import SPSA, Estimator, PerExampleSPSA, Population
+from zolightning.methods.estimators import SPSA, Estimator, PerExampleSPSA, Population
 from zolightning.noise import Distribution, Gaussian, Rademacher
 from zolightning.space import View, build_view
 from zolightning.types import FORWARD, Estimate, Key

@@ -13,7 +13,7 @@ from helpers import Task, fit, lm_loss, tiny_causal_lm, token_batches, weights
 
 pytest.importorskip("bitsandbytes", reason="pip install 'bitsandbytes>=0.50' 'accelerate>=1.0'")
 
-from zolightning.interventions import intervene
+from zolightning.adapt.interventions import intervene
 
 FILE = Path(__file__).parents[1] / "examples" / "quantized.py"
 

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zolightning import ZOStrategy
-from zolightning.fakequant import (
+from zolightning.adapt.fakequant import (
     FakeQuantLinear,
     QuantizedLinear,
     dequantize,
@@ -29,10 +29,10 @@ from zolightning.fakequant import (
     quantize_to_grid,
     unpack,
 )
-from zolightning.memory import tensor_bytes
+from zolightning.adapt.peft import lora
+from zolightning.methods.recipes import ZEROQAT
 from zolightning.noise import Rademacher
-from zolightning.peft import lora
-from zolightning.recipes import ZEROQAT
+from zolightning.records.memory import tensor_bytes
 from zolightning.space import Rank1, expose_scales
 
 ONE = torch.ones(1)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from zolightning import ZOConfig, ZOStrategy, noise
 from zolightning.ledger import read, replay
-from zolightning.noise import Distribution, Gaussian, Rademacher, reference, rungs
+from zolightning.noise import Distribution, Gaussian, Rademacher, reference
+from zolightning.noise import backends as rungs
 from zolightning.noise.selftest import same_bits, specimens, verify_triton
 from zolightning.space import Cycle
 from zolightning.types import Key, Term
@@ -198,7 +199,7 @@ def test_forwards_that_no_graph_can_give_run_as_they_are(loss: Any, why: str, ca
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
 def test_scales_of_bitsandbytes_layers(kind: Any) -> None:
     pytest.importorskip("bitsandbytes")
-    from zolightning import quantize
+    from zolightning.adapt import quantize
 
     model = tiny_causal_lm("llama", width=64).to(torch.bfloat16)
     module = PerExampleTask(model, lm_losses)
@@ -221,7 +222,7 @@ def test_scales_of_bitsandbytes_layers(kind: Any) -> None:
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_graphs_train_quantised_layers_as_plain_forwards(kind: Any, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("bitsandbytes")
-    from zolightning import quantize
+    from zolightning.adapt import quantize
 
     def trained(graphs: bool) -> Any:
         module = PerExampleTask(tiny_causal_lm("llama", width=64).to(torch.bfloat16), lm_losses)

@@ -23,8 +23,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn.functional import linear
 
 from zolightning.noise import HeldKey, Rademacher
-from zolightning.noise.held import held_words, keep, key_words
-from zolightning.objective import map_leaves
+from zolightning.noise.captured_key import held_words, keep, key_words
+from zolightning.probing.objective import map_leaves
 from zolightning.space import build_view
 from zolightning.space.probe import Shared
 from zolightning.types import Key, Term

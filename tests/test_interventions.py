@@ -15,9 +15,9 @@ from torch.optim import SGD
 from transformers import GenerationConfig
 
 from zolightning import ZOMixin, ZOStrategy
+from zolightning.adapt.interventions import Intervention, at_prompts, idle, intervene, interventions
+from zolightning.commands.demo.module import PromptClassifier
 from zolightning.data import Encoded, candidate_logits, collate, common_ending, encode_text
-from zolightning.demo.module import PromptClassifier
-from zolightning.interventions import Intervention, at_prompts, idle, intervene, interventions
 from zolightning.ledger import read, replay
 from zolightning.noise import Rademacher
 from zolightning.space import build_view

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import CatMetric, Metric, RunningSum, SumMetric
 
-from zolightning.isolation import Isolation, rng_state, set_rng_state
+from zolightning.probing.isolation import Isolation, rng_state, set_rng_state
 
 CPU = torch.device("cpu")
 

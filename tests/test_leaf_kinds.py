@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from zolightning import LedgerCheckpointIO, ZOConfig, ZOStrategy
+from zolightning.engine.updates import apply_update
 from zolightning.ledger import LedgerError, read, replay
 from zolightning.ledger.format import Method
 from zolightning.noise import Distribution, Gaussian, Rademacher, permutation
 from zolightning.space import Cycle, DenseLeaf, LowRank, LowRankLeaf, Sparse, SparseLeaf, build_view, take_turns
 from zolightning.space.sparse_leaf import measure
 from zolightning.types import Key, Term
-from zolightning.updates import apply_update
 
 DTYPES = {"32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 OPTIMIZERS: dict[str, Callable[[list[Any]], Optimizer]] = {

@@ -52,8 +52,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from zolightning import LedgerCheckpointIO, ZOStrategy
 from zolightning.ledger import LedgerError, base_path, load_base, read, replay
-from zolightning.ledger_io import base_of
 from zolightning.space import leaf
+from zolightning.strategy.ledger_io import base_of
 
 OPTIMIZERS: dict[str, Callable[[list[Any]], Optimizer]] = {
     "sgd": lambda p: SGD(p, lr=1e-2),

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zolightning.losses import LossSplitter
+from zolightning.probing.loss_splitter import LossSplitter
 
 B, T, C = 4, 3, 5
 

@@ -33,13 +33,13 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 
 from zolightning import ZOConfig, ZOStrategy
-from zolightning.config import ESTIMATORS
-from zolightning.estimators import ForwardGradient
-from zolightning.isolation import Isolation
 from zolightning.ledger import read, replay
+from zolightning.methods.config import ESTIMATORS
+from zolightning.methods.estimators import ForwardGradient
+from zolightning.methods.recipes import recipe
 from zolightning.noise import DISTRIBUTIONS
-from zolightning.objective import BatchObjective
-from zolightning.recipes import recipe
+from zolightning.probing.isolation import Isolation
+from zolightning.probing.objective import BatchObjective
 from zolightning.space import build_view
 from zolightning.types import Key, StepRecord
 

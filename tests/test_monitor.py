@@ -15,8 +15,8 @@ from mlflow import MlflowClient
 from torch import Tensor, nn
 
 from zolightning import ZOMonitor, ZOStrategy, mlflow_logger
-from zolightning.memory import MemoryMeter, tensor_bytes
-from zolightning.monitor import count_tokens
+from zolightning.records.memory import MemoryMeter, tensor_bytes
+from zolightning.records.monitor import count_tokens
 
 STEPS, SIZE = 24, 5
 COMMON = {

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from zolightning import cache as cache_module
 from zolightning import noise
-from zolightning.noise import Distribution, Gaussian, Rademacher, kernels, native, reference, rungs, selftest
+from zolightning.noise import Distribution, Gaussian, Rademacher, kernels, native, reference, selftest
+from zolightning.noise import backends as rungs
 from zolightning.noise.distributions import elements
 from zolightning.types import Key, Term
 

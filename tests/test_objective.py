@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zolightning.inspection import Examples, inspect_step
-from zolightning.isolation import Isolation
 from zolightning.noise import Rademacher
-from zolightning.objective import BatchObjective, loss_value
+from zolightning.probing.inspection import Examples, inspect_step
+from zolightning.probing.isolation import Isolation
+from zolightning.probing.objective import BatchObjective, loss_value
 from zolightning.space import build_view
 from zolightning.types import SkipStep
 

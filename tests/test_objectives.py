@@ -19,6 +19,7 @@ from torchmetrics.functional.text.rouge import rouge_score
 from torchmetrics.text import BLEUScore
 
 from zolightning import ZOConfig, ZOStrategy
+from zolightning.engine.ties import TieWatch
 from zolightning.objectives import (
     MetricLoss,
     chrf,
@@ -33,7 +34,6 @@ from zolightning.objectives import (
     token_f1,
     zero_one,
 )
-from zolightning.ties import TieWatch
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0], [0.5, 0.0, 0.25]])
 LABELS = torch.tensor([0, 2, 0])

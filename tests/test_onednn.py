@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from zolightning.onednn import SHAPES
+from zolightning.strategy.onednn import SHAPES
 
 GROWTH = """
 import psutil, torch

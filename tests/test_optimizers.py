@@ -20,9 +20,9 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
 from zolightning import LedgerCheckpointIO, ZOStrategy
 from zolightning.ledger import read, replay
+from zolightning.methods.optimizers import OPTIMIZERS, SignSGD, follow, in_place_of, is_plain_sgd, optimizer_type
+from zolightning.methods.recipes import recipe
 from zolightning.noise import DISTRIBUTIONS
-from zolightning.optimizers import OPTIMIZERS, SignSGD, follow, in_place_of, is_plain_sgd, optimizer_type
-from zolightning.recipes import recipe
 from zolightning.types import Key
 
 TWINS: dict[str, Callable[..., Optimizer]] = {

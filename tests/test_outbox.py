@@ -31,9 +31,10 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from torch import Tensor
 
-from zolightning import ZOMonitor, ZOStrategy, mlflow_logger, outbox
-from zolightning.outbox import Entry, Outbox, PendingFile, send_pending
-from zolightning.tracking import prepare_store
+from zolightning import ZOMonitor, ZOStrategy, mlflow_logger
+from zolightning.records import outbox
+from zolightning.records.mlflow_logger import prepare_store
+from zolightning.records.outbox import Entry, Outbox, PendingFile, send_pending
 
 STEPS = 60
 

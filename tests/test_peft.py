@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
-from zolightning import ZOStrategy, recipes
+from zolightning import ZOStrategy
+from zolightning.adapt.peft import NAME, ia3, lora, prefix, prompt
 from zolightning.data import answer_log_likelihood, candidate_logits, generate_answers
 from zolightning.ledger import read, replay
-from zolightning.peft import NAME, ia3, lora, prefix, prompt
+from zolightning.methods import recipes
 from zolightning.tasks import TaskData, TaskModule, WordReader
 
 SHOWN = [7, 30, 12, 55]

@@ -13,10 +13,10 @@ from helpers import PLAIN, Task, assert_same, fit, tiny_causal_lm, token_batches
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from zolightning.estimators import SPSA
-from zolightning.isolation import Isolation
+from zolightning.methods.estimators import SPSA
 from zolightning.noise import Rademacher
-from zolightning.objective import BatchObjective
+from zolightning.probing.isolation import Isolation
+from zolightning.probing.objective import BatchObjective
 from zolightning.space import View, build_view
 from zolightning.types import Estimate, Key
 

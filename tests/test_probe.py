@@ -14,8 +14,8 @@ from helpers import assert_same, mlp, tiny_causal_lm, weights
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from zolightning.memory import MemoryMeter
 from zolightning.noise import Distribution, Gaussian, Rademacher
+from zolightning.records.memory import MemoryMeter
 from zolightning.space import View, build_view
 from zolightning.space.leaf import HEAD_BLOCK, DenseLeaf
 from zolightning.types import Key, PerExampleError, Term

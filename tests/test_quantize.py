@@ -12,8 +12,8 @@ from helpers import Task, assert_same, batches, fit, lm_loss, loader, quiet_trai
 from torch import nn
 
 from zolightning import ZOConfig, ZOStrategy
-from zolightning.peft import lora
-from zolightning.quantize import quantize
+from zolightning.adapt.peft import lora
+from zolightning.adapt.quantize import quantize
 from zolightning.space import expose_scales
 
 bnb = pytest.importorskip("bitsandbytes", reason="pip install 'bitsandbytes>=0.50'")

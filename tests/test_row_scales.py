@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from zolightning import ZOConfig, ZOStrategy
-from zolightning.fakequant import export_quantized, fake_quantize
+from zolightning.adapt.fakequant import export_quantized, fake_quantize
+from zolightning.adapt.quantize import quantize
 from zolightning.ledger import fingerprint, read, replay
 from zolightning.noise import Distribution, Gaussian, Rademacher
-from zolightning.quantize import quantize
 from zolightning.space import DenseLeaf, Rank1Leaf, RelativeScaleLeaf, RowScaleLeaf, View, build_view, expose_scales
 from zolightning.types import Key, PerExampleError, Term
 

@@ -32,15 +32,15 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from zolightning import LedgerCheckpointIO, ZOConfig, ZOStrategy
-from zolightning.interventions import intervene
+from zolightning.adapt.interventions import intervene
+from zolightning.adapt.peft import ia3, prefix, prompt
+from zolightning.adapt.quantize import quantize
+from zolightning.engine.updates import apply_update
 from zolightning.ledger import base_path, fingerprint, load_base, read, replay
 from zolightning.noise import Distribution, Gaussian, Rademacher
-from zolightning.peft import ia3, prefix, prompt
-from zolightning.quantize import quantize
 from zolightning.space import ScaleLeaf, build_view, expose_scales
 from zolightning.space.scales import FLOOR
 from zolightning.types import Key, Term
-from zolightning.updates import apply_update
 
 bnb = pytest.importorskip("bitsandbytes", reason="pip install 'bitsandbytes>=0.50'")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from zolightning import ZOConfig, ZOStrategy
-from zolightning.fakequant import export_quantized, fake_quantize
+from zolightning.adapt.fakequant import export_quantized, fake_quantize
 from zolightning.noise import Gaussian, Rademacher
 from zolightning.space import build_view, expose_scales
 from zolightning.space.scales import FLOOR, ScaledLayer

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zolightning.shaping import Chain, Clip, Normalize, Shaping, Standardize, state_from
+from zolightning.methods.shaping import Chain, Clip, Normalize, Shaping, Standardize, state_from
 
 numbers = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=8)
 

@@ -31,8 +31,9 @@ from torch.optim import SGD, AdamW
 from torchmetrics import CatMetric, MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
-from zolightning import ZOConfig, ZOMixin, ZOStrategy, recipes
+from zolightning import ZOConfig, ZOMixin, ZOStrategy
 from zolightning.ledger import LedgerError
+from zolightning.methods import recipes
 
 SPIED = [
     name

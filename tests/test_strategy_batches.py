@@ -17,8 +17,8 @@ from torch.optim import SGD
 from transformers import BatchEncoding
 
 from zolightning import ZOStrategy
-from zolightning.estimators import SPSA, PerExampleSPSA
-from zolightning.objective import batch_examples, repeat_batch
+from zolightning.methods.estimators import SPSA, PerExampleSPSA
+from zolightning.probing.objective import batch_examples, repeat_batch
 from zolightning.space import DenseLeaf, Leaf, Rank1Leaf
 
 

@@ -9,8 +9,9 @@ from helpers import Task, batches, loader, mlp
 from lightning.pytorch.cli import LightningCLI
 from torch.optim import SGD
 
-from zolightning import Sparse, ZOConfig, ZOStrategy, recipes
-from zolightning.config import Overrides
+from zolightning import Sparse, ZOConfig, ZOStrategy
+from zolightning.methods import recipes
+from zolightning.methods.config import Overrides
 
 
 class CliTask(Task):
@@ -72,7 +73,8 @@ def test_recipe_as_a_config() -> None:
 def test_estimator_by_class_path() -> None:
     strategy = run(
         "--trainer.strategy=zolightning.ZOStrategy",
-        '--trainer.strategy.init_args.estimator={"class_path": "zolightning.estimators.SPSA", "init_args": {"eps": 0.25}}',
+        '--trainer.strategy.init_args.estimator={"class_path": "zolightning.methods.estimators.SPSA", '
+        '"init_args": {"eps": 0.25}}',
     )
     assert repr(strategy.estimator) == "SPSA(eps=0.25, num_queries=1)"
 

@@ -18,21 +18,21 @@ from test_data_model import save_tiny
 from test_demo import PNG, command
 
 from zolightning import ZOStrategy
-from zolightning.bench.reference import ReferenceMeZO
 from zolightning.cli import main
+from zolightning.commands.bench.reference_mezo import ReferenceMeZO
+from zolightning.commands.demo.methods import Method
+from zolightning.commands.demo.module import PromptClassifier, PromptData
+from zolightning.commands.demo.published import PublishedMeZO
+from zolightning.commands.demo.run import Task
+from zolightning.commands.sweep.budget import Budget
+from zolightning.commands.sweep.entries import ENTRIES, Entry, choose
+from zolightning.commands.sweep.main import sweep
+from zolightning.commands.sweep.plan import Plan, choose_lr, finish
+from zolightning.commands.sweep.report import ranking, reached, rows, target_accuracy, write
+from zolightning.commands.sweep.run import Outcome, Run, train
 from zolightning.data import Example, PromptTemplate, encode, load_causal_lm
-from zolightning.demo.methods import Method
-from zolightning.demo.module import PromptClassifier, PromptData
-from zolightning.demo.published import PublishedMeZO
-from zolightning.demo.run import Task
 from zolightning.ledger import read
 from zolightning.ledger.format import Step
-from zolightning.sweep.budget import Budget
-from zolightning.sweep.entries import ENTRIES, Entry, choose
-from zolightning.sweep.main import sweep
-from zolightning.sweep.plan import Plan, choose_lr, finish
-from zolightning.sweep.report import ranking, reached, rows, target_accuracy, write
-from zolightning.sweep.run import Outcome, Run, train
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "sweep"
 ZO = Method("zo", "ZO", recipe="default", lr=1e-3, batch_size=4, decay=True)

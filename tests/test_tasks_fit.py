@@ -10,9 +10,9 @@ import pytest
 from test_data_likelihood import writer
 from test_data_prompts import make_tokenizer
 
+from zolightning.commands.fit import fit
 from zolightning.ledger import read
 from zolightning.ledger.format import Method
-from zolightning.tasks.fit import fit
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "sst2": [{"sentence": f"{word} film {i}", "label": i % 2} for i, word in enumerate(["dull", "great"] * 12)],

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger
 from mlflow import MlflowClient
 
 from zolightning import ZOMonitor, ZOStrategy, mlflow_logger
-from zolightning.tracking import MetricBuffer, prepare_store
+from zolightning.records.mlflow_logger import MetricBuffer, prepare_store
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ from ledgers import Noted, parameters
 from torch.optim import SGD, AdamW
 
 from zolightning import ZOStrategy
+from zolightning.engine.uninterrupted import uninterrupted
 from zolightning.ledger import read, replay
 from zolightning.space import DenseLeaf, leaf
-from zolightning.uninterrupted import uninterrupted
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from zolightning import ZOStrategy
-from zolightning.estimators import SPSA, Estimator, PerExampleSPSA
+from zolightning.engine.updates import apply_update
+from zolightning.methods.estimators import SPSA, Estimator, PerExampleSPSA
+from zolightning.methods.optimizers import SignSGD
 from zolightning.noise import Distribution, Gaussian, Rademacher, stochastic_round_
-from zolightning.optimizers import SignSGD
 from zolightning.space import View, build_view
 from zolightning.types import Key, Term
-from zolightning.updates import apply_update
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "sgd": partial(SGD, lr=1e-2, weight_decay=0.1),

@@ -1,16 +1,16 @@
 """Zeroth-order fine-tuning for PyTorch Lightning: train in the memory that inference needs."""
 
-from . import recipes
 from ._version import __version__
-from .config import ZOConfig
-from .ledger_io import LedgerCheckpointIO
+from .adapt.quantize import quantize
+from .methods import recipes
+from .methods.config import ZOConfig
 from .mixin import ZOMixin
-from .monitor import ZOMonitor
-from .onednn import keep_few_shapes
-from .quantize import quantize
+from .records.mlflow_logger import mlflow_logger
+from .records.monitor import ZOMonitor
 from .space import Cycle, LowRank, Sparse, Structure, expose_scales
-from .strategy import ZOStrategy
-from .tracking import mlflow_logger
+from .strategy.ledger_io import LedgerCheckpointIO
+from .strategy.onednn import keep_few_shapes
+from .strategy.strategy import ZOStrategy
 
 keep_few_shapes()  # before the first product, or it has no effect
 

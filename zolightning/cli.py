@@ -15,8 +15,8 @@ def send(path: str, store: str = "sqlite:///mlflow.db") -> None:
         path: the file ``pending-metrics-<run id>.jsonl`` that the run left; it is kept, and may be sent again.
         store: MLflow tracking URI of the run's store.
     """
-    from .console import say
-    from .outbox import send_pending
+    from .commands.console import say
+    from .records.outbox import send_pending
 
     say(f"{store} has the {send_pending(path, store)} entries of {path}")
 
@@ -25,12 +25,12 @@ def main(args: list[str] | None = None) -> None:
     """The verbs of ``zolightning``; see ``zolightning --help``."""
     from jsonargparse import auto_cli
 
-    from .bench.main import bench
-    from .dash import dash
-    from .demo.main import demo
-    from .export import replay_run
-    from .sweep.main import sweep
-    from .tasks.fit import fit
+    from .commands.bench.main import bench
+    from .commands.dash import dash
+    from .commands.demo.main import demo
+    from .commands.fit import fit
+    from .commands.replay import replay_run
+    from .commands.sweep.main import sweep
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("alembic", "mlflow", "httpx"):

@@ -5,11 +5,11 @@ import os
 import shutil
 from pathlib import Path
 
-from zolightning.cache import cache_dir, private
-from zolightning.data.artifacts import Artifact
-from zolightning.data.cache import atomic_file, file_lock, sha256
-from zolightning.data.http_download import http_download
-from zolightning.data.pip_download import pip_download
+from ..cache import cache_dir, private
+from .artifacts import Artifact
+from .atomic import atomic_file, file_lock, sha256
+from .http_download import http_download
+from .pip_download import pip_download
 
 logger = logging.getLogger(__name__)
 

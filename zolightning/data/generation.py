@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from zolightning.data.candidates import contiguous_states, text_cache
+from .candidates import contiguous_states, text_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

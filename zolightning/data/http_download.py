@@ -16,8 +16,8 @@ from html import unescape
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
-from zolightning.data.artifacts import Artifact
-from zolightning.data.pip_download import index_url
+from .artifacts import Artifact
+from .pip_download import index_url
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zolightning.data.candidates import accepts, contiguous_states, model_inputs, rows_suffice
+from .candidates import accepts, contiguous_states, model_inputs, rows_suffice
 
 CHUNK = 1 << 24  # logits that exist at once, 64 MB in float32
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 
-from zolightning.cache import cache_dir
-from zolightning.data.archives import extract_zip_member
-from zolightning.data.artifacts import SMOLLM2
-from zolightning.data.cache import atomic_folder, file_lock
-from zolightning.data.fetch import fetch
+from ..cache import cache_dir
+from .archives import extract_zip_member
+from .artifacts import SMOLLM2
+from .atomic import atomic_folder, file_lock
+from .fetch import fetch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

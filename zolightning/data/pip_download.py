@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from zolightning.data.artifacts import Artifact
+from .artifacts import Artifact
 
 POLL_S = 0.5
 

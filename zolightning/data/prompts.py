@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from zolightning.data.text import Example
+from .text import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

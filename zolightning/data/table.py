@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from zolightning.data.text import Example, Splits, distinct, split_classes
+from .text import Example, Splits, distinct, split_classes
 
 logger = logging.getLogger(__name__)
 

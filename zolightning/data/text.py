@@ -5,9 +5,9 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
-from zolightning.data.archives import read_tar_member
-from zolightning.data.artifacts import VADER
-from zolightning.data.fetch import fetch
+from .archives import read_tar_member
+from .artifacts import VADER
+from .fetch import fetch
 
 logger = logging.getLogger(__name__)
 

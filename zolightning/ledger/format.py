@@ -86,7 +86,7 @@ class Method:
     """Its place among the module's optimizers."""
 
     rule: str
-    """Class in torch.optim or zolightning.optimizers."""
+    """Class in torch.optim or zolightning.methods.optimizers."""
 
     distribution: str
     """Name of the noise."""

@@ -14,8 +14,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .._version import __version__
+from ..methods.optimizers import is_plain_sgd, optimizer_type
 from ..noise import DISTRIBUTIONS
-from ..optimizers import is_plain_sgd, optimizer_type
 from ..space import LEAVES, Leaf
 from ..types import StepRecord
 from .base import base_path, save_base, share_base

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..engine.updates import apply_update
+from ..methods.optimizers import optimizer_type
 from ..noise import DISTRIBUTIONS
-from ..optimizers import optimizer_type
 from ..space import LEAVES, Cycle, Leaf, Turn
 from ..types import Key
-from ..updates import apply_update
 from .fingerprint import fingerprint
 from .format import Check, LedgerError, Method, Options, Record, Step
 from .reader import Ledger

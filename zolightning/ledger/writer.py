@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from ..uninterrupted import uninterrupted
+from ..engine.uninterrupted import uninterrupted
 from .base import sync_folder
 from .format import DIGEST, LedgerError, Record, encode
 

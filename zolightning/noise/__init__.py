@@ -1,8 +1,9 @@
 """Counter-based noise: the same bits on every device, chunking, thread count, rank and library version."""
 
+from .backends import active_rung, set_rung
+from .captured_key import HeldKey
 from .constants import floats, integers
 from .distributions import DISTRIBUTIONS, Distribution, Gaussian, Rademacher, permutation
-from .held import HeldKey
 from .kernels import (
     keep_large_,
     mixed_sum,
@@ -19,7 +20,6 @@ from .kernels import (
     stochastic_round_,
 )
 from .reference import pieces, working_dtype
-from .rungs import active_rung, set_rung
 
 __all__ = [
     "DISTRIBUTIONS",

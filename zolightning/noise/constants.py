@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .held import keep
+from .captured_key import keep
 
 
 def integers(numbers: Sequence[int], device: torch.device) -> Tensor:

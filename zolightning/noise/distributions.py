@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..types import Key, Term
-from . import rungs
+from . import backends as rungs
 from .philox import philox4x32, philox_key, rounding_query
 
 MAX_QUERIES = 1 << 31

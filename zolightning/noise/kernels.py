@@ -1,6 +1,6 @@
 """The sweeps over a leaf's elements: ``W + Σ c z``, ``Σ c z``, the update, stochastic rounding.
 
-Each runs on the fastest rung that can take the tensors (see :mod:`zolightning.noise.rungs`) and gives the bits of
+Each runs on the fastest rung that can take the tensors (see :mod:`zolightning.noise.backends`) and gives the bits of
 :mod:`zolightning.noise.reference` on any of them. Tensors may have any dtype of float32, bfloat16, float16, float64.
 """
 
@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..types import Key, Term
-from . import reference, rungs
+from . import backends as rungs
+from . import reference
+from .backend import Library
 from .distributions import Distribution
-from .library import Library
 
 
 def noise_sum(dist: Distribution, terms: Sequence[Term], leaf: int, start: int, length: int, device: torch.device) -> Tensor:

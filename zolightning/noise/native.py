@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..cache import cache_dir, private
 from ..types import Key, Term
-from .library import Library
+from .backend import Library
 from .philox import philox_key, rounding_query
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # the codes of native.cpp

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..types import Key, Term
 from . import reference
+from .backend import Library
 from .distributions import DISTRIBUTIONS, Distribution, elements
-from .library import Library
 from .native import DTYPES, NativeLibrary
 
 _KEY = Key(seed=0x5EED, step=7, query=2)

@@ -1,17 +1,17 @@
 """What is perturbed: leaves, the views that hold them, and the probes that read them perturbed."""
 
+from ..probing.block_reuse import Prefix
 from .build import Scales, build_view, take_turns
 from .compute import Rounds, compute_with
+from .cycle import Cycle, Turn
 from .dominant import dominant_block
 from .leaf import DenseLeaf, Leaf, descend_, keep_
 from .outer_leaf import LowRankLeaf, Rank1Leaf
-from .prefix import Prefix
 from .scale_leaf import AbsoluteScaleLeaf, RelativeScaleLeaf, RowScaleLeaf, ScaleLeaf
 from .scales import expose_scales
 from .select import Select, blocks, select
 from .sparse_leaf import SparseLeaf
 from .structure import STRUCTURES, Dense, LowRank, Place, Rank1, Sparse, Structure
-from .turns import Cycle, Turn
 from .view import View
 
 LEAVES: dict[str, type[Leaf]] = {

@@ -9,12 +9,12 @@ from typing import Literal
 from torch import nn
 
 from ..noise import Distribution
+from .cycle import Cycle, Turn
 from .leaf import Leaf
 from .scale_leaf import AbsoluteScaleLeaf, RelativeScaleLeaf, RowScaleLeaf
 from .scales import refuse_codes, scaled_layers
 from .select import Select, blocks, select
 from .structure import STRUCTURES, Place, Rank1, Structure
-from .turns import Cycle, Turn
 from .view import View
 
 Scales = Literal["frozen", "absolute", "relative"]

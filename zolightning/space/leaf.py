@@ -28,7 +28,7 @@ from ..noise import (
 )
 from ..types import Key, PerExampleError, Term
 from .compute import Compute
-from .turns import Turn
+from .cycle import Turn
 
 HEAD_BLOCK = 1 << 21  # elements of a weight built at once: a vocabulary-sized head goes through in row blocks
 SMALL = 1 << 16  # elements of a vector that is perturbed when a probe begins, with all others

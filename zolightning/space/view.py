@@ -11,9 +11,9 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..probing.block_reuse import unperturbed_prefix
 from ..types import Key, Term
 from .leaf import Leaf, Scratch, Vectors
-from .prefix import unperturbed_prefix
 from .probe import Both, PerExample, Point, Probe, Shared, Tangent, Unread
 
 

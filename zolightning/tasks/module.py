@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
-from .._lightning import pl
 from ..data import SimilarLengths
 from ..mixin import ZOMixin
+from ..strategy._lightning import pl
 from .item import Item
 from .reader import Objective, Reader
 from .rows import TaskSplits

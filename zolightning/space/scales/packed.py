@@ -88,9 +88,9 @@ class ScaledAQLM(ScaledPacked):
 
 
 class ScaledGrid(ScaledPacked):
-    """The codes of :func:`zolightning.fakequant.export_quantized`, at 2 to 8 bits: a scale for each group of a row."""
+    """The codes of :func:`zolightning.adapt.fakequant.export_quantized`, at 2 to 8 bits: a scale for each group of a row."""
 
-    scale_kind = "zolightning.fakequant"
+    scale_kind = "zolightning.adapt.fakequant"
     by_rows = True
 
     @classmethod

@@ -1,0 +1,1 @@
+"""Models made ready for zeroth-order training: quantised layers, rounding in the forward, adapters, interventions."""

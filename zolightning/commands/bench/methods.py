@@ -1,0 +1,294 @@
+"""The ways to take a step that are timed: each is a name and a function from the workload to a running method."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW
+from torch.utils.data import DataLoader, Dataset
+
+from ...adapt.quantize import Kind
+from ...engine.step import finish, merge, zo_step
+from ...engine.updates import apply_update
+from ...methods.config import EPS_BY_DTYPE, ZOConfig
+from ...methods.recipes import QZO
+from ...mixin import ZOMixin
+from ...probing.cuda_graphs import Graphs
+from ...probing.inspection import Examples, inspect_step, takes_both
+from ...probing.isolation import Isolation
+from ...probing.objective import BatchObjective, loss_value
+from ...space import build_view, expose_scales
+from ...strategy._lightning import Callback, pl
+from ...strategy.strategy import ZOStrategy
+from ...types import Key
+from .reference_mezo import ReferenceMeZO
+from .workload import Spec, Unavailable, Workload
+
+LR = 1e-7  # small enough that nothing blows up, large enough that nothing is skipped
+
+
+@dataclass
+class Running:
+    """A method on a workload, ready to step."""
+
+    step: Callable[[float], float | None]
+    """Takes one step with a learning rate; returns its seconds where only the method itself can tell them."""
+
+    module: nn.Module
+    """Whose weights it trains."""
+
+    trained: int
+    """Weights that a step perturbs or updates."""
+
+
+Setup = Callable[[Workload], Running]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table."""
+
+    name: str
+    """For ``--methods`` and the files."""
+
+    setup: Setup
+    """Workload → running method."""
+
+    backprop: bool = False
+    """Takes a backward pass: its FLOPs are its own, and its memory may be too much."""
+
+    state: float = 0.0
+    """Memory beside the weights that it needs at the very least, in units of the weights: gradients, optimizer state."""
+
+    plain: bool = False
+    """Runs on weights stored in the compute dtype, also where the others have fp32 masters."""
+
+    kind: Kind | None = None
+    """Runs on a quantised model of its own, see :func:`~zolightning.quantize`."""
+
+    def workload(self, spec: Spec) -> Workload:
+        """One of its own."""
+        return Workload(spec.plain if self.plain else spec, self.kind)
+
+
+def forward(work: Workload) -> Running:
+    """Two forwards without gradients: what a two-point step cannot do without."""
+    model = work.shell()
+    loss = work.loss(model)
+
+    @torch.no_grad()
+    def step(lr: float) -> None:
+        for _ in range(2):
+            loss_value(loss(work.batch))
+
+    return Running(step, model, 0)
+
+
+def reference_mezo(work: Workload) -> Running:
+    """The published step on all weights."""
+    model = work.shell()
+    loss, mezo = work.loss(model), ReferenceMeZO(model.parameters(), EPS_BY_DTYPE[work.spec.compute_dtype], work.spec.seed)
+
+    def step(lr: float) -> None:
+        mezo.step(lambda: loss_value(loss(work.batch)), lr)
+
+    return Running(step, model, work.numel)
+
+
+def zeroth_order(work: Workload, config: ZOConfig) -> Running:
+    """What ZOStrategy does in a step, without the Trainer: probes, shaping, update by plain SGD."""
+    model, seed = work.shell(), work.spec.seed
+    if work.kind is not None:
+        expose_scales(model)
+    optimizer = SGD([p for p in model.parameters() if p.is_floating_point()], lr=LR)
+    structure = "dense" if config.structure == "auto" else config.structure
+    try:
+        view = build_view(
+            model,
+            optimizer.param_groups[0]["params"],
+            config.build_distribution(),
+            select_spec=config.select,
+            structure=structure,
+            scales=config.scales,
+        )
+    except ValueError as error:  # no linear layers to take rank-1 directions of
+        raise Unavailable(str(error)) from error
+    estimator, shaping = config.build_estimator(work.spec.compute_dtype), config.build_shaping()
+    isolation, loss = Isolation(model, work.device), work.loss(model)
+    with torch.no_grad():
+        if structure != "rank1":
+            found = Examples(False, False, both=takes_both(loss, work.batch, view, isolation, estimator))
+        elif not (found := inspect_step(loss, work.batch, view, isolation, repeatable=True)).losses:
+            raise Unavailable("the model reshapes its batch, so its linear layers cannot tell the examples apart")
+    examples, repeats = found.of(work.batch)
+    graphs = Graphs(view, isolation) if config.cuda_graphs else None
+    run, prefix = (loss, view.prefix) if graphs is None else (partial(graphs, loss), None)
+    steps, state = 0, shaping.init()
+
+    @torch.no_grad()
+    def step(lr: float) -> None:
+        nonlocal steps, state
+        optimizer.param_groups[0]["lr"] = lr
+        with isolation.step() as probes:
+            objective = BatchObjective(run, work.batch, probes, examples, repeats, prefix=prefix)
+            estimate = merge([zo_step(objective, view, estimator, Key(seed, steps))])
+        record, state = finish(estimate, estimate.coefficients, shaping, state, optimizer, steps)
+        if record.skipped:
+            raise RuntimeError(f"a step was skipped, its time would mean nothing: {record.skipped}")
+        apply_update(optimizer, view.leaves, record.terms, Key(seed, steps))
+        steps += 1
+
+    if graphs is not None:
+        for _ in range(4):  # until the forwards are recorded
+            if graphs.refused:
+                raise Unavailable(graphs.refused)
+            step(LR)
+    return Running(step, model, view.numel)
+
+
+class _Module(ZOMixin, pl.LightningModule):
+    def __init__(self, work: Workload) -> None:
+        super().__init__()
+        self.model, self.lr = work.shell(), LR
+        self._loss = work.loss(self.model)
+
+    def zo_objective(self, batch: Any) -> Tensor:
+        return self._loss(batch)
+
+    def configure_optimizers(self) -> Any:
+        return SGD(self.parameters(), lr=self.lr)
+
+
+class _Same(Dataset[Any]):
+    def __init__(self, item: Any) -> None:
+        self.item = item
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Any:
+        return self.item
+
+
+class _Stamps(Callback):
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.starts = device, list[float]()
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        synchronize(self.device)
+        self.starts.append(time.perf_counter())
+
+
+def in_trainer(work: Workload, config: ZOConfig) -> Running:
+    """The same inside a Trainer: three steps, of which the second, from start to start, is the one timed."""
+    module = _Module(work)
+    module.eval()
+    batches = DataLoader(_Same(work.batch), batch_size=None)
+
+    def step(lr: float) -> float:
+        module.lr = lr
+        stamps = _Stamps(work.device)
+        trainer = pl.Trainer(
+            strategy=ZOStrategy(config.override(seed=work.spec.seed)),
+            accelerator="gpu" if work.device.type == "cuda" else "cpu",
+            devices=1,
+            max_steps=3,
+            callbacks=[stamps],
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+        )
+        trainer.fit(module, batches)
+        return stamps.starts[2] - stamps.starts[1]
+
+    view = build_view(module, module.parameters(), config.build_distribution(), select_spec=config.select)
+    return Running(step, module, view.numel)
+
+
+def backprop(work: Workload, optimizer_type: Callable[..., torch.optim.Optimizer], checkpointed: bool = False) -> Running:
+    """A training step by backprop on all weights."""
+    model = work.shell()
+    if checkpointed:
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            raise Unavailable(f"{type(model).__name__} has no gradient checkpointing")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        model.train()  # the library checkpoints in training mode alone
+    return _descent(work, model, optimizer_type)
+
+
+def lora(work: Workload) -> Running:
+    """Rank-8 adapters on the projections that peft chooses for the architecture, by AdamW."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise Unavailable(f"peft is not installed ({error}); pip install peft") from error
+    try:
+        model = inject_adapter_in_model(LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0), work.shell())
+    except ValueError as error:
+        raise Unavailable(f"peft knows no adapters for this model: {error}") from error
+    return _descent(work, model, AdamW)
+
+
+def _descent(work: Workload, model: nn.Module, optimizer_type: Callable[..., torch.optim.Optimizer]) -> Running:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer, loss = optimizer_type(trained, lr=LR), work.loss(model)
+
+    def step(lr: float) -> None:
+        optimizer.param_groups[0]["lr"] = lr
+        value = loss(work.batch).mean()
+        value.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        loss_value(value)
+
+    return Running(step, model, sum(p.numel() for p in trained))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device to finish what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+_DENSE = ZOConfig(estimator="spsa", structure="dense", select="all", normalize=False)
+_RANK1 = ZOConfig(estimator="per_example", structure="rank1", select="middle", normalize=False)
+
+_QZO = QZO.override(structure="rank1", normalize=False)
+
+FORWARD = Method("forward", forward, plain=True)
+FORWARD_MASTER = Method("forward-master", forward)
+REFERENCE = Method("reference-mezo", reference_mezo)
+METHODS = {
+    m.name: m
+    for m in (
+        FORWARD,
+        FORWARD_MASTER,
+        REFERENCE,
+        Method("spsa-rademacher", partial(zeroth_order, config=_DENSE)),
+        Method("spsa-gaussian", partial(zeroth_order, config=_DENSE.override(noise="gaussian"))),
+        Method("spsa-middle", partial(zeroth_order, config=_DENSE.override(select="middle"))),
+        Method("rank1", partial(zeroth_order, config=_RANK1)),
+        Method("spsa-graphs", partial(zeroth_order, config=_DENSE.override(cuda_graphs=True))),
+        Method("rank1-graphs", partial(zeroth_order, config=_RANK1.override(cuda_graphs=True))),
+        Method("forward-nf4", forward, plain=True, kind="nf4"),
+        Method("qzo-nf4", partial(zeroth_order, config=_QZO), plain=True, kind="nf4"),
+        Method("qzo-nf4-graphs", partial(zeroth_order, config=_QZO.override(cuda_graphs=True)), plain=True, kind="nf4"),
+        Method("forward-int8", forward, plain=True, kind="int8"),
+        Method("qzo-int8", partial(zeroth_order, config=_QZO), plain=True, kind="int8"),
+        Method("qzo-int8-graphs", partial(zeroth_order, config=_QZO.override(cuda_graphs=True)), plain=True, kind="int8"),
+        Method("lightning", partial(in_trainer, config=_DENSE)),
+        Method("backprop-sgd", partial(backprop, optimizer_type=SGD), backprop=True, state=1.0),
+        Method("backprop-adamw", partial(backprop, optimizer_type=AdamW), backprop=True, state=3.0),
+        Method("backprop-checkpointed", partial(backprop, optimizer_type=SGD, checkpointed=True), backprop=True, state=1.0),
+        Method("lora", lora, backprop=True),
+    )
+}
+_ON_REQUEST = ("forward-master", "lightning", "spsa-graphs", "rank1-graphs")
+DEFAULT_METHODS = [name for name, method in METHODS.items() if name not in _ON_REQUEST and method.kind is None]

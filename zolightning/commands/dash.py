@@ -1,0 +1,25 @@
+"""``zolightning dash``: the dashboard, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ..records.mlflow_logger import DEFAULT_STORE
+
+
+def dash(store: str = DEFAULT_STORE, port: int = 8501, host: str = "127.0.0.1") -> None:
+    """Watch and compare runs live in the browser. Example: zolightning dash --store sqlite:///mlflow.db
+
+    Args:
+        store: MLflow tracking URI: an SQLite file, or a server's http address.
+        port: to listen on.
+        host: address to listen on. Default: this machine only. The dashboard asks for no password.
+    """
+    launcher = Path(__file__).parent.parent / "dashboard" / "launch.py"  # by path: the working folder may have a dashboard too
+    command = [sys.executable, str(launcher), "--store", store, "--port", str(port), "--host", host]
+    if os.name == "posix":
+        os.execv(sys.executable, command)  # so that whoever stops this command stops the server
+    sys.exit(subprocess.call(command))

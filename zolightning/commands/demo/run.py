@@ -1,0 +1,248 @@
+"""One run of the demo: a method, a seed, its own process, so that peak memory is the run's alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...data import PromptTemplate, Splits, encode, film_snippets, load_causal_lm, model_name, read_table, verbalizer_ids
+from ...data.text import drawn
+from ...records.memory import MemoryMeter
+from ...records.mlflow_logger import DEFAULT_STORE, mlflow_logger
+from ...records.monitor import ZOMonitor
+from ...strategy._lightning import Callback, MLFlowLogger, pl
+from .methods import Method
+from .module import PromptClassifier, PromptData, intervene_at_ending
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every run shares: the model, the texts, the evaluation, and where it is recorded."""
+
+    model: str | None = None
+    """Hugging Face id or folder; None: the embedded SmolLM2-135M."""
+
+    data: str | None = None
+    """CSV or JSONL file, or folder with train, validation and test; None: the embedded film reviews."""
+
+    text: str = "text"
+    """Column of the texts."""
+
+    label: str = "label"
+    """Column of the labels."""
+
+    template: str = "{text} It was"
+    """The prompt, with {text} in it."""
+
+    verbalizers: tuple[str, ...] = (" terrible", " great")
+    """The word after the prompt for each label, in label order."""
+
+    validation: int = 200
+    """Validation examples at most."""
+
+    test: int = 1000
+    """Test examples at most."""
+
+    validations: int = 5
+    """How often a run looks at the validation examples."""
+
+    max_length: int = 128
+    """Longest prompt, in tokens."""
+
+    precision: str = "32-true"
+    """Trainer(precision=...)."""
+
+    store: str = DEFAULT_STORE
+    """MLflow tracking URI."""
+
+    experiment: str = "zolightning-demo"
+    """MLflow experiment."""
+
+    out: str = "zolightning-demo"
+    """Folder of results and pictures."""
+
+    offline: bool = False
+    """Never fetch."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to."""
+
+    method: str
+    title: str
+    seed: int
+    accuracy: float
+    loss: float
+    peak_memory: int
+    seconds: float
+    forward_passes: int
+    examples: int
+    history: list[dict[str, float]]
+    """``step``, ``seconds`` of training, ``loss`` and ``accuracy`` on the validation examples."""
+
+    cpu_seconds: float = 0.0
+    """Of training, by all threads of the process: what a busy machine does not stretch."""
+
+    weights: int = 0
+    """Bytes of the model that is trained."""
+
+    @staticmethod
+    def load(path: Path) -> Result:
+        return Result(**json.loads(path.read_text()))
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1))
+
+
+def splits(task: Task, seed: int = 0) -> Splits:
+    """The task's texts; the same for every method and seed."""
+    if task.data is None:
+        return film_snippets(seed, validation=task.validation, test=task.test, offline=task.offline)
+    found = read_table(task.data, text=task.text, label=task.label, seed=seed)
+    return found._replace(validation=drawn(found.validation, task.validation), test=drawn(found.test, task.test))
+
+
+class _History(Callback):
+    """Notes each validation beside the seconds of training it took to get there."""
+
+    def __init__(self, monitor: ZOMonitor) -> None:
+        self.monitor, self.rows = monitor, list[dict[str, float]]()
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        metrics = trainer.callback_metrics
+        row = {"step": trainer.global_step, "seconds": self.monitor.train_seconds}
+        row |= {name: float(metrics[f"val/{name}"]) for name in ("loss", "accuracy")}
+        self.rows.append(row)
+
+
+def build(task: Task, method: Method, seed: int) -> tuple[PromptClassifier, PromptData]:
+    """The model, made ready for the method, and the task's encoded texts; seeds everything."""
+    pl.seed_everything(seed, verbose=False)
+    model, tokenizer = load_causal_lm(task.model, offline=task.offline)
+    texts = splits(task)
+    prompt = PromptTemplate(task.template, task.verbalizers)
+    candidates = verbalizer_ids(tokenizer, prompt, texts.label_names)
+    train, validation, test = (encode(tokenizer, part, prompt, task.max_length) for part in texts[:3])
+    data = PromptData(train, validation, test, tokenizer.pad_token_id, method.batch_size, seed)
+    model = method.prepare(model)
+    if method.interventions:
+        intervene_at_ending(model.to(torch.bfloat16), train, tokenizer.pad_token_id)
+    decay = method.steps if method.decay else 0
+    return method.module_type(model, candidates, method.make_optimizer(), decay), data
+
+
+def start_record(task: Task, method: Method, seed: int, run_name: str) -> MLFlowLogger:
+    """The run in the task's store, with its settings."""
+    tags = {"seed": seed} | ({"zo.recipe": "published"} if method.published else {})  # zeroth-order without our strategy
+    logger = mlflow_logger(run_name, experiment=task.experiment, store=task.store, tags=tags, folder=task.out)
+    logger.log_hyperparams({k: v for k, v in asdict(method).items() if v is not None} | {"seed": seed})
+    logger.log_hyperparams({"model": model_name(task.model), "precision": task.precision})
+    return logger
+
+
+def quiet() -> None:
+    """Leave out what Lightning says to every run."""
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*(LeafSpec|gradient_checkpointing_enable|val_check_interval).*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_worth_saying)
+
+
+def run(task: Task, method: Method, seed: int, progress: bool = True) -> Result:
+    """Fine-tune and test; everything is logged to the task's store."""
+    quiet()
+    module, data = build(task, method, seed)
+    logger = start_record(task, method, seed, f"{method.name}-seed{seed}")
+    monitor = ZOMonitor(method.title)
+    history = _History(monitor)
+    trainer = pl.Trainer(
+        strategy=method.strategy(),
+        max_steps=max(1, method.steps),
+        default_root_dir=task.out,
+        precision=task.precision,  # type: ignore[arg-type]
+        devices=1,
+        logger=logger,
+        callbacks=[monitor, history],
+        val_check_interval=max(1, method.steps // task.validations),
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=-1,  # the first point of every curve
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=progress,
+        log_every_n_steps=1,
+    )
+    if method.steps:
+        trainer.fit(module, data)
+        assert monitor.meter is not None
+        meter, peak = monitor.meter, monitor.meter.peak()
+        module.model = method.finish(module.model)
+    else:
+        trainer.validate(module, data, verbose=False)  # libraries load what they need before memory is measured
+        meter = MemoryMeter(module, trainer.strategy.root_device)
+    tested = trainer.test(module, data, verbose=False)[0]
+    if not method.steps:
+        peak = meter.peak()
+    result = Result(
+        method=method.name,
+        title=method.title,
+        seed=seed,
+        accuracy=tested["test/accuracy"],
+        loss=tested["test/loss"],
+        peak_memory=peak,
+        seconds=monitor.train_seconds,
+        forward_passes=monitor.forward_passes,
+        examples=monitor.examples_seen,
+        history=history.rows,
+        cpu_seconds=monitor.cpu_seconds,
+        weights=meter.weights,
+    )
+    logger.log_metrics({"summary/peak_memory": peak, "summary/train_seconds": result.seconds}, step=method.steps)
+    logger.finalize("success")
+    return result
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """Lightning's notices about devices and products it could use are not the demo's."""
+    return not any(word in record.getMessage() for word in ("available:", "Tip:", "val_check_interval", "max_steps="))
+
+
+def run_alone(task: Task, method: Method, seed: int, threads: int | None = None) -> Result:
+    """:func:`run` in a process of its own; its result is kept in the task's folder.
+
+    Raises:
+        SystemExit: the process did not come to its end.
+    """
+    path = Path(task.out, "runs", f"{method.name}-{seed}.json")
+    path.unlink(missing_ok=True)
+    if not alone(run_to_file, (task, method, seed, path, threads), path):
+        raise SystemExit(f"{method.title} failed; the runs before it are in {task.store}")
+    return Result.load(path)
+
+
+def alone(target: Callable[..., None], args: tuple[Any, ...], path: Path) -> bool:
+    """Call ``target`` in a process of its own, and say whether it came to its end and left a file at ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    process = multiprocessing.get_context("spawn").Process(target=target, args=args)
+    process.start()
+    process.join()
+    return process.exitcode == 0 and path.exists()
+
+
+def run_to_file(task: Task, method: Method, seed: int, path: Path, threads: int | None = None) -> None:
+    """:func:`run` in a fresh process, which hands its result over as a file."""
+    if threads:
+        torch.set_num_threads(threads)
+    run(task, method, seed).save(path)
+
+
+def settings(task: Task) -> dict[str, Any]:
+    """What the results depend on, for the report."""
+    return {k: v for k, v in asdict(task).items() if k not in ("store", "out")}

@@ -1,0 +1,166 @@
+"""``zolightning fit``: one task, one method; choose the step on validation, report it on test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..adapt.peft import ia3, lora, prefix, prompt
+from ..data import load_causal_lm, model_name
+from ..methods.recipes import RECIPES
+from ..records.mlflow_logger import DEFAULT_STORE, mlflow_logger
+from ..records.monitor import ZOMonitor
+from ..strategy._lightning import ModelCheckpoint, pl
+from ..strategy.ledger_io import LedgerCheckpointIO
+from ..strategy.strategy import ZOStrategy
+from ..tasks.item import few_shot, in_context
+from ..tasks.module import TaskData, TaskModule
+from ..tasks.presets import TASKS
+from ..tasks.reader import reader_for
+from ..tasks.rows import load_task
+from .console import say
+
+VIEWS: dict[str, Callable[[nn.Module], nn.Module]] = {"lora": lora, "ia3": ia3, "prefix": prefix, "prompt": prompt}
+_OWN_VIEW: dict[str, Literal["lora", "prefix"]] = {"mezo-lora": "lora", "mezo-prefix": "prefix"}
+_NOT_HERE = {
+    "reft": "vectors that `zolightning.adapt.interventions.intervene` puts into the model",
+    "zeroqat": "layers that `zolightning.adapt.fakequant.fake_quantize` makes",
+}
+_NO_GRADIENT = ("accuracy", "f1", "exact_match")
+
+
+def fit(
+    task: str,
+    data: str | None = None,
+    model: str | None = None,
+    recipe: str = "default",
+    objective: str | None = None,
+    view: Literal["lora", "ia3", "prefix", "prompt"] | None = None,
+    steps: int = 1000,
+    lr: float | None = None,
+    eps: float | None = None,
+    select: str | None = None,
+    batch_size: int = 16,
+    shots: int = 0,
+    demonstrations: int = 0,
+    train: int = 1000,
+    validation: int = 500,
+    test: int = 1000,
+    validations: int = 10,
+    max_length: int = 512,
+    precision: str = "32-true",
+    seed: int = 0,
+    store: str = DEFAULT_STORE,
+    experiment: str = "zolightning-fit",
+    out: str = "zolightning-fit",
+    offline: bool = False,
+) -> None:
+    """Train a model on a task of MeZO's paper. Example: zolightning fit sst2 --model facebook/opt-1.3b --recipe mezo --lr 1e-7
+
+    Args:
+        task: sst2, rte, cb, boolq, wsc, wic, multirc, copa, record, squad or drop.
+        data: a folder with train, validation and perhaps test files (.jsonl, .csv, .parquet) with the task's columns, or one
+            file. Default: Hugging Face datasets.
+        model: a Hugging Face id or a local folder of a causal language model. Default: SmolLM2-135M.
+        recipe: a recipe of ZOStrategy, or adamw for backprop.
+        objective: cross_entropy, likelihood, accuracy, soft_accuracy, f1 or exact_match, as the task has them. Default: its
+            loss with a gradient.
+        view: train new weights on the frozen model. Default: mezo-lora's and mezo-prefix's own; none for other recipes.
+        steps: optimizer steps; 0 reports the model as it is.
+        lr: learning rate, which falls along a cosine where the recipe normalises its steps, else stays. Default: the
+            recipe's, or 1e-3; 2e-5 for adamw.
+        eps: perturbation scale. Default: the recipe's.
+        select: which weights. Default: the recipe's; all of a view's.
+        batch_size: examples a step.
+        shots: train on so many examples of each class. 0: on all.
+        demonstrations: answered training examples before each prompt; with --steps 0 the in-context baseline.
+        train: training examples at most.
+        validation: validation examples at most; they choose the step that is reported.
+        test: test examples at most; looked at before training, and once after it.
+        validations: how often the validation examples are looked at.
+        max_length: longest prompt with its answer, in tokens; a longer one loses its beginning.
+        precision: the Trainer's.
+        seed: of the draws, the training and the perturbations.
+        store: MLflow tracking URI.
+        experiment: MLflow experiment.
+        out: folder of the checkpoints.
+        offline: fetch no model.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task {task!r} is unknown; allowed: {', '.join(TASKS)}")
+    if recipe != "adamw" and recipe not in RECIPES:
+        raise ValueError(f"recipe {recipe!r} is unknown; allowed: adamw, {', '.join(RECIPES)}")
+    if recipe in _NOT_HERE:
+        raise ValueError(f"recipe {recipe!r} trains {_NOT_HERE[recipe]}; do that in Python, or choose another recipe here")
+    if recipe == "adamw" and (eps is not None or select is not None):
+        raise ValueError("`eps` and `select` are of ZOStrategy's recipes; leave them out with adamw")
+    if recipe in ("adamw", "forward-gradient") and objective in _NO_GRADIENT:
+        raise ValueError(
+            f"{recipe} needs a gradient, and `objective={objective}` has none; choose another one, or another recipe"
+        )
+    for name, value, least in (
+        ("steps", steps, 0), ("shots", shots, 0), ("demonstrations", demonstrations, 0),
+        ("batch_size", batch_size, 1), ("validations", validations, 1),
+    ):  # fmt: skip
+        if value < least:
+            raise ValueError(f"`{name}` must be >= {least}, got {value}")
+    pl.seed_everything(seed, verbose=False)
+    splits = load_task(TASKS[task], data, train=train, validation=validation, test=test, seed=seed)
+    shown = splits.train[:demonstrations]
+    if shown:
+        splits = type(splits)(*(in_context(part, shown) for part in (splits.train[demonstrations:], *splits[1:])))
+    if steps and not splits.train:
+        raise ValueError(f"`demonstrations={demonstrations}` leave no example to train on; show fewer, or take steps=0")
+    if shots:
+        splits = splits._replace(train=few_shot(splits.train, shots, seed))
+    network, tokenizer = load_causal_lm(model, offline=offline)
+    reader = reader_for(TASKS[task], tokenizer, max_length)
+    decay = steps if recipe in RECIPES and RECIPES[recipe].normalize else 0
+    view = view or _OWN_VIEW.get(recipe)
+    tuned: nn.Module = network if view is None else VIEWS[view](network)
+    module = TaskModule(tuned.train(), reader, objective, lambda ps: _optimizer(ps, recipe, lr), decay)
+    questions = TaskData(splits, reader, min(batch_size, len(splits.train)), seed)
+
+    best = ModelCheckpoint(monitor=f"val/{reader.main}", mode="max", filename="{step}")
+    own = _given(lr=lr, eps=eps, select=select or (view and "all"))
+    trainer = pl.Trainer(
+        strategy="auto" if recipe == "adamw" else ZOStrategy(recipe, **own),
+        max_steps=max(1, steps),
+        precision=precision,  # type: ignore[arg-type]
+        devices=1,
+        default_root_dir=out,
+        logger=mlflow_logger(
+            f"{task}-{recipe}-seed{seed}", experiment=experiment, store=store, tags={"seed": seed}, folder=out
+        ),
+        plugins=[] if recipe == "adamw" else [LedgerCheckpointIO()],
+        callbacks=[ZOMonitor(), best],
+        val_check_interval=max(1, steps // validations),
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+    )
+    say(f"{task}: {', '.join(f'{len(part):,} to {name}' for name, part in zip(splits._fields, splits, strict=True))}")
+    say(f"{model_name(model)} as it is: {_scores(trainer.test(module, questions, verbose=False)[0])}")
+    if steps:
+        trainer.fit(module, questions)
+        chosen = Path(best.best_model_path).stem
+        tested = trainer.test(module, questions, ckpt_path="best", verbose=False)[0]
+        say(f"after training, at the step that was best on validation ({chosen}): {_scores(tested)}")
+
+
+def _optimizer(parameters: list[nn.Parameter], recipe: str, lr: float | None) -> torch.optim.Optimizer:
+    if recipe == "adamw":
+        return torch.optim.AdamW(parameters, lr=2e-5 if lr is None else lr, weight_decay=0.0)
+    return torch.optim.SGD(parameters, lr=(RECIPES[recipe].lr or 1e-3) if lr is None else lr)
+
+
+def _given(**settings: Any) -> Any:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _scores(tested: Any) -> str:
+    return ", ".join(f"{name.removeprefix('test/')} {value:.3f}" for name, value in tested.items())

@@ -1,0 +1,1 @@
+"""One fit without Lightning: the subspace that is searched, the estimate of a step, and its update."""

@@ -1,0 +1,161 @@
+"""Applying an estimate through the user's own optimizer, leaf by leaf: the dense gradient exists for one leaf at most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..methods.optimizers import is_plain_sgd
+from ..noise import pieces, stochastic_round_, working_dtype
+from ..space import Leaf, descend_, keep_
+from ..types import Key, Term
+
+_SAMPLE = 4096  # elements of each leaf that the statistics look at
+
+
+class UpdateStats(NamedTuple):
+    """What an update changed. The first two are measured on request, on the first elements of each leaf.
+
+    Args:
+        rms: root mean square of the realised change of a trained weight.
+        lost: share of the sampled trained weights that did not change.
+        negative: scales that the update made zero or negative, and that were set to the smallest one; None without scales.
+        saturated: scales that are at the smallest one now; None without scales.
+    """
+
+    rms: float | None = None
+    lost: float | None = None
+    negative: int | None = None
+    saturated: int | None = None
+
+
+@torch.no_grad()
+def apply_update(
+    optimizer: Optimizer,
+    leaves: Sequence[Leaf],
+    terms: Sequence[Term],
+    key: Key,
+    *,
+    measure: bool = False,
+) -> UpdateStats:
+    r"""One optimizer step on :math:`\hat g = \sum_k c_k z_k`, with lr and weight decay read from the parameter groups now.
+
+    Plain SGD goes in place, piece by piece, in torch.optim.SGD's arithmetic. Any other optimizer steps one parameter at a
+    time, on that parameter's dense gradient: bit-identical to a step on all of them. Low-precision weights are updated
+    in float32 and rounded stochastically, so no update is lost on average.
+
+    Args:
+        optimizer: the user's; its state is created and kept as usual.
+        leaves: what is trained, of which those act whose turn it is; other parameters of the optimizer are left alone.
+        terms: (key, coefficient) pairs of the estimate.
+        key: the step's; it names the rounding bits and says whose turn it is.
+        measure: also measure the change of the weights.
+    """
+    leaves = [leaf for leaf in leaves if leaf.active(key)]
+    by_parameter = {id(leaf.parameter): leaf for leaf in leaves}
+    before = [_sample(leaf).clone() for leaf in leaves] if measure else []
+    trained = [_trained(leaf, old) for leaf, old in zip(leaves, before, strict=False)]
+    plain = is_plain_sgd(optimizer)
+    for group in optimizer.param_groups:
+        members = [by_parameter[id(p)] for p in group["params"] if p.requires_grad and id(p) in by_parameter]
+        if plain:
+            sign = -1.0 if group.get("maximize") else 1.0
+            signed = [Term(t.key, sign * t.coefficient) for t in terms]
+            descend_(members, signed, float(group["lr"]), float(group.get("weight_decay", 0.0)), key)
+        else:
+            for leaf in members:
+                _step_alone(optimizer, group, leaf, terms, key)
+    negative, saturated = _project_(leaves)
+    stats = _compare(before, trained, leaves) if measure else UpdateStats()
+    return stats._replace(negative=negative, saturated=saturated)
+
+
+def _project_(leaves: Sequence[Leaf]) -> tuple[int | None, int | None]:
+    """Move what is below its leaf's floor up to it; how many were zero or negative, and how many are at it now."""
+    bounded = [(leaf.parameter.detach(), leaf.floor) for leaf in leaves if leaf.floor is not None and leaf.parameter.numel()]
+    if not bounded:
+        return None, None
+    above = [values.amin() > floor for values, floor in bounded]  # one look at each, and one wait for all
+    negative = saturated = 0
+    for (values, floor), fine in zip(bounded, torch.stack([a.to(above[0].device) for a in above]).tolist(), strict=True):
+        if not fine:
+            negative += int((values <= 0).sum())
+            values.clamp_(min=floor)
+            saturated += int((values <= floor).sum())
+    return negative, saturated
+
+
+def _step_alone(optimizer: Optimizer, group: dict[str, Any], leaf: Leaf, terms: Sequence[Term], key: Key) -> None:
+    parameter = leaf.parameter
+    stored = parameter.data
+    wide = working_dtype(stored.dtype)
+    fixed = leaf.fixed(0, stored.numel())
+    before = None if fixed is None else stored.clone()
+    try:
+        if wide != stored.dtype:
+            parameter.data = stored.to(wide)  # the optimizer's state for it is created, and stays, in float32
+            _widen(optimizer.state.get(parameter, {}), stored.dtype)
+        parameter.grad = leaf.gradient(terms)
+        with _only(optimizer, group, parameter):
+            optimizer.step()
+        updated = parameter.data
+    finally:
+        parameter.grad, parameter.data = None, stored
+    if wide != stored.dtype:
+        stochastic_round_(stored, updated, key, leaf.index, 0)
+    if fixed is not None and before is not None:
+        keep_(stored, before, fixed)
+
+
+@contextmanager
+def _only(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Iterator[None]:
+    """The optimizer with a single group that holds a single parameter."""
+    groups, members = optimizer.param_groups, group["params"]
+    group["params"], optimizer.param_groups = [parameter], [group]
+    try:
+        yield
+    finally:
+        group["params"], optimizer.param_groups = members, groups
+
+
+def _widen(state: dict[str, Any], narrow: torch.dtype) -> None:
+    """State that an optimizer makes in its constructor (Adagrad) has the dtype of the stored weights."""
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.dtype == narrow:
+            state[name] = value.to(working_dtype(narrow))
+
+
+def widened_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Undo the cast of Optimizer.load_state_dict: state of low-precision parameters is float32 here."""
+    ids = [i for g in saved["param_groups"] for i in g["params"]]
+    parameters = [p for g in optimizer.param_groups for p in g["params"]]
+    for index, parameter in zip(ids, parameters, strict=True):
+        if index in saved["state"] and parameter.dtype in (torch.bfloat16, torch.float16):
+            for name, value in saved["state"][index].items():
+                if isinstance(value, Tensor) and value.dtype == torch.float32 and name != "step":
+                    optimizer.state[parameter][name] = value.to(parameter.device, copy=True)
+
+
+def _sample(leaf: Leaf) -> Tensor:
+    weight = leaf.parameter.detach()
+    wide = working_dtype(weight.dtype)
+    for _, first in pieces(weight):
+        return first.reshape(-1)[:_SAMPLE].to(wide)
+    return weight.reshape(-1).to(wide)  # empty
+
+
+def _trained(leaf: Leaf, sample: Tensor) -> Tensor:
+    """Which elements of the sample the coming update may change."""
+    fixed = leaf.fixed(0, sample.numel())
+    return torch.ones_like(sample, dtype=torch.bool) if fixed is None else ~fixed
+
+
+def _compare(before: Sequence[Tensor], trained: Sequence[Tensor], leaves: Sequence[Leaf]) -> UpdateStats:
+    moves = [(_sample(leaf) - old)[mask] for leaf, old, mask in zip(leaves, before, trained, strict=True)]
+    change = torch.cat(moves).double()
+    return UpdateStats(change.square().mean().sqrt().item(), (change == 0).double().mean().item())

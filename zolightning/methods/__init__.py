@@ -1,0 +1,1 @@
+"""Methods as values: estimators, shaping, optimizers, and the configurations and recipes composed of them."""

@@ -1,0 +1,152 @@
+"""What a step can say of its examples, found by trying it on the first batch, without a trace."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..methods.estimators import Estimator
+from ..space import View
+from ..types import Key, PerExampleError
+from .isolation import Isolation
+from .loss_splitter import LossSplitter
+from .objective import batch_examples, batch_numel, example_losses, loss_value, repeat_batch
+
+_SMALL = 256  # numbers in a batch: twice as many cost little memory, and less than twice the time
+_LARGE = 4096  # beyond it they cost twice the time, and activations that may not fit
+
+_FAR = 0.05  # a perturbation that no loss can fail to notice
+
+
+class Examples(NamedTuple):
+    """What a step can say of its examples.
+
+    Args:
+        losses: each has a loss of its own.
+        repeats: the step takes a repeated batch, and the copies get equal losses (dropout would draw for each).
+        both: both probes of a direction that the examples share run in one batch, where it is small.
+        shown: the batch could show it: more than one example, and no loss that is not finite.
+    """
+
+    losses: bool
+    repeats: bool
+    both: bool = False
+    shown: bool = True
+
+    def hold(self, batch: Any) -> bool:
+        """Whether they are shown, or the batch cannot show more."""
+        return self.shown or (batch_examples(batch) or 0) < 2
+
+    def of(self, batch: Any) -> tuple[int | None, bool]:
+        """How many examples with losses of their own the batch holds, or None, and whether it may be repeated."""
+        size = batch_numel(batch)
+        both = self.both and size <= _SMALL
+        return batch_examples(batch) if self.losses or both else None, both or (self.repeats and size <= _LARGE)
+
+
+def inspect_step(forward: Callable[[Any], Any], batch: Any, view: View, isolation: Isolation, repeatable: bool) -> Examples:
+    """Try the step with a direction for each example, and leave no trace.
+
+    Args:
+        forward: batch → the user's output.
+        batch: the first micro-batch.
+        view: rank-1 leaves.
+        isolation: of the module.
+        repeatable: whether ``forward`` evaluates the batch that it is given.
+    """
+    examples = batch_examples(batch)
+    if examples is None or not view.per_example:
+        return Examples(False, False)
+
+    def losses(copies: int, offsets: Tensor) -> Tensor | None:
+        count = examples * copies
+        probe = view.along_each(Key(0, 0), torch.arange(count), offsets)
+        return _losses(forward, repeat_batch(batch, examples, copies), count, probe, isolation)
+
+    try:
+        plain = losses(1, torch.zeros(examples, dtype=torch.float32))
+        moved = losses(1, torch.arange(examples).eq(0).to(torch.float32) * _FAR)
+    except PerExampleError:
+        return Examples(False, False)
+    if plain is None or moved is None or not _close(plain[1:], moved[1:]):
+        return Examples(False, False)  # moving one example moves others: they have no losses of their own
+    shown = examples > 1 and bool(plain.isfinite().all())
+    if not repeatable or batch_numel(batch) > _LARGE:
+        return Examples(True, False, shown=shown)
+    try:
+        double = losses(2, torch.zeros(2 * examples, dtype=torch.float32))
+    except Exception:  # code that takes no other batch than its own, or no memory for two
+        return Examples(True, False, shown=shown)
+    return Examples(True, double is not None and _close(double[:examples], double[examples:]), shown=shown)
+
+
+def _losses(
+    forward: Callable[[Any], Any], batch: Any, count: int, probe: AbstractContextManager[None], isolation: Isolation
+) -> Tensor | None:
+    """(count,) of the batch's examples inside the probe, or None; without a trace."""
+    with isolation.dry(), probe, LossSplitter(count) as splitter:
+        return example_losses(forward(batch), count, splitter)
+
+
+def _close(left: Tensor, right: Tensor) -> bool:
+    return torch.allclose(left, right, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+def takes_both(forward: Callable[[Any], Any], batch: Any, view: View, isolation: Isolation, estimator: Estimator) -> bool:
+    """Try whether both probes of a direction give in one batch the losses that they give in two; leave no trace.
+
+    Args:
+        forward: batch → the user's output; it evaluates the batch that it is given.
+        batch: the first micro-batch.
+        view: of the weights.
+        isolation: of the module.
+        estimator: what probes them.
+    """
+    examples = batch_examples(batch)
+    if examples is None or not estimator.two_sided or view.compiled or view.prefix or batch_numel(batch) > _SMALL:
+        return False
+    twice = repeat_batch(batch, examples, 2)
+    for offset in (_FAR, 0.1 * _FAR, 0.02 * _FAR):
+        if (agree := _agree(forward, batch, twice, 2 * examples, view, isolation, offset)) is not None:
+            return agree
+    return False
+
+
+def _agree(
+    forward: Callable[[Any], Any], batch: Any, twice: Any, count: int, view: View, isolation: Isolation, offset: float
+) -> bool | None:
+    """Whether the halves of the doubled batch have the losses that the batch has at either side; None: rounding hides it.
+
+    Other kernels may compute a batch of another size, and a deep model far from its weights makes much of their rounding.
+    """
+    key = Key(0, 0)
+
+    def halves(probe: AbstractContextManager[None]) -> list[float] | None:
+        losses = _losses(forward, twice, count, probe, isolation)
+        return None if losses is None else losses.view(2, count // 2).mean(1).tolist()
+
+    each = []
+    for side in (offset, -offset):
+        with isolation.dry(), view.along(key, side):
+            each.append(loss_value(forward(batch)))
+    apart = abs(each[0] - each[1])  # what mixes the sides up is off by about that much
+    if not math.isfinite(apart):
+        return False
+    try:
+        if (sides := halves(view.along_both(key, offset, count))) is None:
+            return False
+        off = max(abs(a - b) for a, b in zip(sides, each, strict=True))
+        if off <= 1e-2 * apart:
+            return True
+        alike = halves(view.along(key, offset))
+    except Exception:  # code that takes no other batch than its own, or no memory for two
+        return False
+    if alike is None:
+        return False
+    rounding = max(abs(loss - each[0]) for loss in alike)
+    return off <= 4 * rounding if rounding <= 0.05 * apart else None

@@ -1,0 +1,1 @@
+"""What a run leaves behind: metrics, memory figures, and the MLflow store that they go to."""
