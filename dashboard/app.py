@@ -13,14 +13,14 @@ _HERE = Path(__file__).resolve().parent
 # Streamlit puts this folder first; its parent must come first, or a `dashboard.py` in the working folder is imported instead
 sys.path[:] = [str(_HERE.parent), *(entry for entry in sys.path if entry not in (str(_HERE), str(_HERE.parent)))]
 
-from dashboard import session  # noqa: E402
-from dashboard.addresses import shown_address  # noqa: E402
-from dashboard.charts import live  # noqa: E402
-from dashboard.launch import DEFAULT_STORE  # noqa: E402
-from dashboard.scene import Scene, look, open_store  # noqa: E402
-from dashboard.screens import curves, diff, empty, memory, overview, tradeoffs  # noqa: E402
-from dashboard.sidebar import sidebar  # noqa: E402
-from dashboard.source import NoStoreYet, SourceError  # noqa: E402
+from zolightning_dashboard import session  # noqa: E402
+from zolightning_dashboard.addresses import shown_address  # noqa: E402
+from zolightning_dashboard.charts import live  # noqa: E402
+from zolightning_dashboard.launch import DEFAULT_STORE  # noqa: E402
+from zolightning_dashboard.scene import Scene, look, open_store  # noqa: E402
+from zolightning_dashboard.screens import curves, diff, empty, memory, overview, tradeoffs  # noqa: E402
+from zolightning_dashboard.sidebar import sidebar  # noqa: E402
+from zolightning_dashboard.source import NoStoreYet, SourceError  # noqa: E402
 
 SCREENS: dict[str, tuple[str, str, Callable[[Scene], None]]] = {
     "overview": ("Overview", ":material/dashboard:", overview.render),
@@ -57,11 +57,14 @@ def main(store: str) -> None:
     try:
         scene = look(open_store(store), view.experiments)
     except NoStoreYet:
-        return empty.no_runs(store)
+        empty.no_runs(store)
+        return
     except SourceError as error:
-        return empty.unreadable(str(error))
+        empty.unreadable(str(error))
+        return
     if not scene.runs and not view.experiments:
-        return empty.no_runs(store)
+        empty.no_runs(store)
+        return
     live.engine()
     sidebar(scene, address)
     if scene.runs:
@@ -69,7 +72,7 @@ def main(store: str) -> None:
     else:
         st.info("The chosen experiments have no runs yet.")
     session.keep()
-    return None
+    return
 
 
 def _arguments() -> argparse.Namespace:

@@ -67,8 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.path[:] = [str(here.parent), *(entry for entry in sys.path if entry != str(here))]
     try:
         from streamlit import App
-
-        from dashboard.early import routes
+        from zolightning_dashboard.early import routes
 
         app = App(APP, routes=routes(given.store), lifespan=_open_browser)
     except ImportError:
@@ -96,7 +95,7 @@ def _read_ahead(store: str) -> None:
     # Streamlit would note that nobody is looking yet
     logging.getLogger("streamlit.runtime.scriptrunner_utils.script_run_context").setLevel(logging.ERROR)
     with contextlib.suppress(Exception):  # the page will say what is wrong
-        from dashboard.scene import look, open_store
+        from zolightning_dashboard.scene import look, open_store
 
         look(open_store(store), ())
 

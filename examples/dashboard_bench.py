@@ -47,8 +47,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from browser import BOARD, Server, Traffic, find_chromium, open_browser, serve, wait_drawn, wait_settled  # noqa: E402
 from dashboard_store import describe, names, values  # noqa: E402
-
-from dashboard.source import open_source  # noqa: E402
+from zolightning_dashboard.source import open_source  # noqa: E402
 
 if TYPE_CHECKING:
     from multiprocessing.synchronize import Event
@@ -63,7 +62,7 @@ TICK_SECONDS = 2.0
 FAST_TICK_SECONDS, WARM_TICKS = 0.2, 30
 # the launcher's server with shorter ticks
 FAST_SERVER = (
-    "import sys; sys.path.insert(0, {root!r}); from dashboard import launch, scene; "
+    "import sys; sys.path.insert(0, {root!r}); from zolightning_dashboard import launch, scene; "
     "scene.FAST_SECONDS = {seconds}; sys.exit(launch.main())"
 )
 MIB = 2**20

@@ -19,8 +19,7 @@ from pathlib import Path
 import numpy as np
 from mlflow import MlflowClient
 from mlflow.entities import Metric
-
-from dashboard.source import Series
+from zolightning_dashboard.source import Series
 
 LARGEST = 1.7976931348623157e308
 HOSTILE = (

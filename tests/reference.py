@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from zolightning.noise import Distribution
+from zolightning.noise import Distribution, sample
 from zolightning.types import Key
 
 
@@ -18,7 +18,7 @@ def directions(module: nn.Module, key: Key, dist: Distribution) -> list[Tensor |
     """z for each parameter, None for a frozen one. Noise and its multiples are float32, whatever the weights are."""
     first = torch.zeros(1, dtype=torch.int64)
     return [
-        dist.sample(key, i, first, p.numel())[0].view(p.shape) if p.requires_grad else None
+        sample(dist, key, i, first, p.numel())[0].view(p.shape) if p.requires_grad else None
         for i, p in enumerate(module.parameters())
     ]
 
@@ -93,7 +93,7 @@ def rank1_step(
     total = torch.zeros_like(weight)
     out, into = weight.shape
     for i in range(examples):
-        both = dist.sample(key._replace(query=i), leaf, torch.zeros(1, dtype=torch.int64), out + into)[0]
+        both = sample(dist, key._replace(query=i), leaf, torch.zeros(1, dtype=torch.int64), out + into)[0]
         z = torch.outer(both[:out], both[out:])
         g = (losses(weight + eps * z)[i] - losses(weight - eps * z)[i]).item() / (2 * eps)
         total += g / examples * z

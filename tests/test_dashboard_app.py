@@ -21,19 +21,18 @@ import pytest
 
 pytest.importorskip("streamlit", reason="the dashboard's packages are not installed")
 
+import zolightning_dashboard
 from dashboard_stores import HOSTILE, log, make_store
 from mlflow import MlflowClient
 from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
+from zolightning_dashboard import launch
+from zolightning_dashboard.charts.lines import Plotter
+from zolightning_dashboard.scene import Store, look
+from zolightning_dashboard.source import open_source
+from zolightning_dashboard.view import View
 
-import dashboard
-from dashboard import launch
-from dashboard.charts.lines import Plotter
-from dashboard.scene import Store, look
-from dashboard.source import open_source
-from dashboard.view import View
-
-ROOT = Path(dashboard.__file__).parent
+ROOT = Path(zolightning_dashboard.__file__).parent
 PAGES = ("overview", "curves", "memory", "tradeoffs", "diff")
 START = 1_700_000_000_000
 MARKUP = ("*bold*", "$x$", ":red[x]", "[a](http://b)", ":smile:", "`code`", "<b>x</b>")
@@ -231,7 +230,7 @@ def test_an_address_that_lags_behind_undoes_nothing(ours: Path, monkeypatch: pyt
     app.query_params = before  # the browser sent the next click before it heard of the new address
     app.selectbox(key="axis-1").set_value("forwards").run()
     assert (app.query_params["log"], app.query_params["axis"]) == ("1", "forwards")
-    monkeypatch.setattr("dashboard.session._LAG_SECONDS", 0.0)
+    monkeypatch.setattr("zolightning_dashboard.session._LAG_SECONDS", 0.0)
     app.query_params = before  # later it is the browser's Back
     app.run()
     assert app.toggle(key="log-2").value is False

@@ -22,15 +22,14 @@ from hypothesis import strategies as st
 pytest.importorskip("streamlit", reason="the dashboard's packages are not installed")
 
 from dashboard_stores import HOSTILE, log, make_store
-
-from dashboard import addresses, budgets, export, facts, palette, report, text, view, words
-from dashboard.charts import still
-from dashboard.charts.lines import Look, Member, Plotter
-from dashboard.charts.memo import Memo
-from dashboard.charts.pack import Drawing, Line, Mark, compact, pack
-from dashboard.scene import Scene, Store, look
-from dashboard.source import open_source
-from dashboard.view import View
+from zolightning_dashboard import addresses, budgets, export, facts, palette, report, text, view, words
+from zolightning_dashboard.charts import still
+from zolightning_dashboard.charts.lines import Look, Member, Plotter
+from zolightning_dashboard.charts.memo import Memo
+from zolightning_dashboard.charts.pack import Drawing, Line, Mark, compact, pack
+from zolightning_dashboard.scene import Scene, Store, look
+from zolightning_dashboard.source import open_source
+from zolightning_dashboard.view import View
 
 START = 1_700_000_000_000
 

@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
-
-from dashboard.comparison import Saving, compare, method_of
-from dashboard.source import Run, Series
+from zolightning_dashboard.comparison import Saving, compare, method_of
+from zolightning_dashboard.source import Run, Series
 
 GIB = 2.0**30
 ADAMW = {"zo.method": "backprop AdamW"}

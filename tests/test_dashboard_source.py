@@ -24,9 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.entities import Param, RunTag
-
-from dashboard.source import MetricSource, NoStoreYet, RestSource, Run, SourceError, SqliteSource, open_source
-from dashboard.source.buffer import POINT, SeriesBuffer, as_points
+from zolightning_dashboard.source import MetricSource, NoStoreYet, RestSource, Run, SourceError, SqliteSource, open_source
+from zolightning_dashboard.source.buffer import POINT, SeriesBuffer, as_points
 
 NOW = 1_795_000_000_000
 
@@ -161,7 +160,7 @@ def test_points_logged_late_at_earlier_steps_are_found(client: MlflowClient, sou
 def test_more_new_points_than_one_request_gives(
     client: MlflowClient, source: MetricSource, experiment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dashboard.source.rest._INTERVAL", 100)  # the server thins out beyond what is asked for
+    monkeypatch.setattr("zolightning_dashboard.source.rest._INTERVAL", 100)  # the server thins out beyond what is asked for
     run_id = client.create_run(experiment).info.run_id
     log(client, run_id, "loss", [(0, NOW, 0.5)])
     source.poll()
@@ -602,7 +601,7 @@ def test_a_store_that_goes_away_and_comes_back(template: Path, tmp_path: Path) -
 
 def test_a_locked_store_says_so(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = copy_store(template, tmp_path / "mlflow.db")
-    monkeypatch.setattr("dashboard.source.file._BUSY_SECONDS", 0.05)
+    monkeypatch.setattr("zolightning_dashboard.source.file._BUSY_SECONDS", 0.05)
     with closing(sqlite3.connect(path, isolation_level=None)) as writer:
         writer.execute("PRAGMA journal_mode=DELETE")
         source = SqliteSource(path)
@@ -623,7 +622,7 @@ def public_folder() -> Iterator[Path]:
 
 READ_AS_NOBODY = """
 import os, sys
-from dashboard.source import SourceError, SqliteSource
+from zolightning_dashboard.source import SourceError, SqliteSource
 if os.getuid() == 0:
     os.setgid(65534), os.setuid(65534)
 try:
@@ -725,7 +724,7 @@ def test_another_web_site_is_refused(body: bytes) -> None:
 
 
 def test_an_old_server_that_knows_no_page_tokens(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dashboard.source.rest._page_token", lambda offset: None)  # MLflow 2 passes over them
+    monkeypatch.setattr("zolightning_dashboard.source.rest._page_token", lambda offset: None)  # MLflow 2 passes over them
     client, source = MlflowClient(server.url), RestSource(server.url)
     experiment = client.create_experiment(f"old {random.random()}")
     run_id = client.create_run(experiment).info.run_id

@@ -12,9 +12,8 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from dashboard.source import Run, Series
-from dashboard.status import status, watched
+from zolightning_dashboard.source import Run, Series
+from zolightning_dashboard.status import status, watched
 
 NOW = 1_795_000_000.0
 NOTHING = Series(np.empty(0, np.int64), np.empty(0), np.empty(0))

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from dashboard.source import Run, Series
-from dashboard.transforms import (
+from zolightning_dashboard.source import Run, Series
+from zolightning_dashboard.transforms import (
     Curve,
     Grid,
     at_step,
@@ -32,7 +31,7 @@ from dashboard.transforms import (
     summarise,
     thin,
 )
-from dashboard.transforms.groups import coincide, interpolate
+from zolightning_dashboard.transforms.groups import coincide, interpolate
 
 FINITE = st.floats(-1e6, 1e6)
 ANY = st.one_of(FINITE, st.sampled_from([math.nan, math.inf, -math.inf]))

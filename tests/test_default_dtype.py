@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from zolightning import ZOStrategy
-from zolightning.noise import DISTRIBUTIONS, kernels, selftest, set_rung
-from zolightning.noise import backends as rungs
+from zolightning.noise import DISTRIBUTIONS, backends, kernels, sample, selftest, set_backend
 from zolightning.space import build_view
 from zolightning.types import Key, Term
 
@@ -33,17 +32,17 @@ def default(dtype: torch.dtype) -> Iterator[None]:
 
 
 @pytest.fixture(params=["native", "torch"], autouse=True)
-def _rung(request: pytest.FixtureRequest) -> Iterator[None]:
+def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
     try:
-        set_rung(request.param)
+        set_backend(request.param)
     except RuntimeError as error:
         pytest.skip(str(error))
     yield
-    set_rung("auto")
+    set_backend("auto")
 
 
 def _noise(noise: Any) -> Tensor:
-    return noise.sample(Key(1, 2, 3), 7, torch.tensor([0, 130]), 300, torch.tensor([5, 6]))
+    return sample(noise, Key(1, 2, 3), 7, torch.tensor([0, 130]), 300, torch.tensor([5, 6]))
 
 
 def _perturb_rows(noise: Any) -> Tensor:
@@ -91,7 +90,7 @@ def test_outer_sum() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_the_library_can_be_loaded_in_the_middle_of_a_step(dtype: torch.dtype) -> None:
-    library = rungs.library()
+    library = backends.library()
     if library is None:
         pytest.skip("no native kernels")
     with default(dtype):

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from zolightning import ZOConfig, ZOStrategy, noise
 from zolightning.ledger import read, replay
-from zolightning.noise import Distribution, Gaussian, Rademacher, reference
-from zolightning.noise import backends as rungs
+from zolightning.noise import Distribution, Gaussian, Rademacher, backends, reference, sample
 from zolightning.noise.selftest import same_bits, specimens, verify_triton
 from zolightning.space import Cycle
 from zolightning.types import Key, Term
@@ -33,17 +32,17 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 @pytest.mark.parametrize("kind", [None, *(dist.native for dist in DISTRIBUTIONS)])
 def test_triton_is_taken(kind: int | None) -> None:
-    assert noise.active_rung(GPU) == "triton"
-    library = rungs.gpu_library(GPU, kind)
+    assert noise.active_backend(GPU) == "triton"
+    library = backends.gpu_backend(GPU, kind)
     assert library is not None
     assert verify_triton(library, GPU, kind) == ""
 
 
 @pytest.mark.parametrize("dist", DISTRIBUTIONS, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("rung", ["auto", "torch"])
-def test_sweeps_give_the_bits_of_the_cpu(dist: Distribution, dtype: torch.dtype, rung: Any) -> None:
-    """Perturbation, both ways, rows, update, rounding, sums: whatever rung runs them."""
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_sweeps_give_the_bits_of_the_cpu(dist: Distribution, dtype: torch.dtype, backend: Any) -> None:
+    """Perturbation, both ways, rows, update, rounding, sums: whatever backend runs them."""
     w = specimens(dtype)[9:2009].reshape(40, 50)
     rows = torch.tensor([3, 39, 0, 3])
 
@@ -58,7 +57,7 @@ def test_sweeps_give_the_bits_of_the_cpu(dist: Distribution, dtype: torch.dtype,
         noise.keep_large_(kept, here, 0.5)
         total = noise.noise_sum(dist, TERMS, 7, 77, 3000, device)
         queries = torch.tensor([5, 0, 9], device=device)
-        drawn = dist.sample(KEY, 7, torch.zeros_like(queries), 300, queries)
+        drawn = sample(dist, KEY, 7, torch.zeros_like(queries), 300, queries)
         outer = noise.outer_sum(drawn, total[:300].view(3, 100))
         updated = here.clone()
         if dtype in (torch.bfloat16, torch.float16):  # how torch.add rounds wider types is the device's own business
@@ -69,11 +68,11 @@ def test_sweeps_give_the_bits_of_the_cpu(dist: Distribution, dtype: torch.dtype,
         return [t.cpu() for t in (moved, plus, minus, some, kept, total, drawn, outer, updated, fingerprint)]
 
     expected = run(CPU)
-    noise.set_rung(rung)
+    noise.set_backend(backend)
     try:
         found = run(GPU)
     finally:
-        noise.set_rung("auto")
+        noise.set_backend("auto")
     for number, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         assert same_bits(ours, theirs), number
 

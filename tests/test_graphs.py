@@ -22,12 +22,11 @@ from helpers import (
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn.functional import linear
 
-from zolightning.noise import HeldKey, Rademacher
-from zolightning.noise.captured_key import held_words, keep, key_words
-from zolightning.probing.objective import map_leaves
+from zolightning.noise import CapturedKey, Rademacher
+from zolightning.noise.captured_key import captured_words, keep, key_words
+from zolightning.probing.batches import map_leaves
 from zolightning.space import build_view
-from zolightning.space.probe import Shared
-from zolightning.types import Key, Term
+from zolightning.types import Key, Shared, Term
 
 
 def test_on_a_cpu_forwards_run_as_they_are_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -68,13 +67,13 @@ def test_a_probe_inside_another_does_the_work_alone() -> None:
 
 def test_a_held_key_is_read_from_memory_while_launches_are_recorded() -> None:
     first, later, other = Key(1, 2, 3), Key(1, 9, 3), Key(5, 6)
-    held = HeldKey(first, torch.device("cpu"))
+    held = CapturedKey(first, torch.device("cpu"))
     with held.recording():
-        assert held_words(key_words(first)) is held.words
-        assert held_words(key_words(other)) is None
+        assert captured_words(key_words(first)) is held.words
+        assert captured_words(key_words(other)) is None
         table = keep(torch.ones(1))
     assert held.kept[0] is table
-    assert held_words(key_words(first)) is None
+    assert captured_words(key_words(first)) is None
     held.set(later)
     assert tuple(held.words.tolist()) == key_words(later)
 

@@ -22,7 +22,7 @@ from zolightning import LedgerCheckpointIO, ZOConfig, ZOStrategy
 from zolightning.engine.updates import apply_update
 from zolightning.ledger import LedgerError, read, replay
 from zolightning.ledger.format import Method
-from zolightning.noise import Distribution, Gaussian, Rademacher, permutation
+from zolightning.noise import Distribution, Gaussian, Rademacher, permutation, sample
 from zolightning.space import Cycle, DenseLeaf, LowRank, LowRankLeaf, Sparse, SparseLeaf, build_view, take_turns
 from zolightning.space.sparse_leaf import measure
 from zolightning.types import Key, Term
@@ -96,8 +96,8 @@ def lowrank(dist: Distribution, key: Key, leaf: int, shape: torch.Size, kind: Lo
     """U Vᵀ/√r: U are the first elements of the direction's noise, V the next ones of the noise when V was last drawn."""
     (rows, columns), r = shape, kind.rank
     held = Key(key.seed, key.step // kind.hold * kind.hold)
-    u = dist.sample(key, leaf, torch.zeros(1, dtype=torch.int64), r * rows)[0].view(r, rows)
-    v = dist.sample(held, leaf, torch.tensor([r * rows]), r * columns)[0].view(r, columns)
+    u = sample(dist, key, leaf, torch.zeros(1, dtype=torch.int64), r * rows)[0].view(r, rows)
+    v = sample(dist, held, leaf, torch.tensor([r * rows]), r * columns)[0].view(r, columns)
     return u.T @ v / math.sqrt(r)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from zolightning.ledger import fingerprint
-from zolightning.noise import reference, set_rung
+from zolightning.noise import reference, set_backend
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int8, torch.uint8, torch.bool]
 WORD = (1 << 64) - 1
@@ -24,10 +24,10 @@ quick = settings(deadline=None, max_examples=60)
 
 
 @pytest.fixture(params=["native", "torch"], autouse=True, scope="module")
-def _rung(request: pytest.FixtureRequest) -> Iterator[None]:
-    set_rung(request.param)
+def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    set_backend(request.param)
     yield
-    set_rung("auto")
+    set_backend("auto")
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -99,7 +99,7 @@ def test_does_not_depend_on_the_place_in_memory(dtype: torch.dtype, offset: int,
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_does_not_depend_on_chunks_threads_or_rung(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_does_not_depend_on_chunks_threads_or_backend(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = random((301, 1001), torch.float32)  # more than a thread's share
     expected = twin({"w": tensor})
     torch.set_num_threads(threads)

@@ -37,7 +37,7 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from zolightning import ZOConfig, ZOStrategy
 from zolightning.ledger import LedgerError, Replayed, read, replay
 from zolightning.ledger.format import DIGEST, Check, Method, Options, Record, Step, encode, opening
-from zolightning.noise import Rademacher, reference, set_rung
+from zolightning.noise import Rademacher, reference, set_backend
 from zolightning.types import Key, Term
 
 STEPS = 6
@@ -370,35 +370,35 @@ def wide() -> nn.Module:
 
 
 @pytest.fixture
-def auto_rung() -> Iterator[None]:
+def auto_backend() -> Iterator[None]:
     yield
-    set_rung("auto")
+    set_backend("auto")
 
 
-@pytest.mark.usefixtures("auto_rung")
+@pytest.mark.usefixtures("auto_backend")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("optimizer", ["sgd, weight decay, maximize", "adamw"])
-def test_threads_rungs_and_chunks_change_no_bit(
+def test_threads_backends_and_chunks_change_no_bit(
     optimizer: str, structure: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind, loss, config = STRUCTURES[structure]
     dtype = DTYPES[precision]
     items = [(x.to(dtype), y.to(dtype)) for x, y in batches(3, inputs=211, outputs=301)]
     run = train(tmp_path / "ledger.zo", kind(wide(), loss, OPTIMIZERS[optimizer]), items, config, precision=precision)
-    for rung, threads, chunk in (("native", 2, 1 << 18), ("native", 3, 1777), ("torch", 1, 1 << 18), ("torch", 4, 1777)):
-        set_rung(rung)  # type: ignore[arg-type]
+    for backend, threads, chunk in (("native", 2, 1 << 18), ("native", 3, 1777), ("torch", 1, 1 << 18), ("torch", 4, 1777)):
+        set_backend(backend)  # type: ignore[arg-type]
         torch.set_num_threads(threads)
         monkeypatch.setattr(reference, "CHUNK", chunk)
         assert_replays(run, steps=(2,))
 
 
-@pytest.mark.usefixtures("auto_rung")
-def test_a_run_on_one_rung_is_a_run_on_the_other(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("auto_backend")
+def test_a_run_on_one_backend_is_a_run_on_the_other(tmp_path: Path) -> None:
     """The ledgers differ in nothing at all: the probes, too, have the same bits."""
-    for rung in ("native", "torch"):
-        set_rung(rung)  # type: ignore[arg-type]
-        train(tmp_path / f"{rung}.zo", Task(mlp(), optimizer=OPTIMIZERS["adamw"]), batches(STEPS))
+    for backend in ("native", "torch"):
+        set_backend(backend)  # type: ignore[arg-type]
+        train(tmp_path / f"{backend}.zo", Task(mlp(), optimizer=OPTIMIZERS["adamw"]), batches(STEPS))
     assert (tmp_path / "native.zo").read_bytes() == (tmp_path / "torch.zo").read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""The native kernels give the reference's bits, and where there are none the torch rung takes over."""
+"""The native kernels give the reference's bits, and where there are none the torch backend takes over."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from torch import Tensor
 
 from zolightning import cache as cache_module
 from zolightning import noise
-from zolightning.noise import Distribution, Gaussian, Rademacher, kernels, native, reference, selftest
-from zolightning.noise import backends as rungs
+from zolightning.noise import Distribution, Gaussian, Rademacher, backends, kernels, native, reference, sample, selftest
 from zolightning.noise.distributions import elements
 from zolightning.types import Key, Term
 
@@ -29,28 +28,28 @@ same_bits, specimens = selftest.same_bits, selftest.specimens
 
 def unavailable() -> str:
     try:
-        noise.set_rung("native")
+        noise.set_backend("native")
         return ""
     except RuntimeError as error:
         return str(error)
     finally:
-        noise.set_rung("auto")
+        noise.set_backend("auto")
 
 
 needs_native = pytest.mark.skipif(bool(reason := unavailable()), reason=reason)
 
 
 @pytest.fixture
-def library() -> native.NativeLibrary:
-    found = rungs.library()
+def library() -> native.NativeBackend:
+    found = backends.native_backend()
     assert found is not None
     return found
 
 
 @pytest.fixture
-def rung_restored() -> Iterator[None]:
+def backend_restored() -> Iterator[None]:
     yield
-    noise.set_rung("auto")
+    noise.set_backend("auto")
 
 
 keys = st.builds(Key, st.integers(-(2**63), 2**64), st.integers(0, 2**40), st.integers(0, 2**31 - 1))
@@ -82,7 +81,7 @@ class TestSameBits:
         begin = torch.tensor(begins)
         queries = torch.arange(len(begins)) * 1000 if own_queries else None
         expected = elements(dist, key, leaf, begin, length, key.query if queries is None else queries[:, None])
-        assert same_bits(dist.sample(key, leaf, begin, length, queries), expected)
+        assert same_bits(sample(dist, key, leaf, begin, length, queries), expected)
 
     @settings(max_examples=80, deadline=None)
     @given(distributions, terms, leaves, starts, lengths, floats, floats)
@@ -193,17 +192,17 @@ class TestSameBits:
         rows = torch.arange(0, length // 345, 2)
         table = w[: length // 345 * 345].view(-1, 345)
 
-        def results(rung: ModuleType, threads: int, step: int) -> list[Tensor]:
+        def results(backend: ModuleType, threads: int, step: int) -> list[Tensor]:
             before = torch.get_num_threads()
             torch.set_num_threads(threads)
             try:
                 out, updated = torch.empty(length, dtype=torch.bfloat16), w.bfloat16()
                 some = torch.empty(len(rows), 345)
-                rung.perturb_rows(some, table, dist, terms, 3, rows)
+                backend.perturb_rows(some, table, dist, terms, 3, rows)
                 for at in range(0, length, step):
                     piece = slice(at, at + step)
-                    rung.perturb(out[piece], w[piece], dist, terms, 3, 1001 + at)
-                    rung.sgd_(updated[piece], dist, terms, 3, 1001 + at, 1e-3, 0.1, Key(4, 5))
+                    backend.perturb(out[piece], w[piece], dist, terms, 3, 1001 + at)
+                    backend.sgd_(updated[piece], dist, terms, 3, 1001 + at, 1e-3, 0.1, Key(4, 5))
                 return [out, updated, some]
             finally:
                 torch.set_num_threads(before)
@@ -231,7 +230,7 @@ def test_narrower_vectors(machine: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @needs_native
-def test_one_openmp_runtime(library: native.NativeLibrary) -> None:
+def test_one_openmp_runtime(library: native.NativeBackend) -> None:
     """The threads are torch's own: no second pool spins beside it."""
     maps = Path("/proc/self/maps")
     if not maps.exists():
@@ -250,7 +249,7 @@ def test_one_openmp_runtime(library: native.NativeLibrary) -> None:
 
 
 @needs_native
-def test_tensors_the_library_cannot_take(library: native.NativeLibrary) -> None:
+def test_tensors_the_library_cannot_take(library: native.NativeBackend) -> None:
     class Odd(Tensor):
         pass
 
@@ -269,16 +268,16 @@ def test_tensors_the_library_cannot_take(library: native.NativeLibrary) -> None:
 
 
 class TestLadder:
-    def test_torch_on_request(self, rung_restored: None) -> None:
-        noise.set_rung("torch")
-        assert noise.active_rung() == "torch"
+    def test_torch_on_request(self, backend_restored: None) -> None:
+        noise.set_backend("torch")
+        assert noise.active_backend() == "torch"
         z = noise.noise_sum(Gaussian(), [Term(Key(1, 2), 1.0)], 0, 5, 1000, torch.device("cpu"))
-        noise.set_rung("auto")
+        noise.set_backend("auto")
         assert same_bits(z, noise.noise_sum(Gaussian(), [Term(Key(1, 2), 1.0)], 0, 5, 1000, torch.device("cpu")))
 
     def test_no_compiler(
         self,
-        rung_restored: None,
+        backend_restored: None,
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
@@ -286,12 +285,12 @@ class TestLadder:
         monkeypatch.setenv("CXX", "/nonexistent")
         monkeypatch.setenv("ZOLIGHTNING_CACHE", str(tmp_path))
         with caplog.at_level(logging.WARNING, "zolightning"):
-            noise.set_rung("auto")
-        assert noise.active_rung() == "torch"
+            noise.set_backend("auto")
+        assert noise.active_backend() == "torch"
         assert [r.message for r in caplog.records if "/nonexistent" in r.message]
         assert noise.noise_sum(Gaussian(), [Term(Key(1, 2), 1.0)], 0, 0, 9, torch.device("cpu")).shape == (9,)
         with pytest.raises(RuntimeError, match="/nonexistent"):
-            noise.set_rung("native")
+            noise.set_backend("native")
 
     def test_compiler_that_fails(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         broken = tmp_path / "cxx"
@@ -304,23 +303,23 @@ class TestLadder:
         assert not list((tmp_path / "cache" / "kernels").iterdir())
 
     @pytest.mark.parametrize("mode", ["torch", "auto"])
-    def test_environment(self, mode: str, rung_restored: None, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(rungs, "_settled", False)
+    def test_environment(self, mode: str, backend_restored: None, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(backends, "_settled", False)
         monkeypatch.setenv("ZOLIGHTNING_KERNELS", mode)
-        assert noise.active_rung() == ("torch" if mode == "torch" or reason else "native")
+        assert noise.active_backend() == ("torch" if mode == "torch" or reason else "native")
 
     def test_environment_with_an_unknown_word(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(rungs, "_settled", False)
+        monkeypatch.setattr(backends, "_settled", False)
         monkeypatch.setenv("ZOLIGHTNING_KERNELS", "fastest")
         with pytest.raises(ValueError, match="one of auto, native, torch"):
-            noise.active_rung()
+            noise.active_backend()
 
-    def test_a_wrong_library_is_refused(self, rung_restored: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_wrong_library_is_refused(self, backend_restored: None, monkeypatch: pytest.MonkeyPatch) -> None:
         if reason:
             pytest.skip(reason)
         monkeypatch.setattr(selftest, "verify", lambda library: "the sample differs")
-        noise.set_rung("auto")
-        assert noise.active_rung() == "torch"
+        noise.set_backend("auto")
+        assert noise.active_backend() == "torch"
 
 
 @needs_native

@@ -1,4 +1,4 @@
-"""The statistical contract of the noise, and what stochastic rounding and the sweeps promise, on the active rung."""
+"""The statistical contract of the noise, and what stochastic rounding and the sweeps promise, on the active backend."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zolightning import noise
-from zolightning.noise import Distribution, Gaussian, Rademacher
+from zolightning.noise import Distribution, Gaussian, Rademacher, sample
 from zolightning.noise.distributions import elements, rounding_bits
 from zolightning.noise.philox import philox4x32, philox_key
 from zolightning.types import Key, Term
@@ -24,7 +24,7 @@ Sampler = Callable[[Key, int, int, int], Tensor]  # key, leaf, start, length -> 
 
 
 def sampler(dist: Distribution) -> Sampler:
-    return lambda key, leaf, start, length: dist.sample(key, leaf, torch.tensor([start]), length)[0].double()
+    return lambda key, leaf, start, length: sample(dist, key, leaf, torch.tensor([start]), length)[0].double()
 
 
 # Each statistic below is about standard normal for good noise: 5 is passed by chance once in two million.
@@ -165,9 +165,9 @@ class TestElements:
 
     def test_huge_indices(self, dist: Distribution) -> None:
         start = (1 << 40) + 77
-        far = dist.sample(Key(1, 2), 3, torch.tensor([start, start + 5]), 2000)
+        far = sample(dist, Key(1, 2), 3, torch.tensor([start, start + 5]), 2000)
         assert torch.equal(far[0, 5:], far[1, :-5])
-        near = dist.sample(Key(1, 2), 3, torch.tensor([77, start & 0xFFFFFFFF]), 2000)
+        near = sample(dist, Key(1, 2), 3, torch.tensor([77, start & 0xFFFFFFFF]), 2000)
         assert all(abs(correlation(far[0], row)) < LIMIT for row in near)
 
     def test_equal_shapes_differ(self, dist: Distribution) -> None:
@@ -176,13 +176,13 @@ class TestElements:
 
     def test_queries_of_one_call_are_those_of_many(self, dist: Distribution) -> None:
         starts, queries = torch.tensor([0, 7, 0]), torch.tensor([4, 0, 9])
-        together = dist.sample(Key(1, 2, 5), 3, starts, 100, queries)
+        together = sample(dist, Key(1, 2, 5), 3, starts, 100, queries)
         for row, start, query in zip(together, starts.tolist(), queries.tolist(), strict=True):
-            assert torch.equal(row, dist.sample(Key(1, 2, query), 3, torch.tensor([start]), 100)[0])
+            assert torch.equal(row, sample(dist, Key(1, 2, query), 3, torch.tensor([start]), 100)[0])
 
     def test_recorded_values(self, dist: Distribution) -> None:
         """A ledger written today must replay with every later version."""
-        z = dist.sample(Key(2**63 + 11, 12345, 6), 7, torch.tensor([1000]), 4096)[0]
+        z = sample(dist, Key(2**63 + 11, 12345, 6), 7, torch.tensor([1000]), 4096)[0]
         digest = int((z.view(torch.int32).long() * torch.arange(1, 4097)).sum())
         assert digest == RECORDED[dist.name]
 
@@ -357,10 +357,10 @@ class TestSweeps:
             torch.autograd.backward(loss)
 
 
-@pytest.mark.parametrize("rung", ["auto", "torch"])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("dist", DISTRIBUTIONS, ids=repr)
-def test_noise_does_not_depend_on_the_default_dtype(dist: Distribution, default: torch.dtype, rung: Any) -> None:
+def test_noise_does_not_depend_on_the_default_dtype(dist: Distribution, default: torch.dtype, backend: Any) -> None:
     """Lightning's "bf16-true" changes it around the user's step, which is where a probe draws its noise."""
     terms = [Term(Key(1, 2, 3), 0.37), Term(Key(1, 2, 4), -1.3)]
     source, rows = torch.linspace(-1, 1, 90).view(9, 10), torch.tensor([3, 0, 8])
@@ -370,16 +370,16 @@ def test_noise_does_not_depend_on_the_default_dtype(dist: Distribution, default:
         noise.perturb(out, source, dist, terms, 5)
         noise.perturb_rows(some, source, dist, terms, 5, rows)
         total = noise.noise_sum(dist, terms, 5, 7, 1000, CPU)
-        return [out, some, total, dist.sample(Key(1, 2), 5, torch.tensor([3, 8]), 100)]
+        return [out, some, total, sample(dist, Key(1, 2), 5, torch.tensor([3, 8]), 100)]
 
     try:
-        noise.set_rung(rung)
+        noise.set_backend(backend)
         expected = sweeps()
         torch.set_default_dtype(default)
-        noise.set_rung(rung)  # the native kernels' self-test, too
+        noise.set_backend(backend)  # the native kernels' self-test, too
         for value, wanted in zip(sweeps(), expected, strict=True):
             assert value.dtype == wanted.dtype
             assert torch.equal(value, wanted)
     finally:
         torch.set_default_dtype(torch.float32)
-        noise.set_rung("auto")
+        noise.set_backend("auto")

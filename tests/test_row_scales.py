@@ -17,7 +17,7 @@ from zolightning import ZOConfig, ZOStrategy
 from zolightning.adapt.fakequant import export_quantized, fake_quantize
 from zolightning.adapt.quantize import quantize
 from zolightning.ledger import fingerprint, read, replay
-from zolightning.noise import Distribution, Gaussian, Rademacher
+from zolightning.noise import Distribution, Gaussian, Rademacher, sample
 from zolightning.space import DenseLeaf, Rank1Leaf, RelativeScaleLeaf, RowScaleLeaf, View, build_view, expose_scales
 from zolightning.types import Key, PerExampleError, Term
 
@@ -49,7 +49,7 @@ def coordinates(leaf: Any, key: Key) -> tuple[Tensor, Tensor | None]:
     """u for the outputs and v for the groups, so that z has variance 1 in units of the scale."""
     outputs, groups = leaf.parameter.shape
     count = outputs + (groups if groups > 1 else 0)
-    values = leaf.distribution.sample(key, leaf.index, torch.zeros(1, dtype=torch.int64), count)[0]
+    values = sample(leaf.distribution, key, leaf.index, torch.zeros(1, dtype=torch.int64), count)[0]
     return (values, None) if groups == 1 else (values[:outputs] / math.sqrt(2), values[outputs:] / math.sqrt(2))
 
 

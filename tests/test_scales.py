@@ -37,7 +37,7 @@ from zolightning.adapt.peft import ia3, prefix, prompt
 from zolightning.adapt.quantize import quantize
 from zolightning.engine.updates import apply_update
 from zolightning.ledger import base_path, fingerprint, load_base, read, replay
-from zolightning.noise import Distribution, Gaussian, Rademacher
+from zolightning.noise import Distribution, Gaussian, Rademacher, sample
 from zolightning.space import ScaleLeaf, build_view, expose_scales
 from zolightning.space.scales import FLOOR
 from zolightning.types import Key, Term
@@ -106,7 +106,7 @@ def textbook(
     values = scales(module)
     for step, batch in enumerate(items):
         start = torch.zeros(1, dtype=torch.int64)
-        z = {n: dist.sample(Key(7, step), index[n], start, v.numel())[0].view(v.shape) for n, v in values.items()}
+        z = {n: sample(dist, Key(7, step), index[n], start, v.numel())[0].view(v.shape) for n, v in values.items()}
         z = {n: z[n] * v if relative else z[n] for n, v in values.items()}
         plus, minus = (dense_loss(module, batch, {n: v + o * z[n] for n, v in values.items()}) for o in (eps, -eps))
         g = min(max((plus - minus) / (2 * eps), -clip), clip)

@@ -18,7 +18,7 @@ from transformers import BatchEncoding
 
 from zolightning import ZOStrategy
 from zolightning.methods.estimators import SPSA, PerExampleSPSA
-from zolightning.probing.objective import batch_examples, repeat_batch
+from zolightning.probing.batches import batch_examples, repeat_batch
 from zolightning.space import DenseLeaf, Leaf, Rank1Leaf
 
 

@@ -1,4 +1,4 @@
-"""The GPU's rung without a GPU: the compiler takes every kernel, the interpreter runs them, the self-test judges."""
+"""The GPU's backend without a GPU: the compiler takes every kernel, the interpreter runs them, the self-test judges."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ import torch
 from triton_rounding import nearest
 from zolightning.noise import triton_kernels
 from zolightning.noise.selftest import verify_triton
-from zolightning.noise.triton_library import TritonLibrary
+from zolightning.noise.triton_library import TritonBackend
 
 triton_kernels._nearest = nearest
 
-class Off(TritonLibrary):
+class Off(TritonBackend):
     def outer_sgd_(self, target, *others):
         super().outer_sgd_(target, *others)
         target[0, 0] = 0
 
 cpu = torch.device("cpu")
-print([verify_triton(library, cpu, kind) for library, kind in [*((TritonLibrary(), k) for k in (0, 1, None)), (Off(), None)]])
+print([verify_triton(library, cpu, kind) for library, kind in [*((TritonBackend(), k) for k in (0, 1, None)), (Off(), None)]])
 """
 
 COMPILE = """

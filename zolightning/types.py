@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -39,6 +40,45 @@ class Term(NamedTuple):
 
     key: Key
     coefficient: float
+
+
+class Shared(NamedTuple):
+    """All examples see θ + Σ_k c_k z_k, whose keys are of one step."""
+
+    terms: Sequence[Term]
+
+    @property
+    def key(self) -> Key:
+        return self.terms[0].key
+
+
+class Both(NamedTuple):
+    """The first half of the examples sees θ + c z, the second half θ − c z."""
+
+    term: Term
+    examples: int
+    """In both halves together."""
+
+    @property
+    def key(self) -> Key:
+        return self.term.key
+
+
+class PerExample(NamedTuple):
+    """Example n sees θ + offsets[n] · z(key with queries[n])."""
+
+    key: Key
+    queries: Tensor
+    offsets: Tensor
+
+
+class Tangent(NamedTuple):
+    """All examples see θ, as dual tensors with the tangent z(key)."""
+
+    key: Key
+
+
+Point = Shared | Both | PerExample | Tangent
 
 
 class Stencil(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from ..records.mlflow_logger import DEFAULT_STORE
@@ -18,7 +19,10 @@ def dash(store: str = DEFAULT_STORE, port: int = 8501, host: str = "127.0.0.1") 
         port: to listen on.
         host: address to listen on. Default: this machine only. The dashboard asks for no password.
     """
-    launcher = Path(__file__).parent.parent / "dashboard" / "launch.py"  # by path: the working folder may have a dashboard too
+    package = find_spec("zolightning_dashboard")
+    if package is None or package.origin is None:
+        raise ImportError("The dashboard is not installed. Install it with `pip install zolightning`.")
+    launcher = Path(package.origin).with_name("launch.py")
     command = [sys.executable, str(launcher), "--store", store, "--port", str(port), "--host", host]
     if os.name == "posix":
         os.execv(sys.executable, command)  # so that whoever stops this command stops the server

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from ..methods.config import ZOConfig
 from ..methods.estimators import Estimator, PerExampleSPSA
 from ..mixin import ZOMixin
+from ..probing.block_reuse import BlockReuse, block_reuse
 from ..probing.cuda_graphs import Graphs
 from ..probing.inspection import Examples, inspect_step, takes_both
 from ..probing.isolation import Isolation
@@ -36,7 +37,7 @@ class Calibration:
     """Whether both probes of a shared direction run in one batch, where it is small."""
 
 
-class Search(NamedTuple):
+class Subspace(NamedTuple):
     """The view of an optimizer's parameters, and what a step can say of its examples."""
 
     optimizer: Optimizer
@@ -46,6 +47,8 @@ class Search(NamedTuple):
     """Ids of the optimizer's parameters that were trainable."""
     select: Select
     """The selection; the block that 'dominant' stands for."""
+    blocks: BlockReuse
+    """The unperturbed first blocks, which run once a step."""
     graphs: Graphs | None
     """Recorded forwards, where they are asked for."""
 
@@ -78,7 +81,7 @@ def trainable(optimizer: Optimizer) -> tuple[int, ...]:
     return tuple(id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
 
 
-def new_search(
+def find_subspace(
     module: nn.Module,
     optimizer: Optimizer,
     config: ZOConfig,
@@ -88,7 +91,7 @@ def new_search(
     isolation: Isolation,
     muted: Callable[[], AbstractContextManager[Any]],
     calibration: Calibration,
-) -> Search:
+) -> Subspace:
     """Choose the leaves, and try on the first batch whether its examples have losses of their own.
 
     Args:
@@ -149,7 +152,7 @@ def new_search(
         take_turns(module, view.leaves, config.cycle)
     calibration.leaves.update({leaf.name: leaf.settings for leaf in view.leaves if leaf.settings})
     graphs = Graphs(view, isolation) if config.cuda_graphs else None
-    return Search(optimizer, view, examples, trainable(optimizer), selected, graphs)
+    return Subspace(optimizer, view, examples, trainable(optimizer), selected, block_reuse(view), graphs)
 
 
 def compute_dtype(module: nn.Module, precision: str) -> torch.dtype:

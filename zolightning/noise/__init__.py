@@ -1,7 +1,7 @@
-"""Counter-based noise: the same bits on every device, chunking, thread count, rank and library version."""
+"""Counter-based noise: the same bits on every device, chunking, thread count, rank and backend version."""
 
-from .backends import active_rung, set_rung
-from .captured_key import HeldKey
+from .backends import active_backend, set_backend
+from .captured_key import CapturedKey
 from .constants import floats, integers
 from .distributions import DISTRIBUTIONS, Distribution, Gaussian, Rademacher, permutation
 from .kernels import (
@@ -15,6 +15,7 @@ from .kernels import (
     perturb_all,
     perturb_both,
     perturb_rows,
+    sample,
     sgd_,
     sgd_all_,
     stochastic_round_,
@@ -23,11 +24,11 @@ from .reference import pieces, working_dtype
 
 __all__ = [
     "DISTRIBUTIONS",
+    "CapturedKey",
     "Distribution",
     "Gaussian",
-    "HeldKey",
     "Rademacher",
-    "active_rung",
+    "active_backend",
     "floats",
     "integers",
     "keep_large_",
@@ -42,7 +43,8 @@ __all__ = [
     "perturb_both",
     "perturb_rows",
     "pieces",
-    "set_rung",
+    "sample",
+    "set_backend",
     "sgd_",
     "sgd_all_",
     "stochastic_round_",

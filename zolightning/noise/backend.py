@@ -1,4 +1,4 @@
-"""What a rung faster than plain torch provides: the sweeps on contiguous tensors of one device."""
+"""What a backend faster than plain torch provides: the sweeps on contiguous tensors of one device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..types import Key, Term
 
 
-class Library(ABC):
+class Backend(ABC):
     """The operations of :mod:`.kernels` for tensors that it takes, with the bits of :mod:`.reference`.
 
     ``kind`` is a distribution's :attr:`~.distributions.Distribution.native`, ``leaf`` the leaf's index, ``start`` the place of

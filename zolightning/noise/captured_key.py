@@ -11,10 +11,10 @@ from torch import Tensor
 from ..types import Key
 from .philox import philox_key
 
-_current: HeldKey | None = None
+_current: CapturedKey | None = None
 
 
-class HeldKey:
+class CapturedKey:
     """Stands for a key while launches are recorded.
 
     Args:
@@ -48,7 +48,7 @@ def key_words(key: Key) -> tuple[int, int, int]:
     return *philox_key(key), key.query
 
 
-def held_words(words: tuple[int, ...]) -> Tensor | None:
+def captured_words(words: tuple[int, ...]) -> Tensor | None:
     """Where launches find these words while they are recorded; None: they are no held key's."""
     return _current.words if _current is not None and words == _current._named else None
 

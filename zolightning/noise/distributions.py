@@ -9,8 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..types import Key, Term
-from . import backends as rungs
+from ..types import Key
 from .philox import philox4x32, philox_key, rounding_query
 
 MAX_QUERIES = 1 << 31
@@ -37,30 +36,12 @@ class Distribution(ABC):
     def from_words(self, words: Tensor) -> Tensor:
         """(…, 4) words in [0, 2**32) as int64 → (…, per_block) float32 numbers."""
 
-    def sample(self, key: Key, leaf: int, starts: Tensor, length: int, queries: Tensor | None = None) -> Tensor:
-        """Elements ``start … start + length`` of a leaf's noise for each start.
-
-        Args:
-            key: which direction.
-            leaf: the leaf's index.
-            starts: int64 of shape (n,), on the device where the noise is wanted.
-            length: elements in each run.
-            queries: int64 of shape (n,): one query a run, in place of the key's.
-
-        Returns:
-            float32 of shape (n, length).
-        """
-        library = None if self.native is None else rungs.library_on(starts.device, self.native)
-        if library is not None and self.native is not None:
-            return library.noise(self.native, [Term(key, 1.0)], leaf, starts, length, queries)
-        return elements(self, key, leaf, starts, length, key.query if queries is None else queries[:, None])
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
 
 def elements(dist: Distribution, key: Key, leaf: int, starts: Tensor, length: int, query: int | Tensor) -> Tensor:
-    """:meth:`Distribution.sample` in plain torch: the definition that every other kernel has to match."""
+    """``sample`` of :mod:`zolightning.noise` in plain torch: the definition that every other kernel has to match."""
     # asking a GPU whether the runs are aligned would wait for it
     aligned = starts.device.type == "cpu" and bool((starts % dist.per_block == 0).all())
     blocks = -(-length // dist.per_block) + (0 if aligned else 1)  # a run may start inside its first block

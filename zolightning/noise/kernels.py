@@ -1,6 +1,6 @@
 """The sweeps over a leaf's elements: ``W + Σ c z``, ``Σ c z``, the update, stochastic rounding.
 
-Each runs on the fastest rung that can take the tensors (see :mod:`zolightning.noise.backends`) and gives the bits of
+Each runs on the fastest backend that can take the tensors (see :mod:`zolightning.noise.backends`) and gives the bits of
 :mod:`zolightning.noise.reference` on any of them. Tensors may have any dtype of float32, bfloat16, float16, float64.
 """
 
@@ -13,18 +13,37 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..types import Key, Term
-from . import backends as rungs
-from . import reference
-from .backend import Library
-from .distributions import Distribution
+from . import backends, reference
+from .backend import Backend
+from .distributions import Distribution, elements
+
+
+def sample(dist: Distribution, key: Key, leaf: int, starts: Tensor, length: int, queries: Tensor | None = None) -> Tensor:
+    """Elements ``start … start + length`` of a leaf's noise for each start.
+
+    Args:
+        dist: the distribution.
+        key: which direction.
+        leaf: the leaf's index.
+        starts: int64 of shape (n,), on the device where the noise is wanted.
+        length: elements in each run.
+        queries: int64 of shape (n,): one query a run, in place of the key's.
+
+    Returns:
+        float32 of shape (n, length).
+    """
+    backend = backends.backend_on(starts.device, dist.native)
+    if backend is not None and dist.native is not None:
+        return backend.noise(dist.native, [Term(key, 1.0)], leaf, starts, length, queries)
+    return elements(dist, key, leaf, starts, length, key.query if queries is None else queries[:, None])
 
 
 def noise_sum(dist: Distribution, terms: Sequence[Term], leaf: int, start: int, length: int, device: torch.device) -> Tensor:
     """Σ_k c_k z_k over elements ``start … start + length``: float32 of shape (length,), summed in the terms' order."""
-    library = rungs.library_on(device, dist.native)
-    if library is None or dist.native is None:
+    backend = backends.backend_on(device, dist.native)
+    if backend is None or dist.native is None:
         return reference.noise_sum(dist, terms, leaf, start, length, device)
-    return library.noise(dist.native, terms, leaf, torch.full((1,), start, device=device), length)[0]
+    return backend.noise(dist.native, terms, leaf, torch.full((1,), start, device=device), length)[0]
 
 
 def perturb(out: Tensor, source: Tensor, dist: Distribution, terms: Sequence[Term], leaf: int, start: int = 0) -> None:
@@ -40,11 +59,11 @@ def perturb(out: Tensor, source: Tensor, dist: Distribution, terms: Sequence[Ter
     """
     if out.shape != source.shape:
         raise ValueError(f"perturb: out is {tuple(out.shape)}, source is {tuple(source.shape)}")
-    library = _library_for(out, source, kind=dist.native)
-    if library is None or dist.native is None:
+    backend = _backend_for(out, source, kind=dist.native)
+    if backend is None or dist.native is None:
         reference.perturb(out, source, dist, terms, leaf, start)
     else:
-        library.perturb(out, source, dist.native, terms, leaf, start)
+        backend.perturb(out, source, dist.native, terms, leaf, start)
 
 
 def perturb_all(
@@ -59,13 +78,13 @@ def perturb_all(
         terms: the directions and how far to go along each.
         leaves: the leaves' indices.
     """
-    for library, places in _together(sources, outs, kind=dist.native):
-        if library is None or dist.native is None:
+    for backend, places in _together(sources, outs, kind=dist.native):
+        if backend is None or dist.native is None:
             for i in places:
                 perturb(outs[i], sources[i], dist, terms, leaves[i])
         else:
             some = [sources[i] for i in places]
-            library.perturb_all([outs[i] for i in places], some, dist.native, terms, [leaves[i] for i in places])
+            backend.perturb_all([outs[i] for i in places], some, dist.native, terms, [leaves[i] for i in places])
 
 
 def perturb_both(
@@ -82,12 +101,12 @@ def perturb_both(
         leaf: the leaf's index.
         start: index of the source's first element in the leaf.
     """
-    library = _library_for(plus, minus, source, kind=dist.native)
-    if library is None or dist.native is None:
+    backend = _backend_for(plus, minus, source, kind=dist.native)
+    if backend is None or dist.native is None:
         for out, side in ((plus, 1.0), (minus, -1.0)):
             perturb(out, source, dist, [Term(term.key, side * term.coefficient)], leaf, start)
     else:
-        library.perturb_both(plus, minus, source, dist.native, term, leaf, start)
+        backend.perturb_both(plus, minus, source, dist.native, term, leaf, start)
 
 
 def perturb_rows(out: Tensor, source: Tensor, dist: Distribution, terms: Sequence[Term], leaf: int, rows: Tensor) -> None:
@@ -107,11 +126,11 @@ def perturb_rows(out: Tensor, source: Tensor, dist: Distribution, terms: Sequenc
         low, high = rows.aminmax()
         if low < 0 or high >= source.shape[0]:
             raise IndexError(f"perturb_rows: rows {int(low)} … {int(high)} of a leaf with {source.shape[0]}")
-    library = _library_for(out, source, kind=dist.native)
-    if library is None or dist.native is None:
+    backend = _backend_for(out, source, kind=dist.native)
+    if backend is None or dist.native is None:
         reference.perturb_rows(out, source, dist, terms, leaf, rows)
     else:
-        library.perturb_rows(out, source, dist.native, terms, leaf, rows)
+        backend.perturb_rows(out, source, dist.native, terms, leaf, rows)
 
 
 def stochastic_round_(target: Tensor, value: Tensor, key: Key, leaf: int, start: int) -> None:
@@ -127,11 +146,11 @@ def stochastic_round_(target: Tensor, value: Tensor, key: Key, leaf: int, start:
         leaf: the leaf's index.
         start: index of the piece's first element.
     """
-    library = _library_for(target, value)
-    if library is None or not library.rounds(target.dtype) or value.dtype != torch.float32:
+    backend = _backend_for(target, value)
+    if backend is None or not backend.rounds(target.dtype) or value.dtype != torch.float32:
         reference.stochastic_round_(target, value, key, leaf, start)
     else:
-        library.stochastic_round_(target, value, key, leaf, start)
+        backend.stochastic_round_(target, value, key, leaf, start)
 
 
 def sgd_(
@@ -160,11 +179,11 @@ def sgd_(
         weight_decay: the L2 penalty's factor.
         key: names the rounding bits.
     """
-    library = _library_for(target, kind=dist.native)
-    if library is None or dist.native is None or not library.updates(target.dtype):
+    backend = _backend_for(target, kind=dist.native)
+    if backend is None or dist.native is None or not backend.updates(target.dtype):
         reference.sgd_(target, dist, terms, leaf, start, lr, weight_decay, key, noise_sum)
     else:
-        library.sgd_(target, dist.native, terms, leaf, start, lr, weight_decay, key)
+        backend.sgd_(target, dist.native, terms, leaf, start, lr, weight_decay, key)
 
 
 def sgd_all_(
@@ -176,7 +195,7 @@ def sgd_all_(
     weight_decay: float,
     key: Key,
 ) -> None:
-    """:func:`sgd_` on several whole leaves: one call of a library for those of a dtype.
+    """:func:`sgd_` on several whole leaves: one call of a backend for those of a dtype.
 
     Args:
         targets: the weights, updated in place.
@@ -187,13 +206,13 @@ def sgd_all_(
         weight_decay: the L2 penalty's factor.
         key: names the rounding bits.
     """
-    for library, places in _together(targets, kind=dist.native):
-        if library is None or dist.native is None or not library.updates(targets[places[0]].dtype):
+    for backend, places in _together(targets, kind=dist.native):
+        if backend is None or dist.native is None or not backend.updates(targets[places[0]].dtype):
             for i in places:
                 sgd_(targets[i], dist, terms, leaves[i], 0, lr, weight_decay, key)
         else:
             some = [targets[i] for i in places]
-            library.sgd_all_(some, dist.native, terms, [leaves[i] for i in places], lr, weight_decay, key)
+            backend.sgd_all_(some, dist.native, terms, [leaves[i] for i in places], lr, weight_decay, key)
 
 
 def outer_sum(a: Tensor, b: Tensor) -> Tensor:
@@ -205,10 +224,10 @@ def outer_sum(a: Tensor, b: Tensor) -> Tensor:
         a: (n, rows), float32 or float64.
         b: (n, columns), of the same dtype.
     """
-    library = _library_for(a, b)
-    if library is None or a.dtype != torch.float32:
+    backend = _backend_for(a, b)
+    if backend is None or a.dtype != torch.float32:
         return reference.outer_sum(a, b)
-    return library.outer_sum(a, b)
+    return backend.outer_sum(a, b)
 
 
 def outer_run(a: Tensor, b: Tensor, start: int, length: int) -> Tensor:
@@ -230,11 +249,11 @@ def outer_sgd_(target: Tensor, a: Tensor, b: Tensor, leaf: int, lr: float, weigh
         weight_decay: the L2 penalty's factor.
         key: names the rounding bits.
     """
-    library = _library_for(target, a, b)
-    if library is None or not library.updates_by_outer(target.dtype):
+    backend = _backend_for(target, a, b)
+    if backend is None or not backend.updates_by_outer(target.dtype):
         reference.outer_sgd_(target, a, b, leaf, lr, weight_decay, key, outer_sum)
     else:
-        library.outer_sgd_(target, a, b, leaf, lr, weight_decay, key)
+        backend.outer_sgd_(target, a, b, leaf, lr, weight_decay, key)
 
 
 def keep_large_(out: Tensor, stored: Tensor, limit: float) -> None:
@@ -247,11 +266,11 @@ def keep_large_(out: Tensor, stored: Tensor, limit: float) -> None:
     """
     if out.shape != stored.shape:
         raise ValueError(f"keep_large_: out is {tuple(out.shape)}, stored is {tuple(stored.shape)}")
-    library = _library_for(out, stored)
-    if library is None:
+    backend = _backend_for(out, stored)
+    if backend is None:
         reference.keep_large_(out, stored, limit)
     else:
-        library.keep_large_(out, stored, limit)
+        backend.keep_large_(out, stored, limit)
 
 
 def mixed_sum(words: Tensor, first: int = 0) -> int:
@@ -261,27 +280,27 @@ def mixed_sum(words: Tensor, first: int = 0) -> int:
         words: int64 of shape (n,), contiguous.
         first: number of the first word, >= 0.
     """
-    library = rungs.library_on(words.device)
-    return reference.mixed_sum(words, first) if library is None else library.mixed_sum(words, first)
+    backend = backends.backend_on(words.device)
+    return reference.mixed_sum(words, first) if backend is None else backend.mixed_sum(words, first)
 
 
-def _library_for(*tensors: Tensor, kind: int | None = None) -> Library | None:
-    """The rung, with kernels of that kind of noise, of plain tensors of one device that it takes, or None."""
+def _backend_for(*tensors: Tensor, kind: int | None = None) -> Backend | None:
+    """The backend, with kernels of that kind of noise, of plain tensors of one device that it takes, or None."""
     device = tensors[0].device
-    library = rungs.library_on(device, kind)
-    if library is None:
+    backend = backends.backend_on(device, kind)
+    if backend is None:
         return None
     for t in tensors:
-        if t.device != device or type(t) not in (Tensor, Parameter) or not library.takes(t):
+        if t.device != device or type(t) not in (Tensor, Parameter) or not backend.takes(t):
             return None
-    return library
+    return backend
 
 
-def _together(*tensors: Sequence[Tensor], kind: int | None) -> list[tuple[Library | None, list[int]]]:
-    """Places of the tensors that one call of a library can take, by device and dtype."""
-    groups: dict[tuple[torch.device, torch.dtype, bool], tuple[Library | None, list[int]]] = {}
+def _together(*tensors: Sequence[Tensor], kind: int | None) -> list[tuple[Backend | None, list[int]]]:
+    """Places of the tensors that one call of a backend can take, by device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype, bool], tuple[Backend | None, list[int]]] = {}
     for place, each in enumerate(zip(*tensors, strict=True)):
-        library = _library_for(*each, kind=kind)
-        group = (each[0].device, each[0].dtype, library is None)
-        groups.setdefault(group, (library, []))[1].append(place)
+        backend = _backend_for(*each, kind=kind)
+        group = (each[0].device, each[0].dtype, backend is None)
+        groups.setdefault(group, (backend, []))[1].append(place)
     return list(groups.values())

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..cache import cache_dir, private
 from ..types import Key, Term
-from .backend import Library
+from .backend import Backend
 from .philox import philox_key, rounding_query
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # the codes of native.cpp
@@ -58,7 +58,7 @@ _SIGNATURES = {
 }
 
 
-class NativeLibrary(Library):
+class NativeBackend(Backend):
     """The functions of native.cpp on contiguous tensors in main memory.
 
     Args:
@@ -214,7 +214,7 @@ def _parallel_region() -> int | None:
     return None
 
 
-def load(verify: Callable[[NativeLibrary], str], extra_flags: Sequence[str] = ()) -> NativeLibrary:
+def load(verify: Callable[[NativeBackend], str], extra_flags: Sequence[str] = ()) -> NativeBackend:
     """The native library, from the cache if it is there, built if not.
 
     Args:
@@ -245,9 +245,9 @@ def load(verify: Callable[[NativeLibrary], str], extra_flags: Sequence[str] = ()
             shutil.rmtree(directory, ignore_errors=True)
 
 
-def _verified(path: Path, verify: Callable[[NativeLibrary], str]) -> NativeLibrary:
+def _verified(path: Path, verify: Callable[[NativeBackend], str]) -> NativeBackend:
     try:
-        library = NativeLibrary(path)
+        library = NativeBackend(path)
     except (OSError, AttributeError) as error:
         raise NativeUnavailableError(f"{path.name} does not load: {error}") from error
     if wrong := verify(library):

@@ -1,4 +1,4 @@
-"""The kernels in plain torch: they run on any device, and every other rung has to give the same bits.
+"""The kernels in plain torch: they run on any device, and every other backend has to give the same bits.
 
 All arithmetic is float32 (float64 for float64 leaves), every product and sum rounded by itself. Elements are numbered in
 row-major order whatever the memory layout. Chunks only bound the temporaries: they change no bit.

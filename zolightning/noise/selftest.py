@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..types import Key, Term
 from . import reference
-from .backend import Library
+from .backend import Backend
 from .distributions import DISTRIBUTIONS, Distribution, elements
-from .native import DTYPES, NativeLibrary
+from .native import DTYPES, NativeBackend
 
 _KEY = Key(seed=0x5EED, step=7, query=2)
 _TERMS = (Term(_KEY, 1e-2), Term(Key(1, 2, 3), -0.37), Term(Key(2**63, 2**40, 0), 3.0))
@@ -22,86 +22,86 @@ _WHOLE = 1 << 35  # beyond 32-bit block numbers even of Rademacher noise, at the
 _START = _WHOLE + 1000  # in the middle of one
 
 
-def verify(library: NativeLibrary) -> str:
-    """What differs, or nothing. Settles how the library's wide updates round, too."""
+def verify(backend: NativeBackend) -> str:
+    """What differs, or nothing. Settles how the backend's wide updates round, too."""
     for dist in (each() for each in DISTRIBUTIONS.values()):
-        for name, check in _checks(library, dist).items():
+        for name, check in _checks(backend, dist).items():
             if not check():
                 return f"{name} of {dist.name} noise differs from the reference"
     return ""
 
 
-def verify_triton(library: Library, device: torch.device, kind: int | None) -> str:
+def verify_triton(backend: Backend, device: torch.device, kind: int | None) -> str:
     """What differs between Triton's kernels and torch's on this device, or nothing.
 
     Args:
-        library: the kernels.
+        backend: the kernels.
         device: where they run.
         kind: a distribution's ``native``; None for the kernels that make none of its noise.
     """
     narrow, wide = (specimens(dtype).to(device) for dtype in (torch.bfloat16, torch.float32))
     if kind is None:
-        return _verify_rounding(library, narrow, wide)
+        return _verify_rounding(backend, narrow, wide)
     (dist,) = (each() for each in DISTRIBUTIONS.values() if each.native == kind)
-    return _verify_noise(library, dist, narrow, wide)
+    return _verify_noise(backend, dist, narrow, wide)
 
 
-def _verify_noise(library: Library, dist: Distribution, narrow: Tensor, wide: Tensor) -> str:
+def _verify_noise(backend: Backend, dist: Distribution, narrow: Tensor, wide: Tensor) -> str:
     assert dist.native is not None
     device = wide.device
     for (source, dtype), start in product(
         ((narrow, torch.bfloat16), (wide, torch.bfloat16), (wide, torch.float32)), (_START, _WHOLE)
     ):
-        if not all(_perturbs(library, source, dtype, dist, terms, start) for terms in (_TERMS, _TERMS[:1])):
+        if not all(_perturbs(backend, source, dtype, dist, terms, start) for terms in (_TERMS, _TERMS[:1])):
             return f"the perturbation of {source.dtype} into {dtype} by {dist.name} noise differs from the reference"
-        if not _perturbs_both(library, source, dtype, dist, start):
+        if not _perturbs_both(backend, source, dtype, dist, start):
             return f"{source.dtype} moved both ways into {dtype} by {dist.name} noise differs from the reference"
     starts, queries = torch.tensor([[0, 5, _START], [1, 0, 2**31 - 1]], device=device)
-    ours = library.noise(dist.native, [Term(_KEY, 1.0)], _LEAF, starts, _LENGTH, queries)
+    ours = backend.noise(dist.native, [Term(_KEY, 1.0)], _LEAF, starts, _LENGTH, queries)
     if not same_bits(ours, elements(dist, _KEY, _LEAF, starts, _LENGTH, queries[:, None])):
         return f"the sample of {dist.name} noise differs from the reference"
-    ours = library.noise(dist.native, _TERMS, _LEAF, starts[2:], _LENGTH)[0]
+    ours = backend.noise(dist.native, _TERMS, _LEAF, starts[2:], _LENGTH)[0]
     if not same_bits(ours, reference.noise_sum(dist, _TERMS, _LEAF, _START, _LENGTH, device)):
         return f"the sum of {dist.name} noise differs from the reference"
     table, rows = wide[: 90 * 22].view(90, 22), torch.arange(0, 90, 7, device=device).flip(0)
     ours, expected = torch.empty(2, len(rows), 22, dtype=torch.float32, device=device)
-    library.perturb_rows(ours, table, dist.native, _TERMS, _LEAF, rows)
+    backend.perturb_rows(ours, table, dist.native, _TERMS, _LEAF, rows)
     reference.perturb_rows(expected, table, dist, _TERMS, _LEAF, rows)
     if not same_bits(ours, expected):
         return f"the perturbation of rows by {dist.name} noise differs from the reference"
     for decay, start, terms in product((0.0, 0.1), (_START, _WHOLE), (_TERMS, _TERMS[:1])):
         ours, expected = narrow.clone(), narrow.clone()
-        library.sgd_(ours, dist.native, terms, _LEAF, start, 0.3, decay, _KEY)
+        backend.sgd_(ours, dist.native, terms, _LEAF, start, 0.3, decay, _KEY)
         reference.sgd_(expected, dist, terms, _LEAF, start, 0.3, decay, _KEY)
         if not same_bits(ours, expected):
             return f"the update by {dist.name} noise differs from the reference"
-    if not _takes_many(library, dist, narrow, wide):
+    if not _takes_many(backend, dist, narrow, wide):
         return f"perturbing or updating several leaves by {dist.name} noise differs from the reference"
     return ""
 
 
-def _verify_rounding(library: Library, narrow: Tensor, wide: Tensor) -> str:
+def _verify_rounding(backend: Backend, narrow: Tensor, wide: Tensor) -> str:
     device = wide.device
     for start in (_START, _WHOLE):
         ours, expected = narrow.clone(), narrow.clone()
-        library.stochastic_round_(ours, wide, _KEY, _LEAF, start)
+        backend.stochastic_round_(ours, wide, _KEY, _LEAF, start)
         reference.stochastic_round_(expected, wide, _KEY, _LEAF, start)
         if not same_bits(ours, expected):
             return "stochastic rounding differs from the reference"
     for source in (narrow, wide):
         ours, expected = torch.ones(2, _LENGTH, dtype=torch.bfloat16, device=device)
-        library.keep_large_(ours, source, 0.5)
+        backend.keep_large_(ours, source, 0.5)
         reference.keep_large_(expected, source, 0.5)
         if not same_bits(ours, expected):
             return "what is kept differs from the reference"
     a, b = wide[: 3 * 37].view(3, 37), torch.linspace(-1, 1, 3 * 301, dtype=torch.float32, device=device).view(3, 301)
-    if not same_bits(library.outer_sum(a, b), reference.outer_sum(a, b)):
+    if not same_bits(backend.outer_sum(a, b), reference.outer_sum(a, b)):
         return "the outer sum differs from the reference"
     for (height, columns), decay in product(((37, 51), (21, 96)), (0.0, 0.1)):  # an odd width, and one that 8 divides
         a, b = (wide[-4 * n :].view(4, n).clamp(-9, 9) for n in (height, columns))
         ours = narrow[9 : 9 + height * columns].clone().view(height, columns)
         expected = ours.clone()
-        library.outer_sgd_(ours, a, b, _LEAF, 0.3, decay, _KEY)
+        backend.outer_sgd_(ours, a, b, _LEAF, 0.3, decay, _KEY)
         reference.outer_sgd_(expected, a, b, _LEAF, 0.3, decay, _KEY)
         if not same_bits(ours, expected):
             return "the update by outer products differs from the reference"
@@ -109,20 +109,20 @@ def _verify_rounding(library: Library, narrow: Tensor, wide: Tensor) -> str:
 
 
 def _perturbs(
-    library: Library, source: Tensor, dtype: torch.dtype, dist: Distribution, terms: Sequence[Term], start: int
+    backend: Backend, source: Tensor, dtype: torch.dtype, dist: Distribution, terms: Sequence[Term], start: int
 ) -> bool:
     assert dist.native is not None
     ours, expected = torch.empty(2, _LENGTH, dtype=dtype, device=source.device)
-    library.perturb(ours, source, dist.native, terms, _LEAF, start)
+    backend.perturb(ours, source, dist.native, terms, _LEAF, start)
     reference.perturb(expected, source, dist, terms, _LEAF, start)
     return same_bits(ours, expected)
 
 
-def _perturbs_both(library: Library, source: Tensor, dtype: torch.dtype, dist: Distribution, start: int = _START) -> bool:
+def _perturbs_both(backend: Backend, source: Tensor, dtype: torch.dtype, dist: Distribution, start: int = _START) -> bool:
     """Each way as a perturbation by itself."""
     assert dist.native is not None
     plus, minus, expected = torch.empty(3, _LENGTH, dtype=dtype, device=source.device)
-    library.perturb_both(plus, minus, source, dist.native, Term(_KEY, 0.37), _LEAF, start)
+    backend.perturb_both(plus, minus, source, dist.native, Term(_KEY, 0.37), _LEAF, start)
     agree = True
     for ours, side in ((plus, 0.37), (minus, -0.37)):
         reference.perturb(expected, source, dist, [Term(_KEY, side)], _LEAF, start)
@@ -130,7 +130,7 @@ def _perturbs_both(library: Library, source: Tensor, dtype: torch.dtype, dist: D
     return agree
 
 
-def _takes_many(library: Library, dist: Distribution, narrow: Tensor, wide: Tensor) -> bool:
+def _takes_many(backend: Backend, dist: Distribution, narrow: Tensor, wide: Tensor) -> bool:
     """As one after another: leaves of several sizes, one of more than a piece, one at an odd address."""
     assert dist.native is not None
     agree = True
@@ -138,13 +138,13 @@ def _takes_many(library: Library, dist: Distribution, narrow: Tensor, wide: Tens
         for sources in ([whole[:5], whole[7:], whole.repeat(17)[1:]], [whole[:1600].clone(), whole.repeat(16)]):
             outs, expected = [torch.empty_like(s) for s in sources], [torch.empty_like(s) for s in sources]
             leaves = [3, 4, 9][: len(sources)]
-            library.perturb_all(outs, sources, dist.native, _TERMS, leaves)
+            backend.perturb_all(outs, sources, dist.native, _TERMS, leaves)
             for leaf, out, source in zip(leaves, expected, sources, strict=True):
                 reference.perturb(out, source, dist, _TERMS, leaf, 0)
             agree &= all(map(same_bits, outs, expected))
     for targets in ([narrow.repeat(16), narrow[:2048].clone()], [narrow.repeat(2)[1:]]):
         updated, expected = [t.clone() for t in targets], [t.clone() for t in targets]
-        library.sgd_all_(updated, dist.native, _TERMS, [3, 4][: len(targets)], 0.3, 0.0, _KEY)
+        backend.sgd_all_(updated, dist.native, _TERMS, [3, 4][: len(targets)], 0.3, 0.0, _KEY)
         for leaf, target in zip((3, 4), expected, strict=False):
             reference.sgd_(target, dist, _TERMS, leaf, 0, 0.3, 0.0, _KEY)
         agree &= all(map(same_bits, updated, expected))
@@ -166,22 +166,22 @@ def specimens(dtype: torch.dtype) -> Tensor:
     return values.to(dtype)
 
 
-def _checks(library: NativeLibrary, dist: Distribution) -> dict[str, Callable[[], bool]]:
+def _checks(backend: NativeBackend, dist: Distribution) -> dict[str, Callable[[], bool]]:
     kind = dist.native
     assert kind is not None
 
     def sample() -> bool:
         starts = torch.tensor([0, 5, _START])
         queries = torch.tensor([1, 0, 2**31 - 1])
-        native = library.noise(kind, [Term(_KEY, 1.0)], _LEAF, starts, _LENGTH, queries)
+        native = backend.noise(kind, [Term(_KEY, 1.0)], _LEAF, starts, _LENGTH, queries)
         return same_bits(native, elements(dist, _KEY, _LEAF, starts, _LENGTH, queries[:, None]))
 
     def perturb() -> bool:
         agree = True
         for source in map(specimens, DTYPES):
             for dtype in DTYPES:
-                agree &= _perturbs(library, source, dtype, dist, _TERMS, _START) and _perturbs_both(
-                    library, source, dtype, dist
+                agree &= _perturbs(backend, source, dtype, dist, _TERMS, _START) and _perturbs_both(
+                    backend, source, dtype, dist
                 )
         return agree
 
@@ -189,7 +189,7 @@ def _checks(library: NativeLibrary, dist: Distribution) -> dict[str, Callable[[]
         source = torch.linspace(-2, 2, 90 * 77, dtype=torch.float32).view(90, 77)
         rows = torch.arange(0, 90, 7).flip(0)
         native, expected = torch.empty(2, len(rows), 77, dtype=torch.float32)
-        library.perturb_rows(native, source, kind, _TERMS[:1], _LEAF, rows)
+        backend.perturb_rows(native, source, kind, _TERMS[:1], _LEAF, rows)
         reference.perturb_rows(expected, source, dist, _TERMS[:1], _LEAF, rows)
         return same_bits(native, expected)
 
@@ -197,7 +197,7 @@ def _checks(library: NativeLibrary, dist: Distribution) -> dict[str, Callable[[]
         agree = True
         for dtype in (torch.bfloat16, torch.float16):
             native, expected = torch.empty(2, _LENGTH, dtype=dtype)
-            library.stochastic_round_(native, specimens(torch.float32), _KEY, _LEAF, _START)
+            backend.stochastic_round_(native, specimens(torch.float32), _KEY, _LEAF, _START)
             reference.stochastic_round_(expected, specimens(torch.float32), _KEY, _LEAF, _START)
             agree &= same_bits(native, expected)
         return agree
@@ -207,36 +207,36 @@ def _checks(library: NativeLibrary, dist: Distribution) -> dict[str, Callable[[]
         for decay in (0.0, 0.1):
             native = torch.linspace(-1, 1, _LENGTH, dtype=torch.float64).to(dtype)
             expected = native.clone()
-            library.sgd_(native, kind, _TERMS, _LEAF, _START, 0.3, decay, _KEY)
+            backend.sgd_(native, kind, _TERMS, _LEAF, _START, 0.3, decay, _KEY)
             reference.sgd_(expected, dist, _TERMS, _LEAF, _START, 0.3, decay, _KEY)
             agree &= same_bits(native, expected)
         return agree
 
     def wide_sgd() -> bool:  # whether torch.add fuses its product depends on the machine: take what matches, or neither
         for fused in (True, False):
-            library.fused = fused
+            backend.fused = fused
             if sgd(torch.float32) and sgd(torch.float64):
                 return True
-        library.fused = None
+        backend.fused = None
         return True
 
     def outer_sum() -> bool:
         a, b = specimens(torch.float32)[: 3 * 37].view(3, 37), torch.linspace(-1, 1, 3 * 301, dtype=torch.float32).view(3, 301)
-        return same_bits(library.outer_sum(a, b), reference.outer_sum(a, b))
+        return same_bits(backend.outer_sum(a, b), reference.outer_sum(a, b))
 
     def keep_large() -> bool:
         agree = True
         for stored in map(specimens, DTYPES):
             for dtype in DTYPES:
                 native, expected = torch.ones(2, _LENGTH, dtype=dtype)
-                library.keep_large_(native, stored, 0.5)
+                backend.keep_large_(native, stored, 0.5)
                 reference.keep_large_(expected, stored, 0.5)
                 agree &= same_bits(native, expected)
         return agree
 
     def mixed_sum() -> bool:
         words = specimens(torch.float64).view(torch.int64)
-        return library.mixed_sum(words, _START) == reference.mixed_sum(words, _START)
+        return backend.mixed_sum(words, _START) == reference.mixed_sum(words, _START)
 
     return {
         "the sample": sample,

@@ -1,4 +1,4 @@
-"""The GPU's rung: Triton kernels on contiguous tensors of one CUDA device, with the bits of :mod:`.reference`.
+"""The GPU's backend: Triton kernels on contiguous tensors of one CUDA device, with the bits of :mod:`.reference`.
 
 Every product and sum is rounded by itself (``enable_fp_fusion=False``). Imported where Triton is installed only.
 """
@@ -16,8 +16,8 @@ from torch import Tensor
 from ..types import Key, Term
 from . import reference
 from . import triton_kernels as kernels
-from .backend import Library
-from .captured_key import held_words, keep, key_words
+from .backend import Backend
+from .captured_key import captured_words, keep, key_words
 from .constants import floats, integers
 from .philox import philox_key, rounding_query
 
@@ -29,7 +29,7 @@ _NOISE_BLOCK = 128  # of Rademacher noise, the widest: a run that begins with on
 _FORM = {torch.float32: False, torch.bfloat16: True}  # dtypes, and whether they are read as integers
 
 
-class TritonLibrary(Library):
+class TritonBackend(Backend):
     """The kernels on contiguous tensors of one GPU."""
 
     description = f"Triton {triton.__version__}"
@@ -182,5 +182,5 @@ def _raw(tensor: Tensor) -> Tensor:
 
 def _terms(terms: Sequence[Term], device: torch.device) -> tuple[Tensor, Tensor]:
     words = tuple(word for key, _ in terms for word in key_words(key)) or (0,)
-    held = held_words(words)
+    held = captured_words(words)
     return (integers(words, device) if held is None else held), floats([c for _, c in terms] or [0.0], device)

@@ -13,7 +13,7 @@ each of them gives that output at once. This is done only where it changes nothi
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..space.select import blocks
+from ..space import View, blocks
 
 _PLAIN = (type(None), bool, int, float, str)
 
 
-class Prefix:
+class BlockReuse:
     """The unperturbed first blocks of a module.
 
     Args:
@@ -48,7 +48,7 @@ class Prefix:
         """For the probes of one micro-batch."""
         return Reuse(self, () if self.proved is False else self._blocks, self._device)
 
-    def news(self) -> str:
+    def notice(self) -> str:
         """What has been settled since the last call, for the log; else ""."""
         if self.proved is None or self._described:
             return ""
@@ -59,10 +59,11 @@ class Prefix:
         return f"blocks 0 to {last} of {self.name!r} run in every probe: without them the loss was another one"
 
 
-def unperturbed_prefix(root: nn.Module, trained: Collection[nn.Parameter], compiled: bool) -> Prefix:
-    """The blocks of ``root``'s stack before the first one with a trained parameter, as far as they may be left out."""
+def block_reuse(view: View) -> BlockReuse:
+    """The blocks of the module's stack before the first one with a trained parameter, as far as they may be left out."""
+    root, trained = view.root, [leaf.parameter for leaf in view.leaves]
     name, length = blocks(root)
-    stack = list(root.get_submodule(name).children()) if length and not compiled else []
+    stack = list(root.get_submodule(name).children()) if length and not view.compiled else []
     ids = {id(p) for p in trained}
     first = next((i for i, block in enumerate(stack) if any(id(p) in ids for p in block.parameters())), 0)
     later = {id(m) for block in stack[first:] for m in block.modules()}
@@ -71,20 +72,20 @@ def unperturbed_prefix(root: nn.Module, trained: Collection[nn.Parameter], compi
     hooked = any(m._forward_hooks or m._forward_pre_hooks for block in chosen for m in block.modules())
     if hooked or ids & elsewhere or len(set(map(id, stack))) < len(stack):
         chosen = []
-    return Prefix(chosen, name, next(iter(trained)).device)
+    return BlockReuse(chosen, name, trained[0].device)
 
 
 class Reuse:
     """What one micro-batch's probes share. Holds one activation, and gives it back with the object.
 
     Args:
-        prefix: told what comes out.
+        blocks: told whether reuse gives the loss of a full forward.
         unperturbed: blocks to leave out in all forwards but the first.
         device: whose random numbers they could draw.
     """
 
-    def __init__(self, prefix: Prefix, unperturbed: Sequence[nn.Module], device: torch.device) -> None:
-        self.prefix, self._blocks, self._device = prefix, unperturbed, device
+    def __init__(self, blocks: BlockReuse, unperturbed: Sequence[nn.Module], device: torch.device) -> None:
+        self.blocks, self._blocks, self._device = blocks, unperturbed, device
         self._input: Any = None
         self._output: Any = None
         self._rng: list[Any] = []

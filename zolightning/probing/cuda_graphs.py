@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..noise import HeldKey
+from ..noise import CapturedKey
 from ..space import DenseLeaf, Rank1Leaf, RowScaleLeaf, View
-from ..space.probe import Both, PerExample, Point, Shared
+from ..types import Both, PerExample, Point, Shared
+from .batches import leaves, map_leaves
 from .isolation import Isolation, rng_state, set_rng_state
-from .objective import leaves, loss_of, map_leaves
+from .objective import loss_of
 
 _MOST = 32  # graphs; further shapes run as they are
 _RECORDED = (DenseLeaf, Rank1Leaf, RowScaleLeaf)  # their noise depends on nothing but the key, which a replay is given
@@ -116,7 +117,7 @@ class Graphs:
         batch = map_leaves(batch, lambda v: v.clone() if isinstance(v, Tensor) else v)
         if isinstance(point, PerExample):
             point = PerExample(point.key, point.queries.to(device, copy=True), point.offsets.to(device, copy=True))
-        held = HeldKey(point.key, device)
+        held = CapturedKey(point.key, device)
         side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(device))
         for checking in (nullcontext(), _refusing_to_wait()):  # the first time fills caches, for which it may wait
@@ -172,7 +173,7 @@ class _Graph:
     """A recorded forward, and the memory that it reads and writes."""
 
     graph: Any
-    key: HeldKey
+    key: CapturedKey
     point: Point
     batch: Any
     out: Any

@@ -13,9 +13,11 @@ from torch import Tensor
 from ..methods.estimators import Estimator
 from ..space import View
 from ..types import Key, PerExampleError
+from .batches import batch_examples, batch_numel, repeat_batch
+from .block_reuse import block_reuse
 from .isolation import Isolation
 from .loss_splitter import LossSplitter
-from .objective import batch_examples, batch_numel, example_losses, loss_value, repeat_batch
+from .objective import example_losses, loss_value
 
 _SMALL = 256  # numbers in a batch: twice as many cost little memory, and less than twice the time
 _LARGE = 4096  # beyond it they cost twice the time, and activations that may not fit
@@ -108,7 +110,7 @@ def takes_both(forward: Callable[[Any], Any], batch: Any, view: View, isolation:
         estimator: what probes them.
     """
     examples = batch_examples(batch)
-    if examples is None or not estimator.two_sided or view.compiled or view.prefix or batch_numel(batch) > _SMALL:
+    if examples is None or not estimator.two_sided or view.compiled or block_reuse(view) or batch_numel(batch) > _SMALL:
         return False
     twice = repeat_batch(batch, examples, 2)
     for offset in (_FAR, 0.1 * _FAR, 0.02 * _FAR):

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from ..space import Prefix
 from ..types import RepeatError, SkipStep
+from .batches import repeat_batch
+from .block_reuse import BlockReuse
 from .isolation import _Probes
 from .loss_splitter import LossSplitter
 
@@ -28,7 +28,7 @@ class BatchObjective:
         examples: the batch's size, when its examples have losses of their own.
         repeats: whether ``forward`` takes a repeated batch.
         extra: context of every forward but the first (nothing is logged twice).
-        prefix: blocks that every forward of the batch computes alike; a repeated batch runs them in full.
+        blocks: what every forward of the batch computes alike; a repeated batch runs it in full.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class BatchObjective:
         examples: int | None = None,
         repeats: bool = False,
         extra: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        prefix: Prefix | None = None,
+        blocks: BlockReuse | None = None,
     ) -> None:
         self._forward, self._batch, self._probes, self._extra = forward, batch, probes, extra
         self.examples, self.repeats = examples, repeats
@@ -47,7 +47,7 @@ class BatchObjective:
         """Why the step did not take the repeated batch."""
         self.first: Any = None
         self.dtype: torch.dtype | None = None
-        self._reuse = prefix.step() if prefix and not repeats else None
+        self._reuse = blocks.step() if blocks and not repeats else None
 
     def __call__(self) -> float:
         return loss_value(self._run(self._batch))
@@ -98,13 +98,13 @@ class BatchObjective:
             return out
         with self._probes.forward(), self._extra(), reuse.later() if reuse else nullcontext():
             out = self._forward(batch)
-        if reuse is None or not reuse.reused or reuse.prefix.proved:
+        if reuse is None or not reuse.reused or reuse.blocks.proved:
             return out
         with self._probes.forward(), self._extra():  # is it what a full forward gives?
             full = self._forward(batch)
         a, b = loss_of(out), loss_of(full)
-        reuse.prefix.proved = torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
-        if not reuse.prefix.proved:
+        reuse.blocks.proved = torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
+        if not reuse.blocks.proved:
             self._reuse = None
         return full
 
@@ -139,47 +139,6 @@ def loss_value(out: Any) -> float:
     raise TypeError(f"the loss must be a number, a tensor with one element, or a dict with 'loss'; got {type(out).__name__}")
 
 
-def batch_examples(batch: Any) -> int | None:
-    """The batch's size: dimension 0 of the first tensor in it, or None."""
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.dim() else None
-    for value in _children(batch):
-        size = batch_examples(value)
-        if size is not None:
-            return size
-    return None
-
-
-def batch_numel(batch: Any) -> int:
-    """Elements of the batch's largest tensor."""
-    if isinstance(batch, Tensor):
-        return batch.numel()
-    return max(map(batch_numel, _children(batch)), default=0)
-
-
-def repeat_batch(batch: Any, examples: int, copies: int) -> Any:
-    """The batch with every tensor, and every list of plain values, of ``examples`` entries repeated ``copies`` times."""
-    if copies == 1:
-        return batch
-    if isinstance(batch, Tensor):
-        if batch.dim() == 0 or batch.shape[0] != examples:
-            return batch
-        return batch.repeat(copies, *([1] * (batch.dim() - 1)))
-    if isinstance(batch, (list, tuple)) and not any(isinstance(v, (Tensor, Mapping, list, tuple)) for v in batch):
-        return batch * copies if len(batch) == examples else batch
-    return _rebuilt(batch, lambda value: repeat_batch(value, examples, copies))
-
-
-def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
-    """The batch with every value that is no container replaced by the function's."""
-    return _rebuilt(batch, lambda value: map_leaves(value, function)) if _is_container(batch) else function(batch)
-
-
-def leaves(batch: Any) -> list[Any]:
-    """Every value in the batch that is no container, in the order of :func:`map_leaves`."""
-    return [leaf for child in _children(batch) for leaf in leaves(child)] if _is_container(batch) else [batch]
-
-
 def example_losses(out: Any, examples: int, splitter: LossSplitter) -> Tensor | None:
     """(examples,) in float64 on the CPU: what the step returned, or what the mean it returned was taken over; else None.
 
@@ -190,30 +149,3 @@ def example_losses(out: Any, examples: int, splitter: LossSplitter) -> Tensor | 
     loss = loss_of(out)
     losses = loss if isinstance(loss, Tensor) and loss.shape == (examples,) else splitter.losses(out)
     return None if losses is None else losses.detach().double().cpu()
-
-
-def _is_container(batch: Any) -> bool:
-    return isinstance(batch, (Mapping, list, tuple)) or (is_dataclass(batch) and not isinstance(batch, type))
-
-
-def _rebuilt(batch: Any, child: Callable[[Any], Any]) -> Any:
-    """A container of the same type with ``child`` of each of its values; anything else as it is."""
-    if isinstance(batch, Mapping):
-        values = {k: child(v) for k, v in batch.items()}
-        return values if type(batch) is dict else type(batch)(values)  # type: ignore[call-arg]
-    if isinstance(batch, (list, tuple)):
-        items = [child(v) for v in batch]
-        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
-    if _is_container(batch):
-        return replace(batch, **{f.name: child(getattr(batch, f.name)) for f in fields(batch)})
-    return batch
-
-
-def _children(batch: Any) -> list[Any]:
-    if isinstance(batch, Mapping):
-        return list(batch.values())
-    if isinstance(batch, (list, tuple)):
-        return list(batch)
-    if is_dataclass(batch) and not isinstance(batch, type):
-        return [getattr(batch, f.name) for f in fields(batch)]
-    return []

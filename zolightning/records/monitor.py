@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..probing.objective import batch_examples
+from ..probing.batches import batch_examples
 from ..strategy._lightning import Callback, pl
 from ..strategy.strategy import ZOStrategy
 from ..types import StepRecord

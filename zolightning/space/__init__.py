@@ -1,6 +1,5 @@
 """What is perturbed: leaves, the views that hold them, and the probes that read them perturbed."""
 
-from ..probing.block_reuse import Prefix
 from .build import Scales, build_view, take_turns
 from .compute import Rounds, compute_with
 from .cycle import Cycle, Turn
@@ -36,7 +35,6 @@ __all__ = [
     "LowRank",
     "LowRankLeaf",
     "Place",
-    "Prefix",
     "Rank1",
     "Rank1Leaf",
     "RelativeScaleLeaf",

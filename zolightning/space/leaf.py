@@ -21,6 +21,7 @@ from ..noise import (
     perturb_both,
     perturb_rows,
     pieces,
+    sample,
     sgd_,
     sgd_all_,
     stochastic_round_,
@@ -201,7 +202,7 @@ class DenseLeaf(Leaf):
         """(n, length of the vector): W + offsets[n] · z of query queries[n], in the stored dtype."""
         weight = self.parameter.detach()
         queries = queries.to(weight.device)
-        noise = self.distribution.sample(key, self.index, torch.zeros_like(queries), weight.numel(), queries)
+        noise = sample(self.distribution, key, self.index, torch.zeros_like(queries), weight.numel(), queries)
         moved = offsets.to(weight.device, noise.dtype)[:, None] * noise
         return (weight.to(working_dtype(weight.dtype)) + moved).to(weight.dtype)
 
@@ -286,7 +287,7 @@ class PerExampleLeaf(Leaf, ABC):
 
     def coordinates(self, key: Key, queries: Tensor, length: int) -> Tensor:
         """The first coordinates of z, (n, length) in float32, for each of n queries of the key's step."""
-        return self.distribution.sample(key, self.index, torch.zeros_like(queries), length, queries)
+        return sample(self.distribution, key, self.index, torch.zeros_like(queries), length, queries)
 
     def drawn(self, terms: Sequence[Term], length: int) -> tuple[Tensor, Tensor]:
         """The first coordinates of each term's z, (n, length), and the coefficients, (n, 1), in the working dtype."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..noise import Distribution, floats, integers, outer_run, outer_sgd_, outer_sum, working_dtype
+from ..noise import Distribution, floats, integers, outer_run, outer_sgd_, outer_sum, sample, working_dtype
 from ..types import Key, Term
 from .compute import Compute
 from .leaf import Leaf, PerExampleLeaf, Scratch
@@ -116,10 +116,10 @@ class LowRankLeaf(OuterLeaf):
         each = torch.arange(self.rank, device=self.parameter.device)
         left, right = [], []
         for key, coefficient in terms:
-            u = self.distribution.sample(key, self.index, each * self._height, self._height)
+            u = sample(self.distribution, key, self.index, each * self._height, self._height)
             held = Key(key.seed, key.step - key.step % self.hold)
             start = self.rank * self._height  # behind all of U's
-            v = self.distribution.sample(held, self.index, each * self._columns + start, self._columns)
+            v = sample(self.distribution, held, self.index, each * self._columns + start, self._columns)
             left.append(u * (coefficient / math.sqrt(self.rank)))
             right.append(v)
         dtype = working_dtype(self.parameter.dtype)

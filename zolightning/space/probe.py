@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -17,48 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..types import Key, PerExampleError, Term
+from ..types import Both, PerExample, PerExampleError, Point, Shared, Tangent, Term
 from .compute import Compute, compute_with
 from .leaf import DenseLeaf, Leaf, PerExampleLeaf, Scratch, Vectors
-
-
-class Shared(NamedTuple):
-    """All examples see θ + Σ_k c_k z_k, whose keys are of one step."""
-
-    terms: Sequence[Term]
-
-    @property
-    def key(self) -> Key:
-        return self.terms[0].key
-
-
-class Both(NamedTuple):
-    """The first half of the examples sees θ + c z, the second half θ − c z."""
-
-    term: Term
-    examples: int
-    """In both halves together."""
-
-    @property
-    def key(self) -> Key:
-        return self.term.key
-
-
-class PerExample(NamedTuple):
-    """Example n sees θ + offsets[n] · z(key with queries[n])."""
-
-    key: Key
-    queries: Tensor
-    offsets: Tensor
-
-
-class Tangent(NamedTuple):
-    """All examples see θ, as dual tensors with the tangent z(key)."""
-
-    key: Key
-
-
-Point = Shared | Both | PerExample | Tangent
 
 _T = torch.Tensor
 _IN_PLACE = re.compile(r"[^_].*[^_]_|_foreach_\w+_|__setitem__|__set__|__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor)__")

@@ -11,10 +11,9 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..probing.block_reuse import unperturbed_prefix
-from ..types import Key, Term
+from ..types import Both, Key, PerExample, Point, Shared, Tangent, Term
 from .leaf import Leaf, Scratch, Vectors
-from .probe import Both, PerExample, Point, Probe, Shared, Tangent, Unread
+from .probe import Probe, Unread
 
 
 class View:
@@ -36,8 +35,6 @@ class View:
         self._compiled_root = compiled
         self._probe: Probe | None = None
         self.refresh()
-        trained = [leaf.parameter for leaf in self.leaves]
-        self.prefix = unperturbed_prefix(root, trained, compiled=self.compiled)
 
     def refresh(self) -> None:
         """Look again which submodules run as compiled code."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..engine.subspace import Calibration, Search, compute_dtype, new_search
+from ..engine.subspace import Calibration, Subspace, compute_dtype, find_subspace
 from ..ledger import Recorder
 from ..methods.config import ZOConfig
 from ..methods.optimizers import follow, in_place_of, is_plain_sgd, needs_closure
@@ -64,7 +64,7 @@ class FitStrategy(OneDeviceStrategy, ABC):
 
     def _forget(self) -> None:
         """Drop what belongs to one fit."""
-        self._searches: dict[int, Search] = {}
+        self._subspaces: dict[int, Subspace] = {}
         self._steppers: dict[Optimizer, Optimizer] = {}
         self._isolation: Isolation | None = None
         self._ledger: RunLedger | None = None
@@ -169,21 +169,21 @@ class FitStrategy(OneDeviceStrategy, ABC):
 
     def view(self, optimizer: Optimizer) -> View:
         """What this optimizer's steps search now; known from its first step on."""
-        return self._searches[id(optimizer)].view
+        return self._subspaces[id(optimizer)].view
 
-    def _search(self, optimizer: Optimizer, forward: Callable[[Any], Any], batch: Any) -> Search:
-        search = self._searches.get(id(optimizer))
+    def _search(self, optimizer: Optimizer, forward: Callable[[Any], Any], batch: Any) -> Subspace:
+        search = self._subspaces.get(id(optimizer))
         if search is None or not search.holds(batch):
             if search is not None:
                 self._calibration.both = None  # measured on other weights
             module, config = self.lightning_module, self.config
             assert module is not None
             assert self._isolation is not None
-            search = new_search(
+            search = find_subspace(
                 module, optimizer, config, self.estimator, forward, batch, self._isolation, self._muted, self._calibration
             )
             rank_zero_info(search.describe(self.estimator, sum(p.numel() for p in module.parameters())))
-            self._searches[id(optimizer)] = search
+            self._subspaces[id(optimizer)] = search
         return search
 
     @contextmanager
@@ -214,6 +214,6 @@ class FitStrategy(OneDeviceStrategy, ABC):
         if self._ledger is not None:
             self._ledger.close()
         self.precision_plugin.__dict__.pop("main_params", None)
-        for search in self._searches.values():
+        for search in self._subspaces.values():
             search.release()
         super().teardown()

@@ -117,7 +117,7 @@ class ZOStrategy(ResumableStrategy):
         optimizer = self.optimizers[0]
         with self.precision_plugin.train_step_context():
             # the first time it says what the objective gets, from which follows what is trained and must not be read here
-            search = self._searches.get(id(optimizer)) or self._search(
+            search = self._subspaces.get(id(optimizer)) or self._search(
                 optimizer, self._module_objective, module.zo_prepare(batch)
             )
             with search.view.unread():
@@ -139,13 +139,13 @@ class ZOStrategy(ResumableStrategy):
             search = self._search(optimizer, forward, batch)
             graphs, (examples, repeats) = search.graphs, search.examples.of(batch)
             with self._isolation.step() as probes:
-                run, prefix = (forward, search.view.prefix) if graphs is None else (partial(graphs, forward), None)
-                objective = BatchObjective(run, batch, probes, examples, repeats, self._muted, prefix)
+                run, blocks = (forward, search.blocks) if graphs is None else (partial(graphs, forward), None)
+                objective = BatchObjective(run, batch, probes, examples, repeats, self._muted, blocks)
                 estimate = zo_step(objective, search.view, self.estimator, Key(self.seed, self.zo_step, seen))
         except SkipStep:
             return None, None
         estimate = estimate._replace(forwards=estimate.forwards + prepared)
-        for news in (search.view.prefix.news(), *(graphs.news() if graphs else ())):
+        for news in (search.blocks.notice(), *(graphs.news() if graphs else ())):
             if news:
                 rank_zero_info(f"ZO: {news}")
         if objective.refused:

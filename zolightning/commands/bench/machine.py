@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from ...noise import active_rung
+from ...noise import active_backend
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Processors, threads, the rung of the noise kernels."""
+    """Processors, threads, the backend of the noise kernels."""
     facts: dict[str, Any] = {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "system": f"{platform.system()} {platform.machine()}",
-        "kernels": active_rung(device),
+        "kernels": active_backend(device),
     }
     return facts
 

@@ -19,6 +19,7 @@ from ...engine.updates import apply_update
 from ...methods.config import EPS_BY_DTYPE, ZOConfig
 from ...methods.recipes import QZO
 from ...mixin import ZOMixin
+from ...probing.block_reuse import block_reuse
 from ...probing.cuda_graphs import Graphs
 from ...probing.inspection import Examples, inspect_step, takes_both
 from ...probing.isolation import Isolation
@@ -128,7 +129,7 @@ def zeroth_order(work: Workload, config: ZOConfig) -> Running:
             raise Unavailable("the model reshapes its batch, so its linear layers cannot tell the examples apart")
     examples, repeats = found.of(work.batch)
     graphs = Graphs(view, isolation) if config.cuda_graphs else None
-    run, prefix = (loss, view.prefix) if graphs is None else (partial(graphs, loss), None)
+    run, blocks = (loss, block_reuse(view)) if graphs is None else (partial(graphs, loss), None)
     steps, state = 0, shaping.init()
 
     @torch.no_grad()
@@ -136,7 +137,7 @@ def zeroth_order(work: Workload, config: ZOConfig) -> Running:
         nonlocal steps, state
         optimizer.param_groups[0]["lr"] = lr
         with isolation.step() as probes:
-            objective = BatchObjective(run, work.batch, probes, examples, repeats, prefix=prefix)
+            objective = BatchObjective(run, work.batch, probes, examples, repeats, blocks=blocks)
             estimate = merge([zo_step(objective, view, estimator, Key(seed, steps))])
         record, state = finish(estimate, estimate.coefficients, shaping, state, optimizer, steps)
         if record.skipped:

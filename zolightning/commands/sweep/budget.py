@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from ...probing.objective import batch_examples
+from ...probing.batches import batch_examples
 from ...records.monitor import ZOMonitor
 from ...strategy._lightning import Callback, pl
 from ...strategy.strategy import ZOStrategy

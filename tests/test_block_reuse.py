@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from zolightning.methods.estimators import SPSA
 from zolightning.noise import Rademacher
+from zolightning.probing.block_reuse import BlockReuse, block_reuse
 from zolightning.probing.isolation import Isolation
 from zolightning.probing.objective import BatchObjective
 from zolightning.space import View, build_view
@@ -97,11 +98,11 @@ class Cached(Net):
         return x.square().sum()
 
 
-def spsa(forward: Forward, view: View, batch: Any, reuse: bool, queries: int = 2) -> tuple[Estimate, int]:
+def spsa(forward: Forward, view: View, batch: Any, reuse: BlockReuse | None, queries: int = 2) -> tuple[Estimate, int]:
     """The estimate, and the operations of its matrix products."""
     torch.manual_seed(4)
     with torch.no_grad(), Isolation(view.root, torch.device("cpu")).step() as probes, FlopCounterMode(display=False) as flops:
-        objective = BatchObjective(forward, batch, probes, prefix=view.prefix if reuse else None)
+        objective = BatchObjective(forward, batch, probes, blocks=reuse)
         return SPSA(1e-2, queries)(objective, view, Key(3, 0)), flops.get_total_flops()
 
 
@@ -123,15 +124,16 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Forward, Any, str]]] = {
 def test_the_estimate_is_that_of_full_forwards(case: str) -> None:
     model, forward, batch, select = CASES[case]()
     view, before = view_of(model, select), weights(model)
-    full, flops = spsa(forward, view, batch, reuse=False)
+    blocks = block_reuse(view)
+    full, flops = spsa(forward, view, batch, None)
     for step in range(2):
-        reused, fewer = spsa(forward, view, batch, reuse=True)
+        reused, fewer = spsa(forward, view, batch, blocks)
         assert reused == full
-        assert view.prefix.proved
+        assert blocks.proved
         if step:  # the first one compares
             assert fewer < flops
-    assert view.prefix.news().startswith("blocks 0 to ")
-    assert not view.prefix.news()
+    assert blocks.notice().startswith("blocks 0 to ")
+    assert not blocks.notice()
     assert_same(weights(model), before)
 
 
@@ -147,33 +149,35 @@ UNFIT: dict[str, Callable[[], tuple[nn.Module, Any, bool | None]]] = {
 def test_where_it_could_change_something_all_blocks_run(case: str) -> None:
     model, batch, proved = UNFIT[case]()
     view = view_of(model, "last:2")
-    assert len(view.prefix) == 2
-    full, flops = spsa(model, view, batch, reuse=False)
-    spsa(model, view, batch, reuse=True)
-    again, same = spsa(model, view, batch, reuse=True)
+    blocks = block_reuse(view)
+    assert len(blocks) == 2
+    full, flops = spsa(model, view, batch, None)
+    spsa(model, view, batch, blocks)
+    again, same = spsa(model, view, batch, blocks)
     assert again == full
     assert same == flops
-    assert view.prefix.proved is proved
+    assert blocks.proved is proved
     if proved is False:
-        assert "another" in view.prefix.news()
+        assert "another" in blocks.notice()
 
 
 def test_other_inputs_run_all_blocks() -> None:
     net = Net()
     view, draws = view_of(net, "last:1"), iter(range(100))
+    blocks = block_reuse(view)
     changing = lambda x: net(x + next(draws))  # noqa: E731
-    spsa(changing, view, X, reuse=True)
-    assert view.prefix.proved is None
+    spsa(changing, view, X, blocks)
+    assert blocks.proved is None
 
 
 def test_what_rules_it_out_from_the_start() -> None:
     net = Net()
-    assert len(view_of(net, "last:1").prefix) == 3
-    assert not view_of(net, "all").prefix
-    assert not view_of(net, "first:1").prefix
-    assert not view_of(net, r"re:embed|blocks\.3").prefix  # what enters the first block is perturbed
+    assert len(block_reuse(view_of(net, "last:1"))) == 3
+    assert not block_reuse(view_of(net, "all"))
+    assert not block_reuse(view_of(net, "first:1"))
+    assert not block_reuse(view_of(net, r"re:embed|blocks\.3"))  # what enters the first block is perturbed
     hook = net.blocks[0].linear.register_forward_hook(lambda *_: None)
-    assert not view_of(net, "last:1").prefix
+    assert not block_reuse(view_of(net, "last:1"))
     hook.remove()
 
 
@@ -188,7 +192,7 @@ def test_an_exception_leaves_the_blocks_as_they_were() -> None:
         return calls[-1]
 
     with pytest.raises(RuntimeError, match="third forward"):
-        spsa(forward, view, X, reuse=True)
+        spsa(forward, view, X, block_reuse(view))
     assert all("forward" not in block.__dict__ for block in net.blocks)
     assert_same(weights(net), before)
 
