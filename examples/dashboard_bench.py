@@ -45,7 +45,7 @@ from mlflow.entities import Metric
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from browser import BOARD, Server, Traffic, find_chromium, open_browser, serve, wait_drawn, wait_settled  # noqa: E402
+from browser import BOARD, LAUNCHER, Server, Traffic, find_chromium, open_browser, serve, wait_drawn, wait_settled  # noqa: E402
 from dashboard_store import describe, names, values  # noqa: E402
 from zolightning_dashboard.source import open_source  # noqa: E402
 
@@ -62,8 +62,8 @@ TICK_SECONDS = 2.0
 FAST_TICK_SECONDS, WARM_TICKS = 0.2, 30
 # the launcher's server with shorter ticks
 FAST_SERVER = (
-    "import sys; sys.path.insert(0, {root!r}); from zolightning_dashboard import launch, scene; "
-    "scene.FAST_SECONDS = {seconds}; sys.exit(launch.main())"
+    "import runpy, sys; runpy.run_path({launcher!r}); from zolightning_dashboard import scene, serve; "
+    "scene.FAST_SECONDS = {seconds}; sys.exit(serve.main())"
 )
 MIB = 2**20
 
@@ -305,7 +305,7 @@ def memory_and_flags(browser: Browser, store: Path, ticks: int) -> Iterator[Resu
     victim.start()
     wait_until(lambda: "train/loss" in client.get_run(elsewhere).data.metrics, 120)
     writer = Writer(store, store.parent)
-    command = ("-c", FAST_SERVER.format(root=str(ROOT), seconds=FAST_TICK_SECONDS))
+    command = ("-c", FAST_SERVER.format(launcher=str(LAUNCHER), seconds=FAST_TICK_SECONDS))
     log = store.parent / "server.log"
     with (
         serve(uri(store), log) as usual,

@@ -6,6 +6,7 @@ import hashlib
 import math
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from dashboard_stores import HOSTILE, log, make_store
 from mlflow import MlflowClient
 from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
-from zolightning_dashboard import launch
+from zolightning_dashboard import serve
 from zolightning_dashboard.charts.lines import Plotter
 from zolightning_dashboard.scene import Store, look
 from zolightning_dashboard.source import open_source
@@ -367,15 +368,25 @@ def test_a_run_whose_process_is_gone_is_killed(folder: Path) -> None:
 
 
 def test_the_launcher_stays_on_this_machine_unless_told() -> None:
-    assert launch.settings(8501, "127.0.0.1") == {"server.port": 8501, "server.address": "127.0.0.1"}
-    assert "10.0.0.5" in launch.settings(8501, "10.0.0.5")["server.allowedHosts"]
+    assert serve.settings(8501, "127.0.0.1") == {"server.port": 8501, "server.address": "127.0.0.1"}
+    assert "10.0.0.5" in serve.settings(8501, "10.0.0.5")["server.allowedHosts"]
     with pytest.raises(ValueError, match="`--port` must be from 1 to 65535, got 0"):
-        launch.settings(0, "127.0.0.1")
+        serve.settings(0, "127.0.0.1")
+
+
+@pytest.mark.parametrize("script", ["app.py", "launch.py"])
+def test_a_checkout_runs_its_own_code_whatever_is_installed(script: str, tmp_path: Path) -> None:
+    copy = tmp_path / "somewhere"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    serve_py = copy / "serve.py"
+    serve_py.write_text(serve_py.read_text().replace("sqlite:///mlflow.db", "sqlite:///of-the-copy.db"))
+    shown = subprocess.run([sys.executable, str(copy / script), "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert "sqlite:///of-the-copy.db" in shown.stdout, shown.stderr
 
 
 @pytest.mark.parametrize(("host", "here"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False)])
 def test_loopback(host: str, here: bool) -> None:
-    assert launch.is_loopback(host) is here
+    assert serve.is_loopback(host) is here
 
 
 def free_port() -> int:

@@ -1,0 +1,98 @@
+"""The dashboard's server: what it listens on, and the store read while the browser starts."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ipaddress
+import logging
+import sys
+import threading
+import webbrowser
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+APP = Path(__file__).resolve().parent / "app.py"
+DEFAULT_STORE = "sqlite:///mlflow.db"
+DEFAULT_PORT = 8501
+LOOPBACK = "127.0.0.1"
+
+
+def settings(port: int, host: str) -> dict[str, Any]:
+    """What Streamlit is told; all other settings are in ``.streamlit/config.toml`` beside the app.
+
+    Args:
+        port: to listen on, 1 to 65535.
+        host: address to listen on.
+
+    Raises:
+        ValueError: no such port.
+    """
+    if not 1 <= port <= 65535:
+        raise ValueError(f"`--port` must be from 1 to 65535, got {port}")
+    found: dict[str, Any] = {"server.port": port, "server.address": host}
+    if not is_loopback(host):
+        everywhere = host in ("0.0.0.0", "::", "")
+        found["server.allowedHosts"] = ["*"] if everywhere else [host, "localhost", LOOPBACK]
+    return found
+
+
+def is_loopback(host: str) -> bool:
+    """Only programs of this machine can reach the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line and serve until interrupted; returns the exit code."""
+    parser = argparse.ArgumentParser("dashboard", description="Watch and compare the runs of an MLflow store, live.")
+    parser.add_argument("--store", default=DEFAULT_STORE, help="MLflow tracking URI (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="port to listen on (default: %(default)s)")
+    parser.add_argument("--host", default=LOOPBACK, help="address to listen on (default: %(default)s, this machine only)")
+    given = parser.parse_args(arguments)
+    try:
+        told = settings(given.port, given.host)
+    except ValueError as error:
+        parser.error(str(error))
+    if not is_loopback(given.host):
+        print(
+            f"Warning: listening on {given.host}. The dashboard asks for no password: whoever reaches this port sees all runs.",
+            file=sys.stderr,
+        )
+    try:
+        from streamlit import App
+
+        from .early import routes
+
+        app = App(APP, routes=routes(given.store), lifespan=_open_browser)
+    except ImportError:
+        print("The dashboard needs Streamlit and uPlot: pip install streamlit uplot-python", file=sys.stderr)
+        return 1
+    threading.Thread(target=_read_ahead, args=(given.store,), daemon=True).start()
+    sys.argv = [str(APP), "--store", given.store]
+    app.run(config=told)
+    return 0
+
+
+@contextlib.asynccontextmanager
+async def _open_browser(_: object) -> AsyncIterator[None]:
+    """Show the page to whoever sits here; not under ``STREAMLIT_SERVER_HEADLESS=true`` nor where there is no screen."""
+    from streamlit import config
+
+    if not config.get_option("server.headless"):
+        host, port = config.get_option("server.address"), config.get_option("server.port")
+        threading.Thread(target=webbrowser.open, args=(f"http://{host}:{port}",), daemon=True).start()
+    yield
+
+
+def _read_ahead(store: str) -> None:
+    """Open the store while the browser starts: the first page then finds it read."""
+    # Streamlit would note that nobody is looking yet
+    logging.getLogger("streamlit.runtime.scriptrunner_utils.script_run_context").setLevel(logging.ERROR)
+    with contextlib.suppress(Exception):  # the page will say what is wrong
+        from .scene import look, open_store
+
+        look(open_store(store), ())
