@@ -1,10 +1,12 @@
-"""Which file may import which: ideas depend downwards only."""
+"""Which file may import which: ideas depend downwards only, from room to room and from file to file."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,114 +14,171 @@ import pytest
 import zolightning
 
 ROOT = Path(zolightning.__file__).parent
-FILES = sorted(ROOT.rglob("*.py"))
+DASHBOARD = ROOT.parent / "dashboard"
 
 LAYERS = [
-    {"types", "cache", "_version", "optimizers"},
+    {"types", "cache", "_version"},
     {"noise"},
     {"space"},
-    {"estimators", "shaping", "updates", "isolation", "losses", "ties", "uninterrupted"},
-    {"step", "objective", "config", "mixin", "rates", "ledger"},
-    {"inspection", "graphs"},
-    {"recipes", "one_device", "ledger_io", "search"},
-    {"run_ledger"},
-    {"fit_strategy"},
-    {"resumable"},
+    {"offload"},
+    {"mixin", "probing"},
+    {"methods"},
+    {"engine"},
+    {"ledger"},
     {"strategy"},
+    {"records"},
+    {"adapt", "blackbox", "data", "objectives"},
+    {"federated", "tasks"},
+    {"__init__"},
+    {"commands"},
+    {"cli"},
 ]
-"""The core, lowest first: a file imports from lower layers only, and what is not listed stands above all of them."""
+"""Rooms and the modules at the root, lowest first: a file imports from its own room and from lower lines only."""
 
-LIGHTNING = {
-    "_lightning",
-    "one_device",
-    "ledger_io",
-    "run_ledger",
-    "fit_strategy",
-    "resumable",
-    "strategy",
-    "monitor",
-    "cli",
-    "tracking",
-    "demo",
-    "bench",
-    "sweep",
-    "tasks",
-}
+LOWEST = {"ledger.format", "strategy._lightning"}
+"""They import nothing of their room."""
 
+UPWARDS = {("probing.inspection", "methods.estimators")}
+"""What still breaks the order."""
 
-def module_of(path: Path) -> str:
-    """The first part of the module's name below the package: its file or its folder."""
-    return path.relative_to(ROOT).with_suffix("").parts[0]
+LATER = {"offload", "blackbox", "federated"}
+"""Rooms that have their place before they are there."""
+
+LIGHTNING = {"strategy", "records", "commands", "tasks.module"}
+"""Who may import Lightning: rooms and one file."""
+
+SHIM = "strategy._lightning"
+HEAVY = {"transformers", "peft", "mlflow", "gguf", "bitsandbytes", "streamlit", "matplotlib"}
+CORE = {"types", "cache", "noise", "space", "offload", "mixin", "probing", "methods", "engine", "ledger"}
 
 
-def imports(path: Path) -> list[tuple[str, str]]:
-    """(piece of this package, "") or ("", top-level package) for each import at run time, nested ones too."""
-    package = ("zolightning", *path.relative_to(ROOT).parent.parts)
-    found = []
+def name_of(path: Path) -> str:
+    """``space/scales/__init__.py`` → ``space.scales``, and ``__init__`` for the package itself."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
+
+
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
+def layer(module: str) -> int:
+    return next(i for i, rooms in enumerate(LAYERS) if room(module) in rooms)
+
+
+@cache
+def imports(path: Path) -> tuple[frozenset[str], frozenset[str]]:
+    """(modules of this package, other packages) that a file imports anywhere, in functions and for types too."""
+    own, others = set(), set()
+    package = path.relative_to(ROOT.parent).parent.parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found += [("", alias.name.split(".")[0]) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            found.append(("", (node.module or "").split(".")[0]))
+            found = {alias.name: "" for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1]
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            found += [((*base, *name.split("."))[1], "") for name in names]
-    return found
+            base = [*package[: len(package) - node.level + 1]] if node.level else []
+            start = ".".join([*base, *([node.module] if node.module else [])])
+            found = {f"{start}.{alias.name}": start for alias in node.names}
+        else:
+            continue
+        for name, parent in found.items():
+            if room(name) != "zolightning":
+                others.add(room(name))
+            else:
+                inner, outer = (n.partition(".")[2] or "__init__" for n in (name, parent or name))
+                own.add(inner if inner in MODULES else outer)
+    return frozenset(own), frozenset(others)
 
 
-def layer(piece: str) -> int:
-    return next((i for i, names in enumerate(LAYERS) if piece in names), len(LAYERS))
+def graph() -> dict[str, set[str]]:
+    """Module → the modules that it imports; who imports ``space.view`` from outside of ``space`` runs ``space`` first."""
+    needs: dict[str, set[str]] = {}
+    for module, path in MODULES.items():
+        found, _ = imports(path)
+        packages = {".".join(name.split(".")[:i]) for name in found for i in range(1, name.count(".") + 1)}
+        around = {package for package in packages if not f"{module}.".startswith(f"{package}.")}
+        needs[module] = (set(found) | around) - {module}
+    return needs
 
 
-def test_every_core_piece_exists() -> None:
-    assert {piece for names in LAYERS for piece in names} <= {module_of(path) for path in FILES}
+def test_every_module_has_its_layer() -> None:
+    rooms = [name for names in LAYERS for name in names]
+    assert len(rooms) == len(set(rooms))
+    assert set(rooms) - LATER <= {room(module) for module in MODULES} <= set(rooms)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_go_down(path: Path) -> None:
-    own = module_of(path)
-    if own == "__init__":
-        return
-    for piece, _ in imports(path):
-        if piece and piece not in (own, "_lightning"):
-            same = {"recipes": {"config"}, "objective": {"isolation"}}.get(own, set())
-            allowed = layer(piece) < layer(own) or layer(own) == len(LAYERS) or piece in same
-            assert allowed, f"{own} imports {piece}"
+def test_imports_name_modules_that_exist() -> None:
+    assert {name for needs in graph().values() for name in needs} <= MODULES.keys()
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_lightning_and_transformers_stay_at_the_edge(path: Path) -> None:
-    own = module_of(path)
-    packages = {package for _, package in imports(path)}
-    uses_lightning = packages & {"lightning", "pytorch_lightning", "lightning_fabric"}
-    assert not uses_lightning or own in LIGHTNING
-    assert ("_lightning", "") not in imports(path) or own in LIGHTNING
-    if layer(own) < len(LAYERS):
-        assert not packages & {"transformers", "peft", "mlflow", "gguf"}
+def test_imports_go_down() -> None:
+    inside = [f"{m} imports {n}" for m in LOWEST for n in imports(MODULES[m])[0] if room(n) == room(m)]
+    upwards = [
+        f"{module} imports {name}"
+        for module, path in MODULES.items()
+        for name in sorted(imports(path)[0])
+        if room(name) != room(module) and layer(name) >= layer(module) and (module, name) not in UPWARDS
+    ]
+    assert not inside + upwards
 
 
-def test_no_cycles() -> None:
-    graph: dict[str, set[str]] = {}
-    for path in FILES:
-        if path != ROOT / "__init__.py":
-            graph.setdefault(module_of(path), set()).update(piece for piece, _ in imports(path) if piece)
-    for piece in graph:
-        graph[piece] -= {piece}
-    while free := {piece for piece, needs in graph.items() if not needs & set(graph)}:
-        for piece in free:
-            del graph[piece]
-    assert not graph
+def test_no_file_imports_itself_in_a_circle() -> None:
+    try:
+        TopologicalSorter(graph()).prepare()
+    except CycleError as error:
+        pytest.fail(" → ".join(error.args[1][::-1]))
+
+
+def test_lightning_comes_through_one_file() -> None:
+    users = {
+        module for module, path in MODULES.items() if imports(path)[1] & {"lightning", "pytorch_lightning", "lightning_fabric"}
+    }
+    assert users == {SHIM}
+    strangers = {m for m, path in MODULES.items() if SHIM in imports(path)[0] and not {room(m), m} & LIGHTNING}
+    assert not strangers
+
+
+def test_the_core_needs_torch_and_little_else() -> None:
+    """Layers of other libraries are looked at in ``space.scales`` only, each by its own file."""
+    core = [m for m in MODULES if room(m) in CORE and not m.startswith("space.scales.")]
+    heavy = {m: imports(MODULES[m])[1] & HEAVY for m in core}
+    assert not {m: found for m, found in heavy.items() if found}
+
+
+def test_few_modules_stand_at_the_root() -> None:
+    assert len(list(ROOT.glob("*.py"))) <= 8
+
+
+def test_the_dashboard_imports_nothing_of_the_plugin() -> None:
+    for path in DASHBOARD.rglob("*.py"):
+        packages = {
+            name.split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            for name in (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom) and not node.level
+                else []
+            )
+        }
+        assert not packages & {"zolightning", "torch", "lightning", "pytorch_lightning"}, path
 
 
 def test_the_core_runs_without_lightning() -> None:
-    """Importing the pieces below the strategy does not bring Lightning in."""
+    """Importing every module below the strategy does not bring Lightning in, nor MLflow."""
     code = """
-import sys, types
+import importlib, sys, types
 package = types.ModuleType("zolightning")
 package.__path__ = [sys.argv[1]]
 sys.modules["zolightning"] = package
-from zolightning import config, estimators, isolation, ledger, mixin, noise, objective, recipes, shaping, space, step, updates
-assert not {"lightning", "pytorch_lightning", "lightning_fabric"} & set(sys.modules)
+for name in sys.argv[2:]:
+    importlib.import_module("zolightning." + name)
+found = {"lightning", "pytorch_lightning", "lightning_fabric", "mlflow", "streamlit"} & set(sys.modules)
+assert not found, found
 """
-    subprocess.run([sys.executable, "-c", code, str(ROOT)], check=True)
+    libraries = {"triton", "bitsandbytes", "hqq", "torchao"}  # files that import such a package
+    core = [m for m in MODULES if room(m) in CORE and not any(library in m for library in libraries)]
+    subprocess.run([sys.executable, "-c", code, str(ROOT), *core], check=True)
