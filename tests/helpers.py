@@ -16,6 +16,13 @@ from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader
 
 from zolightning import ZOConfig, ZOMixin, ZOStrategy
+from zolightning.methods.estimators import Estimator
+from zolightning.probing.block_reuse import BlockReuse
+from zolightning.probing.inspection import Examples
+from zolightning.probing.isolation import Isolation
+from zolightning.probing.runner import Runner
+from zolightning.space import View
+from zolightning.types import Estimate, Key
 
 PLAIN = ZOConfig(estimator="spsa", eps=1e-3, select="all", structure="dense", normalize=False, seed=7)
 """Textbook two-point SPSA: what tests/reference.py does."""
@@ -175,3 +182,20 @@ def lm_losses(model: nn.Module, ids: Tensor) -> Tensor:
 def lm_loss(model: nn.Module, ids: Tensor) -> Tensor:
     logits = model(input_ids=ids).logits[:, :-1].double()
     return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+
+
+@torch.no_grad()
+def estimated(
+    estimator: Estimator,
+    view: View,
+    loss: Callable[[Any], Any],
+    batch: Any,
+    key: Key,
+    examples: Examples = Examples(losses=False, repeats=False),  # noqa: B008
+    blocks: BlockReuse | None = None,
+) -> Estimate:
+    """The estimate of one micro-batch, its points run through the view."""
+    runner = Runner(view, Isolation(view.root, torch.device("cpu")), examples, blocks)
+    count, _ = examples.of(batch)
+    points = estimator.ask(key, count if examples.losses and view.per_example else None)
+    return estimator.tell(key, runner.run(loss, batch, points).answers)

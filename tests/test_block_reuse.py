@@ -9,15 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import PLAIN, Task, assert_same, fit, tiny_causal_lm, token_batches, weights
+from helpers import PLAIN, Task, assert_same, estimated, fit, tiny_causal_lm, token_batches, weights
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from zolightning.methods.estimators import SPSA
 from zolightning.noise import Rademacher
 from zolightning.probing.block_reuse import BlockReuse, block_reuse
-from zolightning.probing.isolation import Isolation
-from zolightning.probing.objective import BatchObjective
 from zolightning.space import View, build_view
 from zolightning.types import Estimate, Key
 
@@ -101,9 +99,8 @@ class Cached(Net):
 def spsa(forward: Forward, view: View, batch: Any, reuse: BlockReuse | None, queries: int = 2) -> tuple[Estimate, int]:
     """The estimate, and the operations of its matrix products."""
     torch.manual_seed(4)
-    with torch.no_grad(), Isolation(view.root, torch.device("cpu")).step() as probes, FlopCounterMode(display=False) as flops:
-        objective = BatchObjective(forward, batch, probes, blocks=reuse)
-        return SPSA(1e-2, queries)(objective, view, Key(3, 0)), flops.get_total_flops()
+    with FlopCounterMode(display=False) as flops:
+        return estimated(SPSA(1e-2, queries), view, forward, batch, Key(3, 0), blocks=reuse), flops.get_total_flops()
 
 
 def view_of(model: nn.Module, select: str) -> View:

@@ -9,31 +9,30 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import lm_loss, lm_losses, tiny_causal_lm, token_batches
+from helpers import estimated, lm_loss, lm_losses, tiny_causal_lm, token_batches
 from torch import Tensor, nn
 
-from zolightning.methods.estimators import SPSA, Estimator, PerExampleSPSA, Population
+from zolightning.methods.estimators import SPSA, Estimator, OneSidedSPSA, PerExampleSPSA, Population
 from zolightning.noise import Distribution, Gaussian, Rademacher
+from zolightning.probing.inspection import Examples
 from zolightning.space import View, build_view
-from zolightning.types import FORWARD, Estimate, Key
+from zolightning.types import Estimate, Key
 
 
 class Losses:
-    """An objective from a function that gives one loss per example of a batch."""
-
-    repeats = True
+    """A function that gives a loss for each example of a batch; counts its calls."""
 
     def __init__(self, per_example: Callable[[Tensor], Tensor], x: Tensor) -> None:
-        self.function, self.x, self.examples = per_example, x, len(x)
+        self.function, self.x, self.examples = per_example, x, Examples(losses=True, repeats=True)
         self.calls = 0
 
-    @torch.no_grad()
-    def per_example(self, copies: int) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         self.calls += 1
-        return self.function(self.x.repeat(copies, *([1] * (self.x.dim() - 1)))).double()
+        return self.function(x).double()
 
-    def __call__(self) -> float:
-        return self.per_example(1).mean().item()
+
+def asked(estimator: Estimator, losses: Losses, view: View, key: Key) -> Estimate:
+    return estimated(estimator, view, losses, losses.x, key, losses.examples)
 
 
 def quadratic() -> tuple[nn.Linear, Losses]:
@@ -69,7 +68,7 @@ def assert_unbiased(
     view = build_view(net, net.parameters(), dist, structure=structure)
     exact = gradient(view, objective)
     with torch.no_grad():
-        estimates = torch.stack([dense(view, estimator(objective, view, Key(11, step))) for step in range(n)])
+        estimates = torch.stack([dense(view, asked(estimator, objective, view, Key(11, step))) for step in range(n)])
     along = estimates @ exact / exact.square().sum()
     error = along.std().item() / math.sqrt(n)
     assert error < 0.1
@@ -85,7 +84,7 @@ def assert_unbiased(
     ("estimator", "structure"),
     [
         (SPSA(1e-4, 2), "dense"),
-        (SPSA(1e-6, 2, FORWARD), "dense"),
+        (OneSidedSPSA(1e-6, 2), "dense"),
         (Population(1e-4, 6), "dense"),
         (SPSA(1e-4, 2), "rank1"),
         (PerExampleSPSA(1e-4), "rank1"),
@@ -108,7 +107,7 @@ def test_projected_gradient_is_the_directional_derivative(noise: Distribution) -
     view = build_view(net, net.parameters(), noise)
     exact = gradient(view, objective)
     for step in range(5):
-        (term,) = SPSA(1e-3)(objective, view, Key(1, step)).terms
+        (term,) = asked(SPSA(1e-3), objective, view, Key(1, step)).terms
         z = torch.cat([leaf.gradient([term._replace(coefficient=1.0)]).flatten() for leaf in view.leaves])
         assert term.coefficient == pytest.approx((z @ exact).item(), rel=1e-6)
 
@@ -118,29 +117,29 @@ def test_tied_transformer_directional_derivative() -> None:
     ids = token_batches(1)[0]
     view = build_view(model, model.parameters(), Gaussian())
     objective = Losses(lambda x: lm_loss(model, x)[None], ids)
-    objective.repeats = False
+    objective.examples = Examples(losses=False, repeats=False)
     exact = gradient(view, objective)
-    (term,) = SPSA(1e-4)(objective, view, Key(1, 0)).terms
+    (term,) = asked(SPSA(1e-4), objective, view, Key(1, 0)).terms
     z = torch.cat([leaf.gradient([term._replace(coefficient=1.0)]).flatten() for leaf in view.leaves])
     assert term.coefficient == pytest.approx((z @ exact).item(), rel=1e-3)
 
 
 @pytest.mark.parametrize(
-    ("estimator", "forwards", "calls"), [(SPSA(1e-3, 3), 6, 3), (SPSA(1e-3, 3, FORWARD), 4, 4), (PerExampleSPSA(1e-3, 3), 6, 1)]
+    ("estimator", "forwards", "calls"), [(SPSA(1e-3, 3), 6, 3), (OneSidedSPSA(1e-3, 3), 4, 4), (PerExampleSPSA(1e-3, 3), 6, 1)]
 )
 def test_forward_passes_are_counted(estimator: Estimator, forwards: int, calls: int) -> None:
     net, objective = quadratic()
     view = build_view(net, net.parameters(), Rademacher(), structure="rank1")
-    estimate = estimator(objective, view, Key(0, 0))
+    estimate = asked(estimator, objective, view, Key(0, 0))
     assert (estimate.forwards, objective.calls) == (forwards, calls)
     assert len({t.key for t in estimate.terms}) == len(estimate.terms)
-    assert estimate.loss == pytest.approx(objective(), rel=1e-2)
+    assert estimate.loss == pytest.approx(objective(objective.x).mean().item(), rel=1e-2)
 
 
 def test_per_example_with_dense_leaves_is_spsa() -> None:
     net, objective = quadratic()
     view = build_view(net, net.parameters(), Rademacher())
-    assert PerExampleSPSA(1e-3, 2)(objective, view, Key(0, 0)) == SPSA(1e-3, 2)(objective, view, Key(0, 0))
+    assert asked(PerExampleSPSA(1e-3, 2), objective, view, Key(0, 0)) == asked(SPSA(1e-3, 2), objective, view, Key(0, 0))
 
 
 def test_rank1_probe_equals_perturbed_weights() -> None:
@@ -164,8 +163,8 @@ def test_ties_are_counted() -> None:
     net, objective = quadratic()
     view = build_view(net, net.parameters(), Rademacher(), structure="rank1")
     objective.function = lambda x: torch.arange(len(x), dtype=torch.float64) * 0
-    assert SPSA(1e-3, 3)(objective, view, Key(0, 0)).ties == 3
-    assert PerExampleSPSA(1e-3)(objective, view, Key(0, 0)).ties == 6
+    assert asked(SPSA(1e-3, 3), objective, view, Key(0, 0)).ties == 3
+    assert asked(PerExampleSPSA(1e-3), objective, view, Key(0, 0)).ties == 6
 
 
 @pytest.mark.parametrize("make", [quadratic, transformer])
@@ -174,10 +173,10 @@ def test_both_probes_in_one_batch_give_the_estimate_of_two(make: Callable[[], tu
     net, losses = make()
     view = build_view(net, net.parameters(), Gaussian(), select_spec="all", structure="dense")
     key, estimator = Key(4, 2, 5), SPSA(1e-3, queries)
-    together = estimator(losses, view, key)
+    together = asked(estimator, losses, view, key)
     assert losses.calls == queries
-    losses.repeats = False
-    apart = estimator(losses, view, key)
+    losses.examples = Examples(losses=True, repeats=False)
+    apart = asked(estimator, losses, view, key)
     assert [t.key for t in together.terms] == [t.key for t in apart.terms]
     assert (together.forwards, len(together.losses)) == (apart.forwards, len(apart.losses)) == (2 * queries, 2 * queries)
     assert together.coefficients == pytest.approx(apart.coefficients, rel=1e-8)

@@ -424,7 +424,9 @@ def test_permutations() -> None:
 def test_training_begins_by_saying_who_takes_turns() -> None:
     strategy = fit(Task(stack()), batches(1), KINDS["shuffled"]).strategy
     assert isinstance(strategy, ZOStrategy)
-    (search,) = strategy._searches.values()
-    assert "(select='all'); 2 of 4 blocks in each step; the rest" in search.describe(strategy.estimator, 213)
+    (search,) = strategy.session._subspaces.values()
+    assert "(select='all'); 2 of 4 blocks in each step; all other weights are frozen" in search.describe(
+        strategy.estimator, 213
+    )
     assert strategy.config.to_dict()["cycle"] == "Cycle(blocks=2, every=1, order='shuffled')"
     assert strategy.config.to_dict()["structure"] == "Sparse(sparsity=0.5)"

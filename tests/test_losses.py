@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zolightning.probing.loss_splitter import LossSplitter
+from zolightning.probing.objective import loss_of
 
 B, T, C = 4, 3, 5
 
@@ -104,7 +105,7 @@ def test_a_batch_of_another_size_is_left_alone() -> None:
 def test_the_loss_may_be_in_a_dict(wrap: Callable[[Tensor], Any]) -> None:
     with LossSplitter(B) as splitter:
         out = wrap(F.mse_loss(torch.randn(B, 2), torch.randn(B, 2)))
-    losses = splitter.losses(out)
+    losses = splitter.losses(loss_of(out))
     assert losses is not None
     assert losses.shape == (B,)
 

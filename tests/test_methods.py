@@ -16,6 +16,7 @@ from helpers import (
     Task,
     assert_same,
     batches,
+    estimated,
     fit,
     lm_loss,
     loader,
@@ -38,8 +39,6 @@ from zolightning.methods.config import ESTIMATORS
 from zolightning.methods.estimators import ForwardGradient
 from zolightning.methods.recipes import recipe
 from zolightning.noise import DISTRIBUTIONS
-from zolightning.probing.isolation import Isolation
-from zolightning.probing.objective import BatchObjective
 from zolightning.space import build_view
 from zolightning.types import Key, StepRecord
 
@@ -58,23 +57,6 @@ def typed(precision: str, count: int = 4) -> list[tuple[Tensor, Tensor]]:
 def method(name: str, **changes: Any) -> ZOConfig:
     """The recipe on all weights, with a learning rate that moves them."""
     return recipe(name).override(**{"select": "all", "lr": 1e-2, "seed": 7, **changes})
-
-
-class Objective:
-    """The mean loss of a net on a batch, counted."""
-
-    examples, repeats = None, False
-
-    def __init__(self, net: nn.Module, batch: Any) -> None:
-        self.net, self.batch, self.calls = net, batch, 0
-
-    @torch.no_grad()
-    def __call__(self) -> float:
-        self.calls += 1
-        return mse(self.net, self.batch).item()
-
-    def per_example(self, copies: int) -> Tensor:
-        raise AssertionError("no losses per example here")
 
 
 # ---- twins
@@ -104,9 +86,9 @@ def test_estimator(name: str, noise: str, precision: str, queries: int) -> None:
     """The projected gradients from perturbed copies of the module, and the forward passes that they cost."""
     net, eps, dist = mlp().to(DTYPES[precision]), 1e-2, DISTRIBUTIONS[noise]()
     batch = typed(precision, 1)[0]
-    before, objective = weights(net), Objective(net, batch)
+    before, calls = weights(net), []
     view = build_view(net, net.parameters(), dist)
-    estimate = ESTIMATORS[name](eps, queries)(objective, view, Key(7, 3))
+    estimate = estimated(ESTIMATORS[name](eps, queries), view, lambda b: (calls.append(1), mse(net, b))[1], batch, Key(7, 3))
 
     def at(offset: float, query: int) -> float:
         zs = reference.directions(net, Key(7, 3, query), dist)
@@ -114,7 +96,7 @@ def test_estimator(name: str, noise: str, precision: str, queries: int) -> None:
 
     assert estimate.coefficients == pytest.approx(TWINS[name](at, queries, eps), rel=1e-9, abs=1e-11)
     assert [t.key for t in estimate.terms] == [Key(7, 3, k) for k in range(queries)]
-    assert estimate.forwards == objective.calls == len(estimate.losses) == PROBES[name](queries)
+    assert estimate.forwards == len(calls) == len(estimate.losses) == PROBES[name](queries)
     assert_same(weights(net), before)
 
 
@@ -373,8 +355,7 @@ def test_forward_gradient_is_autograd_s(kind: str, noise: str, structure: str) -
     ids = token_batches(1)[0]
     before = weights(model)
     view = build_view(model, model.parameters(), DISTRIBUTIONS[noise](), structure=structure)
-    with Isolation(model, torch.device("cpu")).step() as probes, torch.no_grad():
-        estimate = ForwardGradient(3)(BatchObjective(lambda x: lm_loss(model, x), ids, probes), view, Key(7, 3))
+    estimate = estimated(ForwardGradient(3), view, lambda x: lm_loss(model, x), ids, Key(7, 3))
     loss = lm_loss(model, ids)
     gradients = torch.autograd.grad(loss, [leaf.parameter for leaf in view.leaves])
     assert estimate.forwards == 3

@@ -13,9 +13,10 @@ from torch import nn
 from zolightning.noise import Rademacher
 from zolightning.probing.inspection import Examples, inspect_step
 from zolightning.probing.isolation import Isolation
-from zolightning.probing.objective import BatchObjective, loss_value
+from zolightning.probing.objective import loss_value
+from zolightning.probing.runner import Runner
 from zolightning.space import build_view
-from zolightning.types import SkipStep
+from zolightning.types import Shared, SkipStep
 
 CPU = torch.device("cpu")
 
@@ -89,11 +90,13 @@ def test_first_output_is_kept_and_later_forwards_run_in_the_extra_context() -> N
         outputs.append(batch)
         return {"loss": torch.tensor(float(len(outputs))), "n": len(outputs)}
 
-    with Isolation(nn.Module(), CPU).step() as probes:
-        objective = BatchObjective(forward, 7, probes, extra=extra)
-        assert [objective(), objective(), objective()] == [1.0, 2.0, 3.0]
-    assert objective.first["n"] == 1
-    assert objective.dtype == torch.float32
+    net = nn.Linear(2, 2)
+    view = build_view(net, net.parameters(), Rademacher())
+    runner = Runner(view, Isolation(net, CPU), Examples(losses=False, repeats=False), muted=extra)
+    ran = runner.run(forward, 7, [Shared()] * 3)
+    assert [answer.loss for answer in ran.answers] == [1.0, 2.0, 3.0]
+    assert ran.output["n"] == 1
+    assert ran.dtype == torch.float32
     assert entered == [1, 2]
 
 

@@ -116,7 +116,7 @@ def test_schedules_of_momentum_are_the_module_s_alone() -> None:
     for name, size in (("sgd", 0), ("momentum", 4)):
         strategy = ZOStrategy(PLAIN, optimizer=name)
         trainer = fit(Task(mlp(), optimizer=kind, scheduler=one_cycle), batches(6), strategy)
-        stepper = strategy._stepper(trainer.optimizers[0])
+        stepper = strategy.session.stepper(trainer.optimizers[0])
         assert is_plain_sgd(stepper) == (name == "sgd")
         assert len(stepper.state) == size
         assert strategy.last_record.lrs != (1e-2,)  # type: ignore[union-attr]
@@ -224,7 +224,7 @@ def test_memory_of_a_recipe(name: str, numbers: int) -> None:
     """float32 numbers for each trained weight, beside a step count."""
     strategy = ZOStrategy(name)
     trainer = fit(Task(mlp()), batches(2), strategy)
-    state = strategy._stepper(trainer.optimizers[0]).state
+    state = strategy.session.stepper(trainer.optimizers[0]).state
     sizes = {n: v.numel() for p, s in state.items() for n, v in s.items() if v.shape == p.shape}
     assert len(sizes) == numbers
     assert all(v.dtype == torch.float32 for s in state.values() for v in s.values())

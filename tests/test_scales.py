@@ -401,7 +401,7 @@ def test_unquantised_leaves_beside_the_scales() -> None:
     assert [isinstance(leaf, ScaleLeaf) for leaf in view.leaves] == [leaf.name.endswith("scales") for leaf in view.leaves]
     changed = {name for name, value in weights(task).items() if name in before and not torch.equal(value, before[name])}
     assert changed == {"net.0.bias", "net.1.weight", "net.1.bias", "net.4.bias"}
-    search = trainer.strategy._searches[id(trainer.optimizers[0])]  # type: ignore[attr-defined]
+    (search,) = trainer.strategy.session._subspaces.values()  # type: ignore[attr-defined]
     assert "4 dense leaves and 3 absolute scale leaves" in search.describe(trainer.strategy.estimator, 1)  # type: ignore[attr-defined]
 
 

@@ -246,7 +246,7 @@ def test_metrics_count_each_batch_once() -> None:
 
 RETURNS = {
     "tensor": lambda loss: loss,
-    "vector": lambda loss: loss.expand(4),
+    "vector": lambda loss: loss.expand(5),
     "matrix of one": lambda loss: loss.view(1, 1),
     "number": lambda loss: loss.item(),
     "no graph": lambda loss: loss.detach(),

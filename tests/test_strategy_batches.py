@@ -194,7 +194,7 @@ def test_a_last_batch_of_one_example_is_standardised_as_the_one_before() -> None
     fit(PerExampleTask(net, per_example_mse), [*batches(2, size=4), *batches(1, size=1)], strategy)
     record = strategy.last_record
     assert record is not None
-    assert [t.coefficient for t in record.terms] == [record.raw[0] / strategy._shaping_states[0]["0.std"]]
+    assert [t.coefficient for t in record.terms] == [record.raw[0] / strategy.session.state_dict()["shaping"][0]["0.std"]]
 
 
 def test_batches_of_one_example_are_looked_at_once() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Task, assert_same, batches, loader, mlp, quiet_trainer, weights
+from helpers import Task, assert_same, batches, estimated, loader, mlp, quiet_trainer, weights
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
@@ -19,6 +19,7 @@ from zolightning.engine.updates import apply_update
 from zolightning.methods.estimators import SPSA, Estimator, PerExampleSPSA
 from zolightning.methods.optimizers import SignSGD
 from zolightning.noise import Distribution, Gaussian, Rademacher, stochastic_round_
+from zolightning.probing.inspection import Examples
 from zolightning.space import View, build_view
 from zolightning.types import Key, Term
 
@@ -34,21 +35,10 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-class Quadratic:
-    """|net(x)|² on a fixed batch, for the batch and for each example."""
-
-    repeats = True
-
-    def __init__(self, net: nn.Module, examples: int = 3) -> None:
-        self.net, self.examples = net, examples
-        self.x = torch.randn(examples, 4, generator=torch.Generator().manual_seed(0)).to(next(net.parameters()).dtype)
-
-    @torch.no_grad()
-    def per_example(self, copies: int) -> Tensor:
-        return self.net(self.x.repeat(copies, 1)).double().square().mean(-1)
-
-    def __call__(self) -> float:
-        return self.per_example(1).mean().item()
+def quadratic(net: nn.Module) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """|net(x)|² of each example, and a fixed batch."""
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).to(next(net.parameters()).dtype)
+    return lambda x: net(x).double().square().mean(-1), x
 
 
 def make_view(net: nn.Module, dist: Distribution, structure: Any) -> View:
@@ -78,7 +68,7 @@ def test_every_combination(
     ours, theirs = OPTIMIZERS[optimizer](list(net.parameters())), OPTIMIZERS[optimizer](list(wide.parameters()))
     for step in range(4):
         key = Key(5, step)
-        terms = list(estimator(Quadratic(net), view, key).terms)
+        terms = list(estimated(estimator, view, *quadratic(net), key, Examples(losses=True, repeats=True)).terms)
         before = weights(net)
         apply_update(ours, view.leaves, terms, key)
         dense_step(full, theirs, terms)

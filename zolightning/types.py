@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
+
+Batch: TypeAlias = Any
+"""Whatever the data loader gives: tensors in tuples, lists, mappings or dataclasses."""
+
+StepOutput: TypeAlias = Any
+"""Whatever the user's step returns: None, a number, a tensor, or a mapping with 'loss'."""
+
+Forward: TypeAlias = Callable[[Batch], StepOutput]
+"""The user's step: it evaluates the batch that it is given."""
 
 
 class SkipStep(Exception):
@@ -15,10 +24,6 @@ class SkipStep(Exception):
 
 class PerExampleError(ValueError):
     """The model reads a weight in a way that no direction of its own can reach for each example."""
-
-
-class RepeatError(RuntimeError):
-    """The user's step does not take this batch repeated."""
 
 
 class Key(NamedTuple):
@@ -43,25 +48,13 @@ class Term(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """All examples see θ + Σ_k c_k z_k, whose keys are of one step."""
+    """A point that all examples share: θ + Σ_k c_k z_k, whose keys are of one step; without terms θ itself."""
 
-    terms: Sequence[Term]
+    terms: tuple[Term, ...] = ()
 
     @property
     def key(self) -> Key:
         return self.terms[0].key
-
-
-class Both(NamedTuple):
-    """The first half of the examples sees θ + c z, the second half θ − c z."""
-
-    term: Term
-    examples: int
-    """In both halves together."""
-
-    @property
-    def key(self) -> Key:
-        return self.term.key
 
 
 class PerExample(NamedTuple):
@@ -69,7 +62,9 @@ class PerExample(NamedTuple):
 
     key: Key
     queries: Tensor
+    """int64 of shape (B,)."""
     offsets: Tensor
+    """float32 of shape (B,)."""
 
 
 class Tangent(NamedTuple):
@@ -78,45 +73,22 @@ class Tangent(NamedTuple):
     key: Key
 
 
-Point = Shared | Both | PerExample | Tangent
+Point = Shared | PerExample | Tangent
+"""Where an estimator wants the loss."""
 
 
-class Stencil(NamedTuple):
-    r"""Where a directional derivative is probed.
+class Answer(NamedTuple):
+    """What the user's step gave at one point, in double precision.
 
-    .. math:: z \cdot \nabla f \approx \frac1\epsilon \sum_i w_i f(\theta + o_i\,\epsilon z)
+    Args:
+        loss: the mean loss.
+        losses: float64 of shape (B,) on the CPU, each example's own, at a :class:`PerExample` point.
+        slope: the loss's derivative along the tangent, at a :class:`Tangent` point.
     """
 
-    offsets: tuple[float, ...]
-    weights: tuple[float, ...]
-
-
-CENTRAL = Stencil(offsets=(1.0, -1.0), weights=(0.5, -0.5))
-FORWARD = Stencil(offsets=(1.0, 0.0), weights=(1.0, -1.0))
-
-
-class Objective(Protocol):
-    """The loss of the current micro-batch at whatever point the view is at."""
-
-    def __call__(self) -> float:
-        """The mean loss, in double precision. Raises SkipStep when the user's step returned None."""
-
-    def derivative(self) -> tuple[float, float]:
-        """The mean loss and its derivative along the tangents of the weights, in double precision, in one forward."""
-
-    def per_example(self, copies: int) -> Tensor:
-        """Losses of shape (copies * examples,) of the batch repeated ``copies`` times, in float64, in one forward.
-
-        Raises RepeatError when the user's step does not take it; ``repeats`` is False from then on.
-        """
-
-    @property
-    def examples(self) -> int | None:
-        """How many examples the micro-batch holds, or None when they have no losses of their own."""
-
-    @property
-    def repeats(self) -> bool:
-        """Whether ``copies`` may be more than 1: the module takes a batch of any size, and treats its copies alike."""
+    loss: float
+    losses: Tensor | None = None
+    slope: float | None = None
 
 
 class Estimate(NamedTuple):
@@ -126,13 +98,22 @@ class Estimate(NamedTuple):
         terms: the (key, coefficient) pairs; coefficients are doubles.
         losses: the mean loss of each probe, in the order they ran.
         forwards: probes, counted in batches of the user's size; one that left unperturbed blocks out counts as one.
-        ties: how many coefficients came out exactly 0 because both probes gave the same loss.
+        ties: how many coefficients came out exactly 0 because the probes gave the same loss.
+        output: of the user's step at the first point.
     """
 
     terms: tuple[Term, ...]
     losses: tuple[float, ...]
     forwards: int
     ties: int = 0
+    output: StepOutput = None
+
+    @classmethod
+    def of(cls, terms: Iterable[Term], answers: Sequence[Answer]) -> Estimate:
+        """From the terms and the answers that they were made of, a forward each."""
+        terms = tuple(terms)
+        ties = sum(term.coefficient == 0.0 for term in terms)
+        return cls(terms, tuple(answer.loss for answer in answers), len(answers), ties)
 
     @property
     def coefficients(self) -> tuple[float, ...]:
@@ -161,6 +142,7 @@ class StepRecord(NamedTuple):
         ties: projected gradients that are exactly 0.
         clipped: coefficients that the Trainer's gradient clipping or the recipe's clip changed.
         skipped: why no update was made ("" when one was): nothing finite to go by, or nothing but ties.
+        unread: places of the leaves that no probe of the step read, and that get no update.
     """
 
     step: int
@@ -172,6 +154,7 @@ class StepRecord(NamedTuple):
     ties: int
     clipped: int
     skipped: str = ""
+    unread: tuple[int, ...] = ()
 
     @property
     def projected_grad(self) -> float:

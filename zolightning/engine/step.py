@@ -1,4 +1,4 @@
-"""One ZO step, apart from Lightning: collect the estimates of a window, shape them, hand out the record."""
+"""One ZO step between probes and update: merge the estimates of a window, shape them, make the record."""
 
 from __future__ import annotations
 
@@ -7,16 +7,8 @@ from collections.abc import Callable, Sequence
 
 from torch.optim import Optimizer
 
-from ..methods.estimators import Estimator
 from ..methods.shaping import Shaping, State
-from ..space import View
-from ..types import Estimate, Key, Objective, StepRecord, Term
-
-
-def zo_step(objective: Objective, view: View, estimator: Estimator, key: Key) -> Estimate:
-    """The estimate of one micro-batch; the view's parameters must be those it was built with."""
-    view.check()
-    return estimator(objective, view, key)
+from ..types import Estimate, Key, StepRecord, Term
 
 
 def merge(window: Sequence[Estimate]) -> Estimate:

@@ -1,31 +1,31 @@
-"""What the steps of one optimizer search: found at its first step, from the module, the settings and the first batch."""
+"""The subspace that the steps of one optimizer search: found at its first step, from module, settings and first batch."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from ..methods.config import ZOConfig
-from ..methods.estimators import Estimator, PerExampleSPSA
-from ..mixin import ZOMixin
-from ..probing.block_reuse import BlockReuse, block_reuse
+from ..methods.estimators import Estimator
+from ..probing.block_reuse import block_reuse
 from ..probing.cuda_graphs import Graphs
 from ..probing.inspection import Examples, inspect_step, takes_both
 from ..probing.isolation import Isolation
+from ..probing.runner import Muted, Runner, opposite
 from ..space import Rank1, Select, Structure, View, build_view, dominant_block, take_turns
+from ..types import Batch, Forward, Key
 
 
 @dataclass
 class Calibration:
-    """What is measured once, before training begins: a resumed run goes on with it."""
+    """The values that are measured once, before training begins: a resumed run goes on with them."""
 
     dominant: str | None = None
     """The selection that 'dominant' stands for."""
@@ -37,42 +37,63 @@ class Calibration:
     """Whether both probes of a shared direction run in one batch, where it is small."""
 
 
+@dataclass(frozen=True)
+class Setting:
+    """All that does not change from one optimizer to the next.
+
+    Args:
+        module: the whole module, whose code runs in the probes.
+        config: the settings.
+        estimator: built from them.
+        isolation: of the module.
+        repeatable: whether the user's step evaluates the batch that it is given.
+        muted: context in which the step logs nothing.
+    """
+
+    module: nn.Module
+    config: ZOConfig
+    estimator: Estimator
+    isolation: Isolation
+    repeatable: bool
+    muted: Muted
+
+
 class Subspace(NamedTuple):
-    """The view of an optimizer's parameters, and what a step can say of its examples."""
+    """The view of an optimizer's parameters, and how its probes are run."""
 
     optimizer: Optimizer
-    view: View
-    examples: Examples
+    runner: Runner
     trainable: tuple[int, ...]
     """Ids of the optimizer's parameters that were trainable."""
     select: Select
     """The selection; the block that 'dominant' stands for."""
-    blocks: BlockReuse
-    """The unperturbed first blocks, which run once a step."""
-    graphs: Graphs | None
-    """Recorded forwards, where they are asked for."""
 
-    def holds(self, batch: Any) -> bool:
+    @property
+    def view(self) -> View:
+        return self.runner.view
+
+    def holds(self, batch: Batch) -> bool:
         """Whether nothing was frozen, unfrozen or added since, and the batch can show no more of its examples."""
-        return self.trainable == trainable(self.optimizer) and self.examples.hold(batch)
+        return self.trainable == trainable(self.optimizer) and self.runner.examples.hold(batch)
 
     def release(self) -> None:
         """Give the probes' memory back."""
         self.view.release()
-        if self.graphs is not None:
-            self.graphs.release()
+        if self.runner.graphs is not None:
+            self.runner.graphs.release()
 
     def describe(self, estimator: Estimator, weights: int) -> str:
         """One line for the user when training starts."""
         kinds = Counter(re.sub("(?<=.)([A-Z])", r" \1", type(leaf).__name__).lower() for leaf in self.view.leaves)
         leaves = " and ".join(f"{count} {kind.replace('leaf', 'leaves')}" for kind, count in kinds.items())
-        direction = "a direction for each example" if self.examples.losses else "a direction for the batch"
-        probes = ", both probes in one batch" if self.examples.repeats or self.examples.both else ""
+        examples = self.runner.examples
+        direction = "a direction for each example" if examples.losses else "a direction for the batch"
+        probes = ", both probes in one batch" if examples.repeats or examples.both else ""
         turn = self.view.leaves[0].turn
         turns = "" if turn is None else f"; {min(turn.cycle.blocks, turn.of)} of {turn.of} blocks in each step"
         return (
             f"ZO: {estimator!r}, {direction}{probes}; {leaves}, {self.view.numel:,} of "
-            f"{weights:,} weights (select={self.select!r}){turns}; the rest stay as they are"
+            f"{weights:,} weights (select={self.select!r}){turns}; all other weights are frozen"
         )
 
 
@@ -81,37 +102,24 @@ def trainable(optimizer: Optimizer) -> tuple[int, ...]:
     return tuple(id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
 
 
-def find_subspace(
-    module: nn.Module,
-    optimizer: Optimizer,
-    config: ZOConfig,
-    estimator: Estimator,
-    forward: Callable[[Any], Any],
-    batch: Any,
-    isolation: Isolation,
-    muted: Callable[[], AbstractContextManager[Any]],
-    calibration: Calibration,
-) -> Subspace:
+def find_subspace(setting: Setting, optimizer: Optimizer, forward: Forward, batch: Batch, calibration: Calibration) -> Subspace:
     """Choose the leaves, and try on the first batch whether its examples have losses of their own.
 
     Args:
-        module: the whole LightningModule.
+        setting: of the fit.
         optimizer: whose parameters are searched.
-        config: the settings.
-        estimator: built from them.
-        forward: batch → what the user's step returns.
+        forward: the user's step.
         batch: the first micro-batch.
-        isolation: of the module.
-        muted: context in which the step logs nothing.
         calibration: what was measured before; gets what is measured now.
 
     Raises:
         ValueError: there is nothing to train, or not in this way; see :func:`~zolightning.space.build_view`.
     """
+    module, config, isolation = setting.module, setting.config, setting.isolation
     selected = config.select
     if selected == "dominant":
         if calibration.dominant is None:
-            with muted(), isolation.dry():
+            with setting.muted(), isolation.dry():
                 calibration.dominant = dominant_block(module, lambda: forward(batch))
         selected = calibration.dominant
 
@@ -127,10 +135,9 @@ def find_subspace(
             before=calibration.leaves,
         )
 
-    view = build("dense" if config.structure == "auto" else config.structure)
-    examples = Examples(losses=False, repeats=False)
-    repeatable = config.one_batch and isinstance(module, ZOMixin)
-    if isinstance(estimator, PerExampleSPSA):
+    view, examples = build("dense" if config.structure == "auto" else config.structure), Examples(losses=False, repeats=False)
+    repeatable = config.one_batch and setting.repeatable
+    if setting.estimator.per_example:
         # vectors too, if the model reads them where an example can have its own
         wanted = [Rank1(), Rank1(vectors=False)] if config.structure == "auto" else [config.structure]
         for structure in wanted:
@@ -139,23 +146,30 @@ def find_subspace(
             except ValueError:  # no linear layers
                 continue
             if candidate.per_example and (config.structure != "auto" or candidate.numel >= 0.9 * view.numel):
-                with muted():
+                with setting.muted():
                     examples = inspect_step(forward, batch, candidate, isolation, repeatable)
                 if examples.losses:
                     view = candidate
                     break
     if calibration.both is None:
-        with muted():
-            calibration.both = not examples.losses and repeatable and takes_both(forward, batch, view, isolation, estimator)
+        paired = _asks_for_pairs(setting.estimator) and not examples.losses and repeatable
+        with setting.muted():
+            calibration.both = paired and takes_both(forward, batch, view, isolation)
     examples = examples._replace(both=calibration.both and repeatable)
     if config.cycle is not None:  # only now: all of them were looked at
         take_turns(module, view.leaves, config.cycle)
     calibration.leaves.update({leaf.name: leaf.settings for leaf in view.leaves if leaf.settings})
     graphs = Graphs(view, isolation) if config.cuda_graphs else None
-    return Subspace(optimizer, view, examples, trainable(optimizer), selected, block_reuse(view), graphs)
+    runner = Runner(view, isolation, examples, block_reuse(view), graphs, setting.muted)
+    return Subspace(optimizer, runner, trainable(optimizer), selected)
 
 
-def compute_dtype(module: nn.Module, precision: str) -> torch.dtype:
+def _asks_for_pairs(estimator: Estimator) -> bool:
+    points = estimator.ask(Key(0, 0))
+    return any(opposite(*pair) for pair in pairwise(points))
+
+
+def compute_dtype(module: nn.Module, precision: str = "") -> torch.dtype:
     """The dtype that the forward's matrix products run in, under Lightning's ``precision``."""
     if precision in ("bf16-mixed", "16-mixed"):
         return torch.bfloat16 if precision == "bf16-mixed" else torch.float16

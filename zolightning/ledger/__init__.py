@@ -3,6 +3,7 @@
 from .base import base_path, load_base, save_base
 from .fingerprint import fingerprint
 from .format import LedgerError
+from .pending import PendingLedger
 from .reader import Ledger, locate, read
 from .recorder import Position, Recorder
 from .replay import Replayed, replay
@@ -12,6 +13,7 @@ __all__ = [
     "Claim",
     "Ledger",
     "LedgerError",
+    "PendingLedger",
     "Position",
     "Recorder",
     "Replayed",

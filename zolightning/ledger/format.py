@@ -28,6 +28,7 @@ _STEP = struct.Struct("<QBBHId")
 _KEY = struct.Struct("<QQI")
 _CHECK = struct.Struct("<Q16s")
 _FOREIGN_KEYS = 1  # flag: the keys follow the coefficients
+_UNREAD = 2  # flag: a bit for each leaf follows, set for those that get no update
 _LONGEST = 1 << 28
 
 
@@ -125,6 +126,8 @@ class Step:
     """(key, coefficient) as handed to the optimizer."""
     lrs: tuple[float, ...]
     loss: float
+    unread: tuple[int, ...] = ()
+    """Places, among the method's leaves, of those that no probe read: they get no update."""
 
 
 @dataclass(frozen=True)
@@ -220,9 +223,12 @@ def _frozen(value: Any) -> Any:
 def _pack(step: Step, seed: int) -> bytes:
     count = len(step.terms)
     foreign = [t.key for t in step.terms] != [Key(seed, step.step, query) for query in range(count)]
-    head = _STEP.pack(step.step, step.optimizer, _FOREIGN_KEYS * foreign, len(step.lrs), count, step.loss)
+    flags = _FOREIGN_KEYS * foreign | _UNREAD * bool(step.unread)
+    head = _STEP.pack(step.step, step.optimizer, flags, len(step.lrs), count, step.loss)
     numbers = struct.pack(f"<{len(step.lrs) + count}d", *step.lrs, *(t.coefficient for t in step.terms))
-    return head + numbers + b"".join(_KEY.pack(*t.key) for t in step.terms if foreign)
+    bits = sum(1 << place for place in step.unread)
+    unread = bits.to_bytes(max(step.unread) // 8 + 1, "little") if step.unread else b""
+    return head + numbers + b"".join(_KEY.pack(*t.key) for t in step.terms if foreign) + unread
 
 
 def _unpack(payload: bytes, seed: int) -> Step:
@@ -230,13 +236,16 @@ def _unpack(payload: bytes, seed: int) -> Step:
     numbers = struct.unpack_from(f"<{groups + count}d", payload, _STEP.size)
     rest = payload[_STEP.size + 8 * len(numbers) :]
     if flags & _FOREIGN_KEYS:
-        keys = [Key(*words) for words in _KEY.iter_unpack(rest)]
-    elif rest:
-        raise ValueError(f"{len(rest)} bytes too many")
+        keys = [Key(*words) for words in _KEY.iter_unpack(rest[: count * _KEY.size])]
+        rest = rest[count * _KEY.size :]
     else:
         keys = [Key(seed, number, query) for query in range(count)]
+    if bool(rest) != bool(flags & _UNREAD):
+        raise ValueError(f"{len(rest)} bytes behind the coefficients")
+    bits = int.from_bytes(rest, "little")
+    unread = tuple(place for place in range(8 * len(rest)) if bits >> place & 1)
     terms = tuple(Term(*pair) for pair in zip(keys, numbers[groups:], strict=True))
-    return Step(number, optimizer, terms, numbers[:groups], loss)
+    return Step(number, optimizer, terms, numbers[:groups], loss, unread)
 
 
 def resumes(data: bytes, after: int) -> bool:

@@ -130,7 +130,7 @@ class Recorder:
         if not method.unsupported and options != self._options.get(place):
             self._writer.append(options)
             self._options[place] = options
-        self._writer.append(Step(record.step, place, record.terms, record.lrs, record.loss))
+        self._writer.append(Step(record.step, place, record.terms, record.lrs, record.loss, record.unread))
         self._step, self._applying = record.step + 1, True
         self._moved.update(method.leaves)
 

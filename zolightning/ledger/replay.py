@@ -109,7 +109,8 @@ class _Replay:
         optimizer = self.state.optimizers[step.optimizer]
         for group, lr in zip(optimizer.param_groups, step.lrs, strict=True):
             group["lr"] = lr
-        apply_update(optimizer, self._leaves[step.optimizer], step.terms, Key(self._ledger.header.seed, step.step))
+        leaves = [leaf for place, leaf in enumerate(self._leaves[step.optimizer]) if place not in step.unread]
+        apply_update(optimizer, leaves, step.terms, Key(self._ledger.header.seed, step.step))
         self.state.step = step.step + 1
 
 

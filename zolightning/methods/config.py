@@ -6,21 +6,19 @@ import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Any, Literal, TypedDict
 
 import torch
 
 from ..noise import DISTRIBUTIONS, Distribution
 from ..space import STRUCTURES, Cycle, Scales, Select, Structure
-from ..types import FORWARD
-from .estimators import SPSA, Estimator, ForwardGradient, PerExampleSPSA, Population
+from .estimators import SPSA, Estimator, ForwardGradient, OneSidedSPSA, PerExampleSPSA, Population
 from .optimizers import OPTIMIZERS, MakeOptimizer
 from .shaping import Chain, Clip, Normalize, Shaping, Standardize
 
 ESTIMATORS: dict[str, Callable[[float, int], Estimator]] = {
     "spsa": SPSA,
-    "one_sided": partial(SPSA, stencil=FORWARD),
+    "one_sided": OneSidedSPSA,
     "population": Population,
     "forward_gradient": lambda eps, num_queries: ForwardGradient(num_queries),
     "per_example": PerExampleSPSA,
@@ -121,7 +119,7 @@ class ZOConfig:
         _one_of("normalize", str(self.normalize), ("True", "False", "std"))
         estimator = self.build_estimator(torch.float32)  # the pieces check the rest
         self.build_shaping()
-        if self.normalize == "std" and estimator.num_queries < 2 and not isinstance(estimator, PerExampleSPSA):
+        if self.normalize == "std" and estimator.num_queries < 2 and not estimator.per_example:
             raise ValueError("`normalize='std'` compares the directions of a step and needs `num_queries` >= 2, got 1")
 
     def override(self, **changes: Any) -> ZOConfig:

@@ -1,16 +1,18 @@
-"""How loss values at perturbed weights become (key, projected gradient) pairs."""
+"""How losses at perturbed weights become (key, projected gradient) pairs.
+
+An estimator is asked for the points where it wants the loss, and told the answers. It neither knows nor says how the
+points are run: one by one, in one batch, recorded, or spread over devices.
+"""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from contextlib import suppress
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from ..space import View
-from ..types import CENTRAL, Estimate, Key, Objective, RepeatError, Stencil, Term
+from ..types import Answer, Estimate, Key, PerExample, Point, Shared, Tangent, Term
 
 
 class Estimator(ABC):
@@ -26,8 +28,8 @@ class Estimator(ABC):
     fewest = 1
     """Directions that it needs at least."""
 
-    two_sided = False
-    """Whether it probes a direction that all examples share at θ + εz and θ − εz."""
+    per_example = False
+    """Whether it can give every example a direction of its own."""
 
     def __init__(self, num_queries: int = 1) -> None:
         if num_queries < self.fewest or int(num_queries) != num_queries:
@@ -37,8 +39,21 @@ class Estimator(ABC):
         self.num_queries = int(num_queries)
 
     @abstractmethod
-    def __call__(self, objective: Objective, view: View, key: Key) -> Estimate:
-        """Probe the objective through the view. ``key.query`` is the first query number that is free."""
+    def ask(self, key: Key, examples: int | None = None) -> Sequence[Point]:
+        """The points where the loss is wanted.
+
+        Args:
+            key: of the step; ``key.query`` is the first query number that no micro-batch of the step has taken.
+            examples: how many examples can have directions of their own; None: a direction is shared by the batch.
+        """
+
+    @abstractmethod
+    def tell(self, key: Key, answers: Sequence[Answer]) -> Estimate:
+        """The estimate from the answers at the points that :meth:`ask` gave for this key, in their order."""
+
+    def directions(self, key: Key) -> list[Key]:
+        """The keys of the step's directions, the same for all its micro-batches."""
+        return [key._replace(query=query) for query in range(self.num_queries)]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(num_queries={self.num_queries})"
@@ -68,44 +83,41 @@ class SPSA(FiniteDifference):
     .. math:: g_k = \frac{L(\theta + \epsilon z_k) - L(\theta - \epsilon z_k)}{2\epsilon}, \qquad
               \hat g = \frac1q \sum_k g_k z_k
 
-    Spall 1992; MeZO, arXiv:2305.17333. With ``stencil=FORWARD`` one-sided: q + 1 forwards instead of 2q. Both probes of a
-    direction run in one batch, each weight's noise made once, where the objective takes a repeated batch.
+    Spall 1992; MeZO, arXiv:2305.17333.
 
     Args:
         eps: perturbation scale, > 0; about 1e-3 in float32, 3e-3 where the forward runs in bfloat16.
         num_queries: q >= 1; cost grows with q, variance falls as 1/q.
-        stencil: where to probe, :data:`~zolightning.types.CENTRAL` or :data:`~zolightning.types.FORWARD`.
     """
 
-    def __init__(self, eps: float, num_queries: int = 1, stencil: Stencil = CENTRAL) -> None:
-        super().__init__(eps, num_queries)
-        self.stencil, self.two_sided = stencil, stencil is CENTRAL
+    def ask(self, key: Key, examples: int | None = None) -> Sequence[Point]:
+        return [Shared((Term(z, side * self.eps),)) for z in self.directions(key) for side in (1.0, -1.0)]
 
-    def __call__(self, objective: Objective, view: View, key: Key) -> Estimate:
-        terms, losses = [], []
-        ties = 0
-        base: float | None = None
-        for query in range(self.num_queries):
-            direction = key._replace(query=query)
-            values: list[float] = []
-            if self.two_sided and objective.repeats and objective.examples:
-                with suppress(RepeatError), view.along_both(direction, self.eps, 2 * objective.examples):
-                    values = objective.per_example(2).view(2, -1).mean(1).tolist()
-                losses += values
-            for offset in self.stencil.offsets[len(values) :]:
-                if offset == 0.0 and base is not None:
-                    values.append(base)
-                    continue
-                with view.along(direction, offset * self.eps):
-                    value = objective()
-                losses.append(value)
-                values.append(value)
-                if offset == 0.0:
-                    base = value
-            g = sum(w * v for w, v in zip(self.stencil.weights, values, strict=True)) / self.eps
-            terms.append(Term(direction, g))
-            ties += g == 0.0
-        return Estimate(tuple(terms), tuple(losses), len(losses), ties)
+    def tell(self, key: Key, answers: Sequence[Answer]) -> Estimate:
+        pairs = zip(answers[::2], answers[1::2], strict=True)
+        gs = ((plus.loss - minus.loss) / (2 * self.eps) for plus, minus in pairs)
+        return Estimate.of(map(Term, self.directions(key), gs), answers)
+
+
+class OneSidedSPSA(FiniteDifference):
+    r"""Every direction compared with the weights themselves, q + 1 forwards:
+
+    .. math:: g_k = \frac{L(\theta + \epsilon z_k) - L(\theta)}{\epsilon}
+
+    In FZOO, arXiv:2506.09034.
+
+    Args:
+        eps: perturbation scale, > 0.
+        num_queries: q >= 1.
+    """
+
+    def ask(self, key: Key, examples: int | None = None) -> Sequence[Point]:
+        return [Shared(), *(Shared((Term(z, self.eps),)) for z in self.directions(key))]
+
+    def tell(self, key: Key, answers: Sequence[Answer]) -> Estimate:
+        base, *others = answers
+        gs = ((answer.loss - base.loss) / self.eps for answer in others)
+        return Estimate.of(map(Term, self.directions(key), gs), answers)
 
 
 class ForwardGradient(Estimator):
@@ -121,20 +133,12 @@ class ForwardGradient(Estimator):
         num_queries: directions per step, >= 1.
     """
 
-    def __call__(self, objective: Objective, view: View, key: Key) -> Estimate:
-        terms, losses = [], []
-        for query in range(self.num_queries):
-            direction = key._replace(query=query)
-            try:
-                with view.tangent(direction):
-                    loss, slope = objective.derivative()
-            except NotImplementedError as error:
-                raise NotImplementedError(
-                    f"a forward gradient needs a forward derivative of every operation; use estimator='spsa'. {error}"
-                ) from error
-            losses.append(loss)
-            terms.append(Term(direction, slope))
-        return Estimate(tuple(terms), tuple(losses), len(losses), sum(t.coefficient == 0.0 for t in terms))
+    def ask(self, key: Key, examples: int | None = None) -> Sequence[Point]:
+        return [Tangent(z) for z in self.directions(key)]
+
+    def tell(self, key: Key, answers: Sequence[Answer]) -> Estimate:
+        slopes = [a.slope for a in answers if a.slope is not None]
+        return Estimate.of(map(Term, self.directions(key), slopes), answers)
 
 
 class Population(FiniteDifference):
@@ -153,59 +157,45 @@ class Population(FiniteDifference):
 
     fewest = 2
 
-    def __call__(self, objective: Objective, view: View, key: Key) -> Estimate:
-        directions = [key._replace(query=query) for query in range(self.num_queries)]
-        losses = []
-        for direction in directions:
-            with view.along(direction, self.eps):
-                losses.append(objective())
-        count = len(losses)
-        above = [loss - losses[0] for loss in losses]  # exactly 0 where all are equal
+    def ask(self, key: Key, examples: int | None = None) -> Sequence[Point]:
+        return [Shared((Term(z, self.eps),)) for z in self.directions(key)]
+
+    def tell(self, key: Key, answers: Sequence[Answer]) -> Estimate:
+        count = len(answers)
+        above = [answer.loss - answers[0].loss for answer in answers]  # exactly 0 where all are equal
         mean = sum(above) / count
         gs = [(value - mean) * count / (count - 1) / self.eps for value in above]
-        return Estimate(tuple(map(Term, directions, gs)), tuple(losses), count, 0 if any(above) else count)
+        estimate = Estimate.of(map(Term, self.directions(key), gs), answers)
+        return estimate._replace(ties=0 if any(above) else count)  # one that gave the mean of all is no tie
 
 
-class PerExampleSPSA(FiniteDifference):
+class PerExampleSPSA(SPSA):
     r"""A direction for every example:
 
     .. math:: g_i = \frac{\ell_i(\theta + \epsilon z_i) - \ell_i(\theta - \epsilon z_i)}{2\epsilon}, \qquad
               \hat g = \frac1B \sum_i g_i z_i
 
     B directions for the price of one two-point step; the rank-1 :math:`z_i = u_i v_i^\top` act on activations, so the
-    weights are not touched by the probes. All probes run in one batch where the module takes a repeated batch, else in
-    two forwards. Without per-example losses or rank-1 leaves it is :class:`SPSA`, a direction shared by the batch. After
-    GRZO.
+    weights are not touched by the probes. Where examples have no losses of their own it is :class:`SPSA`. After GRZO.
 
     Args:
         eps: perturbation scale, > 0.
         num_queries: directions per example, >= 1.
     """
 
-    two_sided = True  # where it is SPSA
+    per_example = True
 
-    def __call__(self, objective: Objective, view: View, key: Key) -> Estimate:
-        count = objective.examples if view.per_example else None
-        if not count:
-            return SPSA(self.eps, self.num_queries)(objective, view, key)
-        first = key.query
-        directions = count * self.num_queries
-        queries = torch.arange(first, first + directions)
-        offsets = torch.full((directions,), self.eps, dtype=torch.float32)
-        if objective.repeats:
-            with suppress(RepeatError), view.along_each(key, queries.repeat(2), torch.cat((offsets, -offsets))):
-                plus, minus = objective.per_example(2 * self.num_queries).view(2, directions)
-        if not objective.repeats:
-            plus, minus = (self._one_by_one(objective, view, key, queries, side * offsets) for side in (1, -1))
-        g = ((plus - minus) / (2 * self.eps)).tolist()
-        terms = tuple(Term(key._replace(query=first + i), v) for i, v in enumerate(g))
-        forwards = 2 * self.num_queries
-        return Estimate(terms, (plus.mean().item(), minus.mean().item()), forwards, sum(v == 0.0 for v in g))
+    def ask(self, key: Key, examples: int | None = None) -> Sequence[Point]:
+        if examples is None:
+            return super().ask(key)
+        queries = torch.arange(key.query, key.query + examples * self.num_queries).chunk(self.num_queries)
+        offset = torch.full((examples,), self.eps, dtype=torch.float32)
+        return [PerExample(key, each, side * offset) for side in (1, -1) for each in queries]
 
-    def _one_by_one(self, objective: Objective, view: View, key: Key, queries: Tensor, offsets: Tensor) -> Tensor:
-        """One side of the probes, a forward for each query."""
-        losses = []
-        for q, o in zip(queries.chunk(self.num_queries), offsets.chunk(self.num_queries), strict=True):
-            with view.along_each(key, q, o):
-                losses.append(objective.per_example(1))
-        return torch.cat(losses)
+    def tell(self, key: Key, answers: Sequence[Answer]) -> Estimate:
+        losses = [answer.losses for answer in answers if answer.losses is not None]
+        if not losses:
+            return super().tell(key, answers)
+        plus, minus = torch.cat(losses).chunk(2)
+        gs = ((plus - minus) / (2 * self.eps)).tolist()
+        return Estimate.of((Term(key._replace(query=key.query + i), g) for i, g in enumerate(gs)), answers)

@@ -12,7 +12,7 @@ Python code of the forward does not run in a replay: what it logs, counts or rea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,16 +21,14 @@ import torch
 from torch import Tensor
 
 from ..noise import CapturedKey
-from ..space import DenseLeaf, Rank1Leaf, RowScaleLeaf, View
-from ..types import Both, PerExample, Point, Shared
+from ..space import Both, DenseLeaf, Rank1Leaf, RowScaleLeaf, View
+from ..types import Forward, PerExample, Point, Shared
 from .batches import leaves, map_leaves
 from .isolation import Isolation, rng_state, set_rng_state
 from .objective import loss_of
 
 _MOST = 32  # graphs; further shapes run as they are
 _RECORDED = (DenseLeaf, Rank1Leaf, RowScaleLeaf)  # their noise depends on nothing but the key, which a replay is given
-
-Forward = Callable[[Any], Any]
 
 
 class Refused(Exception):
@@ -50,7 +48,7 @@ class Graphs:
         self._device = isolation.device
         self._seen: dict[Hashable, _Graph | None] = {}
         self._pool: Any = None
-        self._news: list[str] = []
+        self._notices: list[str] = []
         self.refused = ""
         """Why forwards run as they are; "" while they may be recorded."""
         if why := self._why_not():
@@ -68,20 +66,21 @@ class Graphs:
             return forward(batch)
         graph = self._seen[form]
         if graph is not None and graph.proved:
+            self._view.read |= graph.read
             return graph.replay(batch, point)
         return self._tried(form, graph, forward, batch, point)
 
-    def news(self) -> list[str]:
+    def notices(self) -> list[str]:
         """What was found since the last call, for the log."""
-        news, self._news = self._news, []
-        return news
+        notices, self._notices = self._notices, []
+        return notices
 
     def release(self) -> None:
         """Give the memory back."""
         self._seen.clear()
         self._pool = None
 
-    def _tried(self, form: Hashable, graph: _Graph | None, forward: Forward, batch: Any, point: Point) -> Any:
+    def _tried(self, form: Hashable, graph: _Graph | None, forward: Forward, batch: Any, point: Point | Both) -> Any:
         """The plain forward, beside a replay that must give the same."""
         start = rng_state(self._device)
         why = ""
@@ -104,15 +103,15 @@ class Graphs:
         assert graph is not None
         self._seen[form], graph.proved = graph, not first
         if graph.proved and sum(g is not None and g.proved for g in self._seen.values()) == 1:
-            self._news.append("forwards are replayed as CUDA graphs, with the bits of plain ones")
+            self._notices.append("forwards are replayed as CUDA graphs, with the bits of plain ones")
         return out
 
     def _refuse(self, why: str) -> None:
         self.refused = f"no CUDA graphs: {why}"
-        self._news.append(self.refused)
+        self._notices.append(self.refused)
         self.release()
 
-    def _record(self, forward: Forward, batch: Any, point: Point) -> _Graph:
+    def _record(self, forward: Forward, batch: Any, point: Point | Both) -> _Graph:
         device = self._device
         batch = map_leaves(batch, lambda v: v.clone() if isinstance(v, Tensor) else v)
         if isinstance(point, PerExample):
@@ -127,15 +126,19 @@ class Graphs:
         _check(out, point)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
+        before = set(self._view.read)
+        self._view.read.clear()
         with (
             torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
             held.recording(),
             self._view.probe(point),
         ):
             out = forward(batch)
-        return _Graph(graph, held, point, batch, out, self._view.buffers())
+        read = frozenset(self._view.read)
+        self._view.read |= before
+        return _Graph(graph, held, point, batch, out, self._view.buffers(), read)
 
-    def _form(self, batch: Any, point: Point) -> Hashable | None:
+    def _form(self, batch: Any, point: Point | Both) -> Hashable | None:
         """What must be the same for a graph to fit; None: none can."""
         kind: tuple[Hashable, ...]
         if isinstance(point, Shared) and len(point.terms) == 1:
@@ -174,13 +177,15 @@ class _Graph:
 
     graph: Any
     key: CapturedKey
-    point: Point
+    point: Point | Both
     batch: Any
     out: Any
     buffers: list[Tensor]
+    read: frozenset[int]
+    """Ids of the parameters that the forward reads."""
     proved: bool = False
 
-    def replay(self, batch: Any, point: Point) -> Any:
+    def replay(self, batch: Any, point: Point | Both) -> Any:
         for own, value in zip(leaves(self.batch), leaves(batch), strict=True):
             if isinstance(own, Tensor):
                 own.copy_(value)
@@ -192,7 +197,7 @@ class _Graph:
         return map_leaves(self.out, lambda v: v.clone() if isinstance(v, Tensor) else v)
 
 
-def _check(out: Any, point: Point) -> None:
+def _check(out: Any, point: Point | Both) -> None:
     """A mean that is split afterwards, or a number made on the host, is nothing that a replay could give."""
     loss = loss_of(out)
     if not isinstance(loss, Tensor):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..methods.estimators import Estimator
-from ..space import View
-from ..types import Key, PerExampleError
+from ..space import Both, View
+from ..types import Batch, Forward, Key, PerExample, PerExampleError, Term
 from .batches import batch_examples, batch_numel, repeat_batch
 from .block_reuse import block_reuse
 from .isolation import Isolation
@@ -51,7 +49,7 @@ class Examples(NamedTuple):
         return batch_examples(batch) if self.losses or both else None, both or (self.repeats and size <= _LARGE)
 
 
-def inspect_step(forward: Callable[[Any], Any], batch: Any, view: View, isolation: Isolation, repeatable: bool) -> Examples:
+def inspect_step(forward: Forward, batch: Batch, view: View, isolation: Isolation, repeatable: bool) -> Examples:
     """Try the step with a direction for each example, and leave no trace.
 
     Args:
@@ -67,8 +65,8 @@ def inspect_step(forward: Callable[[Any], Any], batch: Any, view: View, isolatio
 
     def losses(copies: int, offsets: Tensor) -> Tensor | None:
         count = examples * copies
-        probe = view.along_each(Key(0, 0), torch.arange(count), offsets)
-        return _losses(forward, repeat_batch(batch, examples, copies), count, probe, isolation)
+        point = PerExample(Key(0, 0), torch.arange(count), offsets)
+        return _losses(forward, repeat_batch(batch, examples, copies), count, view.at(point), isolation)
 
     try:
         plain = losses(1, torch.zeros(examples, dtype=torch.float32))
@@ -84,11 +82,11 @@ def inspect_step(forward: Callable[[Any], Any], batch: Any, view: View, isolatio
         double = losses(2, torch.zeros(2 * examples, dtype=torch.float32))
     except Exception:  # code that takes no other batch than its own, or no memory for two
         return Examples(True, False, shown=shown)
-    return Examples(True, double is not None and _close(double[:examples], double[examples:]), shown=shown)
+    return Examples(True, double is not None and _close(double, plain.repeat(2)), shown=shown)
 
 
 def _losses(
-    forward: Callable[[Any], Any], batch: Any, count: int, probe: AbstractContextManager[None], isolation: Isolation
+    forward: Forward, batch: Batch, count: int, probe: AbstractContextManager[None], isolation: Isolation
 ) -> Tensor | None:
     """(count,) of the batch's examples inside the probe, or None; without a trace."""
     with isolation.dry(), probe, LossSplitter(count) as splitter:
@@ -99,7 +97,7 @@ def _close(left: Tensor, right: Tensor) -> bool:
     return torch.allclose(left, right, rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
-def takes_both(forward: Callable[[Any], Any], batch: Any, view: View, isolation: Isolation, estimator: Estimator) -> bool:
+def takes_both(forward: Forward, batch: Batch, view: View, isolation: Isolation) -> bool:
     """Try whether both probes of a direction give in one batch the losses that they give in two; leave no trace.
 
     Args:
@@ -107,10 +105,9 @@ def takes_both(forward: Callable[[Any], Any], batch: Any, view: View, isolation:
         batch: the first micro-batch.
         view: of the weights.
         isolation: of the module.
-        estimator: what probes them.
     """
     examples = batch_examples(batch)
-    if examples is None or not estimator.two_sided or view.compiled or block_reuse(view) or batch_numel(batch) > _SMALL:
+    if examples is None or view.compiled or block_reuse(view) or batch_numel(batch) > _SMALL:
         return False
     twice = repeat_batch(batch, examples, 2)
     for offset in (_FAR, 0.1 * _FAR, 0.02 * _FAR):
@@ -120,7 +117,7 @@ def takes_both(forward: Callable[[Any], Any], batch: Any, view: View, isolation:
 
 
 def _agree(
-    forward: Callable[[Any], Any], batch: Any, twice: Any, count: int, view: View, isolation: Isolation, offset: float
+    forward: Forward, batch: Batch, twice: Any, count: int, view: View, isolation: Isolation, offset: float
 ) -> bool | None:
     """Whether the halves of the doubled batch have the losses that the batch has at either side; None: rounding hides it.
 
@@ -140,7 +137,7 @@ def _agree(
     if not math.isfinite(apart):
         return False
     try:
-        if (sides := halves(view.along_both(key, offset, count))) is None:
+        if (sides := halves(view.at(Both(Term(key, offset), count)))) is None:
             return False
         off = max(abs(a - b) for a, b in zip(sides, each, strict=True))
         if off <= 1e-2 * apart:

@@ -61,9 +61,9 @@ class Isolation:
         self._narrowed = False
 
     @contextmanager
-    def step(self) -> Iterator[_Probes]:
-        """Around the probes of one micro-batch: its :meth:`_Probes.forward` goes around each of them."""
-        probes = _Probes(self)
+    def step(self) -> Iterator[Probes]:
+        """Around the probes of one micro-batch: its :meth:`Probes.forward` goes around each of them."""
+        probes = Probes(self)
         try:
             yield probes
         finally:
@@ -119,7 +119,9 @@ class Isolation:
         return kept
 
 
-class _Probes:
+class Probes:
+    """The forwards of one micro-batch: each starts from the state before the first one."""
+
     def __init__(self, isolation: Isolation) -> None:
         self._isolation = isolation
         self._rng: dict[str, Any] | None = None

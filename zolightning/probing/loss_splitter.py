@@ -22,7 +22,7 @@ class LossSplitter(TorchFunctionMode):
     .. math:: \ell_i = \frac{B}{n} \sum_{e \in i} \ell_e,
 
     so a training step that returns this very mean has a loss for each example, and its code need not change. A step that
-    does anything more with it (adds a penalty, averages two losses) has not, and :meth:`losses` says None.
+    does anything more with it (adds a penalty, averages two losses), also in place, has not, and :meth:`losses` says None.
 
     Args:
         examples: B, along dimension 0 of the loss's elements, which may be flattened as (B·T,).
@@ -32,6 +32,7 @@ class LossSplitter(TorchFunctionMode):
         super().__init__()
         self._examples = examples
         self._mean: Tensor | None = None
+        self._as_made: tuple[int, Tensor] | None = None
         self._losses: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -47,12 +48,21 @@ class LossSplitter(TorchFunctionMode):
         sums = elements.double().reshape(self._examples, -1).sum(1)
         self._losses = sums * (self._examples / kept if kept else math.nan)
         self._mean = (sums.sum() / (kept or math.nan)).to(elements.dtype)
+        self._as_made = _version(self._mean), self._mean.detach().clone()
         return self._mean
 
-    def losses(self, returned: Any) -> Tensor | None:
-        """(B,) in float64 when ``returned`` is, or holds as 'loss', the mean that was split; else None."""
-        loss = returned.get("loss") if isinstance(returned, dict) else returned
-        return self._losses if isinstance(loss, Tensor) and loss is self._mean else None
+    def losses(self, loss: object) -> Tensor | None:
+        """float64 of shape (B,) when ``loss`` is the mean that was split, and nothing has changed it since; else None."""
+        if not isinstance(loss, Tensor) or loss is not self._mean or self._as_made is None:
+            return None
+        version, value = self._as_made
+        same = version == _version(loss) and torch.equal(loss.detach().nan_to_num(), value.nan_to_num())
+        return self._losses if same else None
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was written in place, as far as PyTorch counts: not under inference mode, nor through ``.data``."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _plain_mean(args: Any, kwargs: dict[str, Any]) -> bool:

@@ -6,6 +6,7 @@ from .cycle import Cycle, Turn
 from .dominant import dominant_block
 from .leaf import DenseLeaf, Leaf, descend_, keep_
 from .outer_leaf import LowRankLeaf, Rank1Leaf
+from .probe import Both
 from .scale_leaf import AbsoluteScaleLeaf, RelativeScaleLeaf, RowScaleLeaf, ScaleLeaf
 from .scales import expose_scales
 from .select import Select, blocks, select
@@ -28,6 +29,7 @@ __all__ = [
     "LEAVES",
     "STRUCTURES",
     "AbsoluteScaleLeaf",
+    "Both",
     "Cycle",
     "Dense",
     "DenseLeaf",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -17,9 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..types import Both, PerExample, PerExampleError, Point, Shared, Tangent, Term
+from ..types import Key, PerExample, PerExampleError, Point, Shared, Tangent, Term
 from .compute import Compute, compute_with
 from .leaf import DenseLeaf, Leaf, PerExampleLeaf, Scratch, Vectors
+
+
+class Both(NamedTuple):
+    """Two shared points in one batch: the first half of the examples sees θ + c z, the second half θ − c z."""
+
+    term: Term
+    examples: int
+    """In both halves together."""
+
+    @property
+    def key(self) -> Key:
+        return self.term.key
+
 
 _T = torch.Tensor
 _IN_PLACE = re.compile(r"[^_].*[^_]_|_foreach_\w+_|__setitem__|__set__|__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor)__")
@@ -61,21 +74,25 @@ class Probe(TorchFunctionMode):
         point: where the probe is.
         scratch: buffer for the weight of the operation that runs now.
         vectors: buffers for the small ones.
-        side: which of them.
+        read: gets the ids of the parameters that are read.
+        side: which of the buffers.
     """
 
-    def __init__(self, leaves: Mapping[int, Leaf], point: Point, scratch: Scratch, vectors: Vectors, side: int = 0) -> None:
+    def __init__(
+        self, leaves: Mapping[int, Leaf], point: Point | Both, scratch: Scratch, vectors: Vectors, read: set[int], side: int = 0
+    ) -> None:
         super().__init__()
         self.point = point
         self.resting = False
         """Another probe inside of this one is at work."""
         self._leaves, self._scratch, self._vectors, self._side = leaves, scratch, vectors, side
+        self._read = read
         self._ready: Mapping[int, Tensor] = {}
         self._sides: tuple[Probe, ...] = ()
         if isinstance(point, Both):
             (key, offset), _ = point
-            points = (Shared([Term(key, offset)]), Shared([Term(key, -offset)]))
-            self._sides = tuple(Probe(leaves, p, scratch, vectors, side) for side, p in enumerate(points))
+            points = (Shared((Term(key, offset),)), Shared((Term(key, -offset),)))
+            self._sides = tuple(Probe(leaves, p, scratch, vectors, read, side) for side, p in enumerate(points))
 
     def fill(self) -> None:
         """Make the small tensors that it gives, all at once, in memory that it shares with other probes."""
@@ -109,7 +126,7 @@ class Probe(TorchFunctionMode):
             if func is F.layer_norm or func is F.rms_norm:
                 return self._norm(func, *args, **kwargs)
         elif isinstance(self.point, Shared) and func is _T.__getitem__:
-            leaf = self._leaves.get(id(args[0]))
+            leaf = self._leaf(args[0])
             if leaf is not None and _is_row_index(args[1]):
                 return leaf.rows(args[1], self.point.terms)
         return self._elsewhere(func, args, kwargs)
@@ -143,7 +160,7 @@ class Probe(TorchFunctionMode):
     def _linear_both(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         """With both weights built in one go, where the leaf can."""
         assert isinstance(self.point, Both)
-        leaf, by_example = self._leaves[id(weight)], input.dim() >= 2 and input.shape[0] % self.point.examples == 0
+        leaf, by_example = self._leaf(weight), input.dim() >= 2 and input.shape[0] % self.point.examples == 0
         plain = weight.dim() == 2 and weight.is_contiguous() and id(input) not in self._leaves
         if type(leaf) is DenseLeaf and plain and by_example and not torch.is_grad_enabled():
             plus, minus = (side._substitute(bias) for side in self._sides)
@@ -168,8 +185,15 @@ class Probe(TorchFunctionMode):
                 "parameter out with ZOStrategy(select=...)."
             )
 
-    def _substitute(self, value: Any) -> Any:
+    def _leaf(self, value: Any) -> Leaf | None:
+        """The leaf whose parameter the value is, which counts as read."""
         leaf = self._leaves.get(id(value))
+        if leaf is not None:
+            self._read.add(id(value))
+        return leaf
+
+    def _substitute(self, value: Any) -> Any:
+        leaf = self._leaf(value)
         if leaf is not None:
             if isinstance(self.point, Shared):
                 ready = self._ready.get(id(value))
@@ -191,7 +215,7 @@ class Probe(TorchFunctionMode):
         if isinstance(self.point, PerExample) and id(bias) in self._leaves:
             out = self._linear(input, weight) if id(weight) in self._leaves else F.linear(input, weight)
             return out + self._vector(bias, out).to(out.dtype)
-        leaf = self._leaves.get(id(weight))
+        leaf = self._leaf(weight)
         if leaf is None or weight.dim() != 2 or not weight.numel() or isinstance(self.point, Tangent):
             return self._elsewhere(F.linear, (input, weight, bias), {})
         input, bias = self._substitute(input), self._substitute(bias)
@@ -208,7 +232,7 @@ class Probe(TorchFunctionMode):
             with self:  # what else the layer reads
                 return compute(value, x)
 
-        leaf = self._leaves.get(id(parameter))
+        leaf = self._leaf(parameter)
         if not isinstance(self.point, PerExample) or not isinstance(leaf, PerExampleLeaf):
             return inside(self._substitute(parameter), x)
         bias = self._vector(bias, x) if id(bias) in self._leaves else bias
@@ -233,7 +257,7 @@ class Probe(TorchFunctionMode):
     def _vector(self, parameter: Any, beside: Tensor | None) -> Tensor:
         """What each example reads of a vector, in a shape that broadcasts over the activations beside it."""
         assert isinstance(self.point, PerExample)
-        leaf, count = self._leaves[id(parameter)], self.point.queries.numel()
+        leaf, count = self._leaf(parameter), self.point.queries.numel()
         if isinstance(leaf, DenseLeaf) and leaf.per_example and beside is not None and beside.dim() >= 2:
             each = leaf.each(*self.point)
             if beside.shape[0] == count:
@@ -251,7 +275,7 @@ class Probe(TorchFunctionMode):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        leaf = self._leaves.get(id(weight))
+        leaf = self._leaf(weight)
         if leaf is None or max_norm is not None or not isinstance(self.point, Shared) or _outside(input, weight.shape[0]):
             return self._elsewhere(F.embedding, (input, weight, padding_idx, max_norm, *args), kwargs)
         return leaf.rows(input, self.point.terms)  # the other arguments matter to the backward pass alone

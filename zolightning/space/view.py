@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..types import Both, Key, PerExample, Point, Shared, Tangent, Term
+from ..types import Key, PerExample, Point, Shared, Tangent, Term
 from .leaf import Leaf, Scratch, Vectors
-from .probe import Probe, Unread
+from .probe import Both, Probe, Unread
 
 
 class View:
@@ -34,6 +34,8 @@ class View:
         self._vectors = Vectors(leaves)
         self._compiled_root = compiled
         self._probe: Probe | None = None
+        self.read: set[int] = set()
+        """Ids of the parameters that probes have read since somebody cleared it."""
         self.refresh()
 
     def refresh(self) -> None:
@@ -53,65 +55,52 @@ class View:
         return not self._swapped and all(leaf.per_example for leaf in self.leaves)
 
     @contextmanager
-    def along(self, key: Key, offset: float) -> Iterator[None]:
-        """Every read of a leaf that is active in the key's step gives θ + offset · z(key)."""
-        with self.at((Term(key, offset),)):
-            yield
-
-    @contextmanager
-    def at(self, terms: Sequence[Term]) -> Iterator[None]:
-        """Every read of an active leaf gives θ + Σ_k c_k z_k, whose keys are of one step; without terms θ itself."""
-        with ExitStack() as stack:
-            if terms and self._swapped:
-                stack.enter_context(self._swap(terms))
-            if terms and not self._compiled_root:
-                stack.enter_context(self.probe(Shared(terms)))
-            yield
-
-    @contextmanager
-    def tangent(self, key: Key) -> Iterator[None]:
-        """Every read of an active leaf gives θ with the tangent z(key): what is computed carries its derivative along z.
+    def at(self, point: Point | Both) -> Iterator[None]:
+        """Every read of a leaf that is active in the step of the point's key gives its value at the point.
 
         Raises:
-            ValueError: part of the module runs as compiled code, which no tangent gets through.
+            ValueError: a tangent, where part of the module runs as compiled code, which none gets through.
         """
-        if self.compiled:
-            raise ValueError("a forward derivative does not pass through compiled code; leave torch.compile out")
-        with fwAD.dual_level(), sdpa_kernel(SDPBackend.MATH), self.probe(Tangent(key)):  # fused attention has none
+        with ExitStack() as stack:
+            if isinstance(point, Shared):
+                if point.terms and self._swapped:
+                    stack.enter_context(self._swap(point.terms))
+                if not point.terms or self._compiled_root:
+                    yield
+                    return
+            elif isinstance(point, Tangent):
+                if self.compiled:
+                    raise ValueError("a forward derivative does not pass through compiled code; leave torch.compile out")
+                stack.enter_context(fwAD.dual_level())
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused attention has no forward derivative
+            elif isinstance(point, PerExample):
+                device = self.leaves[0].parameter.device  # once: a copy in each layer would make a GPU wait there
+                point = point._replace(queries=point.queries.to(device), offsets=point.offsets.to(device))
+            stack.enter_context(self.probe(point))
             yield
+
+    def along(self, key: Key, offset: float) -> AbstractContextManager[None]:
+        """:meth:`at` θ + offset · z(key)."""
+        return self.at(Shared((Term(key, offset),)))
 
     @property
     def compiled(self) -> bool:
         """Whether part of the module runs as compiled code."""
         return self._compiled_root or bool(self._regions)
 
-    @contextmanager
-    def along_both(self, key: Key, offset: float, examples: int) -> Iterator[None]:
-        """The first half of the batch's ``examples`` reads θ + offset · z(key), the second θ − offset · z(key)."""
-        with self.probe(Both(Term(key, offset), examples)):
-            yield
-
-    @contextmanager
-    def along_each(self, key: Key, queries: Tensor, offsets: Tensor) -> Iterator[None]:
-        """Example n of the batch reads θ + offsets[n] · z(key with query queries[n])."""
-        device = self.leaves[0].parameter.device  # once: a copy in each layer would make a GPU wait there
-        queries, offsets = queries.to(device), offsets.to(device)
-        with self.probe(PerExample(key, queries, offsets)):
-            yield
-
-    def unread(self) -> Unread:
+    def refusing_reads(self) -> Unread:
         """Context in which no leaf may be read."""
         return Unread({id(leaf.parameter): leaf for leaf in self.leaves})
 
     @contextmanager
-    def probe(self, point: Point) -> Iterator[None]:
-        """Every read of a leaf that is active in the step of the point's key gives what is there at the point."""
+    def probe(self, point: Point | Both) -> Iterator[None]:
+        """:meth:`at`, of what function modes see, with the point's tensors on the device."""
         active = {id(leaf.parameter): leaf for leaf in self.leaves if leaf.active(point.key)}
         outer = self._probe
         if outer is not None:
             outer.resting = True
         try:
-            self._probe = Probe(active, point, self._scratch, self._vectors)
+            self._probe = Probe(active, point, self._scratch, self._vectors, self.read)
             self._probe.fill()
             with ExitStack() as stack:
                 for region in self._regions:
@@ -125,7 +114,7 @@ class View:
                 outer.resting = False
 
     @property
-    def point(self) -> Point | None:
+    def point(self) -> Point | Both | None:
         """Where the probe is that runs now."""
         return None if self._probe is None else self._probe.point
 
@@ -153,6 +142,11 @@ class View:
                     "updating the old tensor. Change the module in `configure_model` or `setup`, before `fit` builds "
                     "the optimizer."
                 )
+
+    def unread(self) -> tuple[int, ...]:
+        """Places of the leaves that no probe has read; compiled code is taken to read all of its own."""
+        opaque = {id(leaf.parameter) for leaf in self._swapped}
+        return tuple(i for i, leaf in enumerate(self.leaves) if id(leaf.parameter) not in self.read | opaque)
 
     def buffers(self) -> list[Tensor]:
         """The scratch memory that probes use now."""

@@ -99,7 +99,7 @@ def keeps_positions(io: CheckpointIO | None) -> bool:
     return isinstance(io, LedgerCheckpointIO)
 
 
-def lean(
+def slim(
     checkpoint: Mapping[str, Any],
     position: Mapping[str, str],
     parameters: Mapping[str, Tensor],
@@ -116,14 +116,14 @@ def lean(
     names = {_place(p): name for name, p in parameters.items()}
     state = checkpoint["state_dict"]
     replayed = {key: names[_place(v)] for key, v in state.items() if isinstance(v, Tensor) and _place(v) in names}
-    slim = {**checkpoint, "state_dict": {key: value for key, value in state.items() if key not in replayed}}
-    slim[STATE] = {**checkpoint.get(STATE, {}), "ledger": dict(position), "replayed": replayed}
+    lean = {**checkpoint, "state_dict": {key: value for key, value in state.items() if key not in replayed}}
+    lean[STATE] = {**checkpoint.get(STATE, {}), "ledger": dict(position), "replayed": replayed}
     if "optimizer_states" in checkpoint:
-        slim["optimizer_states"] = [
+        lean["optimizer_states"] = [
             {**saved, "state": {slot: value for slot, value in saved["state"].items() if slot not in slots.get(place, ())}}
             for place, saved in enumerate(checkpoint["optimizer_states"])
         ]
-    return slim
+    return lean
 
 
 def find_ledger(position: Mapping[str, str], checkpoint: Path) -> Ledger:

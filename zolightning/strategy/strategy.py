@@ -1,45 +1,54 @@
-"""``Trainer(strategy=ZOStrategy())``: training steps by forward passes alone.
+"""``Trainer(strategy=ZOStrategy())``: training steps from forward passes only.
 
-The path of one step: :meth:`ZOStrategy.training_step` runs all probes (``estimators``) through the view of the weights
-(``space``); :meth:`ZOStrategy.backward` fires Lightning's hooks and nothing else; :meth:`ZOStrategy.optimizer_step` clips
-and shapes the projected gradients (``step``, ``shaping``), makes the record, and applies it through the user's
-optimizer (``updates``); the record goes into the ``run_ledger``. Set-up is in ``fit_strategy``: what is searched (``search``)
-and what applies the steps. Checkpoints are in ``resumable``.
+An adapter from Lightning's hooks to :class:`~zolightning.engine.session.Session`. The path of one step: ``training_step``
+has the session run all probes; ``backward`` fires Lightning's hooks and nothing else; ``optimizer_step`` has the session
+clip and shape the projected gradients, record the step and apply it through the user's optimizer.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
-from ..engine.step import finish, keep_best, merge, zo_step
-from ..engine.ties import TieWatch
-from ..engine.uninterrupted import uninterrupted
-from ..engine.updates import UpdateStats, apply_update
+from ..engine.session import Session
+from ..engine.updates import UpdateStats
 from ..methods.config import Overrides, ZOConfig
+from ..methods.estimators import Estimator
 from ..methods.recipes import name_of
 from ..methods.recipes import recipe as named_recipe
 from ..mixin import ZOMixin
-from ..probing.objective import BatchObjective, loss_value
-from ..space import View
-from ..types import Estimate, Key, SkipStep, StepRecord, Term
-from ._lightning import MisconfigurationException, Precision, SingleDeviceStrategy, StrategyRegistry, pl, rank_zero_info
-from .checkpoints import ResumableStrategy
+from ..probing.isolation import set_rng_state
+from ..space import Rounds, View, expose_scales
+from ..types import StepOutput, StepRecord
+from . import checkpoints
+from ._lightning import (
+    DoublePrecision,
+    MisconfigurationException,
+    Precision,
+    SingleDeviceStrategy,
+    StrategyRegistry,
+    pl,
+    rank_zero_info,
+    rank_zero_warn,
+)
+from .ledger_io import STATE, keeps_positions
+from .muted import muted
+from .one_device import OneDeviceStrategy
+from .run_ledger import RunLedger
 
 
-class ZOStrategy(ResumableStrategy):
+class ZOStrategy(OneDeviceStrategy):
     """Zeroth-order training on one device: no backward pass, the memory of inference.
 
     Args:
-        recipe: a name from :data:`zolightning.methods.recipes.RECIPES`, or a :class:`~zolightning.ZOConfig`.
+        recipe: a name from :data:`zolightning.recipes.RECIPES`, or a :class:`~zolightning.ZOConfig`.
         accelerator: as for any Lightning strategy; the Trainer fills it in.
         checkpoint_io: likewise.
         precision_plugin: likewise.
@@ -64,124 +73,166 @@ class ZOStrategy(ResumableStrategy):
         ledger: bool | str | Path = True,
         **overrides: Unpack[Overrides],
     ) -> None:
+        super().__init__(accelerator, checkpoint_io, precision_plugin)
         base = recipe if isinstance(recipe, ZOConfig) else named_recipe(recipe)
-        name = recipe if isinstance(recipe, str) else name_of(recipe)
-        super().__init__(base.override(**overrides), name, ledger, accelerator, checkpoint_io, precision_plugin)
-        self.last_record: StepRecord | None = None
-        self.records: list[StepRecord] = []
-        """Optimizer steps of the last batch: none inside an accumulation window, several in a manual training step."""
-        self.last_stats: UpdateStats | None = None
+        self.config = base.override(**overrides)
+        self.recipe_name = recipe if isinstance(recipe, str) else name_of(recipe)
+        self.ledger = ledger
         self.measure_update = False
         """Set by whoever wants ``last_stats`` of the next step."""
-        self._skips = 0
-
-    def _forget(self) -> None:
-        super()._forget()
-        self._window: list[Estimate] = []
-        self._trials: list[Callable[[Sequence[Term]], float]] = []
+        self.records: list[StepRecord] = []
+        """Optimizer steps of the last batch: none inside an accumulation window, several in a manual training step."""
+        self._session: Session | None = None
+        self._run_ledger: RunLedger | None = None
+        self._resumed_rng: dict[str, Any] | None = None
         self._inside_closure = False
         self._closure_loss: Tensor | None = None
-        self._ties = TieWatch()
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+    @property
+    def session(self) -> Session:
+        """The engine of the fit that runs, or of the last one.
+
+        Raises:
+            RuntimeError: there was none yet.
+        """
+        if self._session is None:
+            raise RuntimeError("ZOStrategy has not been set up for a fit; call trainer.fit(...) first")
+        return self._session
+
+    @property
+    def module(self) -> pl.LightningModule:
+        """The LightningModule of the fit."""
         module = self.lightning_module
-        assert module is not None
+        if module is None:
+            raise RuntimeError("ZOStrategy has no LightningModule yet; call trainer.fit(...) first")
+        return module
+
+    @property
+    def estimator(self) -> Estimator:
+        return self.session.estimator
+
+    @property
+    def seed(self) -> int:
+        """Seed of the perturbations."""
+        return self.session.seed
+
+    @property
+    def zo_step(self) -> int:
+        """Optimizer steps taken: the step of the next perturbation's key."""
+        return self.session.step if self._session is not None else 0
+
+    @property
+    def last_record(self) -> StepRecord | None:
+        """The last optimizer step."""
+        return None if self._session is None else self._session.last_record
+
+    @property
+    def last_stats(self) -> UpdateStats | None:
+        """What the last update changed."""
+        return None if self._session is None else self._session.last_stats
+
+    @property
+    def ledger_path(self) -> Path | None:
+        """Where this fit's replay ledger goes; None when it keeps none, and between fits."""
+        return None if self._run_ledger is None else self._run_ledger.path
+
+    def view(self, optimizer: Optimizer) -> View:
+        """The subspace that this optimizer's steps search now; known from its first step on."""
+        return self.session.view(optimizer)
+
+    # set-up
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        if trainer.state.fn != "fit":  # a checkpoint saved after a test is that of the fit before it
+            super().setup(trainer)
+            return
+        before, self._session, self._run_ledger, self._resumed_rng = self._session, None, None, None
+        super().setup(trainer)
+        module = self.module
+        if not all(optimizer.param_groups for optimizer in self.optimizers):
+            raise MisconfigurationException(
+                "configure_optimizers returned None, so there is nothing to train; return an optimizer (under ZOStrategy "
+                "torch.optim.SGD needs no memory)"
+            )
+        if self.config.cuda_graphs and not isinstance(module, ZOMixin):
+            raise MisconfigurationException(
+                f"`cuda_graphs=True` records `zo_objective`, which {type(module).__name__} does not have; derive it from "
+                "ZOMixin, or leave cuda_graphs out"
+            )
+        settings = {"recipe": self.recipe_name, **self.config.to_dict()}
+        self._run_ledger = RunLedger(trainer, self.ledger, settings, keeps_positions(self.checkpoint_io))
+        others = [c for c in trainer.callbacks if not isinstance(c, RunLedger)]  # type: ignore[attr-defined]
+        trainer.callbacks[:] = [self._run_ledger, *others]  # type: ignore[attr-defined]
+        self._session = Session(
+            module,
+            self.optimizers,
+            self.config,
+            schedulers=[c.scheduler for c in self.lr_scheduler_configs],
+            precision=str(getattr(self.precision_plugin, "precision", "")),
+            device=self.root_device,
+            repeatable=isinstance(module, ZOMixin),
+            muted=partial(muted, trainer),
+            ledger=self._run_ledger.pending,
+            inform=rank_zero_info,
+            warn=rank_zero_warn,
+        )
+        if before is not None:
+            self._session.follow(before)
+        # Lightning clips the parameters that the precision plugin names: give it the projected gradients
+        self._projected = nn.Parameter(torch.zeros(1, dtype=torch.float64), requires_grad=False)
+        self.precision_plugin.main_params = lambda optimizer: iter([self._projected])  # type: ignore[method-assign]
+
+    def model_to_device(self) -> None:
+        super().model_to_device()
+        module = self.module
+        if self.recipe_name == "zeroqat" and not any(isinstance(m, Rounds) for m in module.modules()):
+            raise MisconfigurationException(
+                "ZOStrategy('zeroqat') trains through the rounding of fake-quantised layers, and the module has none; call "
+                "zolightning.adapt.fakequant.fake_quantize(model) first, or use ZOStrategy() for plain weights"
+            )
+        if self.config.scales != "frozen":  # only now are the layers quantised, and the optimizers come next
+            expose_scales(module)
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """A checkpoint's scales need their Parameters."""
+        return self.config.scales != "frozen"
+
+    def teardown(self) -> None:
+        if self._session is not None:
+            self._session.close()
+        self.precision_plugin.__dict__.pop("main_params", None)
+        super().teardown()
+
+    # one step
+
+    def training_step(self, *args: Any, **kwargs: Any) -> StepOutput:
+        module, session = self.module, self.session
         self._resume_rng(module.trainer)
         self.records = []
         if not module.automatic_optimization:  # the probes run inside opt.step(closure=...)
             with torch.no_grad():
                 return super().training_step(*args, **kwargs)
-
         if isinstance(args[0], Iterator):
             raise MisconfigurationException(
                 "training_step(self, dataloader_iter) draws its own batches, so the probes of a step would see different ones; "
                 "under ZOStrategy take the batch as the argument"
             )
         if isinstance(module, ZOMixin):
-            forward: Callable[[Any], Any] = self._module_objective
+            prepare = None if type(module).zo_prepare is ZOMixin.zo_prepare else self._in_precision(module.zo_prepare)
+            estimate = session.estimate(self._in_precision(module.zo_objective), args[0], prepare=prepare)
         else:
-            forward = lambda _: super(ZOStrategy, self).training_step(*args, **kwargs)  # noqa: E731
-        batch = self._prepare(module, args[0]) if isinstance(module, ZOMixin) else args[0]
-        out, estimate = self._estimate(forward, batch, self.optimizers[0], prepared=batch is not args[0])
+            step = super().training_step
+            estimate = session.estimate(lambda _: step(*args, **kwargs), args[0])
         if estimate is None:
             return None
         # Lightning wants a tensor for its loops and progress bar; the doubles stay in the estimate
         loss = torch.tensor(estimate.loss, dtype=torch.float32, device=self.root_device)
-        return {**out, "loss": loss} if isinstance(out, Mapping) else loss
-
-    @torch.no_grad()
-    def _prepare(self, module: ZOMixin, batch: Any) -> Any:
-        """What the module computes once for all probes of the step."""
-        if type(module).zo_prepare is ZOMixin.zo_prepare:
-            return batch
-        optimizer = self.optimizers[0]
-        with self.precision_plugin.train_step_context():
-            # the first time it says what the objective gets, from which follows what is trained and must not be read here
-            search = self._subspaces.get(id(optimizer)) or self._search(
-                optimizer, self._module_objective, module.zo_prepare(batch)
-            )
-            with search.view.unread():
-                return module.zo_prepare(batch)
-
-    def _module_objective(self, batch: Any) -> Any:
-        with self.precision_plugin.train_step_context():
-            return self.lightning_module.zo_objective(batch)  # type: ignore[union-attr, operator]
-
-    @torch.no_grad()
-    def _estimate(
-        self, forward: Callable[[Any], Any], batch: Any, optimizer: Optimizer, prepared: bool = False
-    ) -> tuple[Any, Estimate | None]:
-        """Run the probes; (output of the first one, the estimate), and None for a micro-batch that is skipped."""
-        assert self._isolation is not None
-        assert self.seed is not None
-        seen = sum(len(e.terms) for e in self._window)
-        try:
-            search = self._search(optimizer, forward, batch)
-            graphs, (examples, repeats) = search.graphs, search.examples.of(batch)
-            with self._isolation.step() as probes:
-                run, blocks = (forward, search.blocks) if graphs is None else (partial(graphs, forward), None)
-                objective = BatchObjective(run, batch, probes, examples, repeats, self._muted, blocks)
-                estimate = zo_step(objective, search.view, self.estimator, Key(self.seed, self.zo_step, seen))
-        except SkipStep:
-            return None, None
-        estimate = estimate._replace(forwards=estimate.forwards + prepared)
-        for news in (search.blocks.notice(), *(graphs.news() if graphs else ())):
-            if news:
-                rank_zero_info(f"ZO: {news}")
-        if objective.refused:
-            self._warn_once(
-                "apart", f"a batch of {examples} ran in two forwards, since doubling it failed: {objective.refused}"
-            )
-        self._warn_coarse(objective.dtype, estimate)
-        self._window.append(estimate)
-        if self.config.conservative:
-            self._trials.append(lambda terms: self._trial(forward, batch, search.view, terms))
-        return objective.first, estimate
-
-    def _trial(self, forward: Callable[[Any], Any], batch: Any, view: View, terms: Sequence[Term]) -> float:
-        """The loss of a micro-batch at θ + Σ_k c_k z_k, beside the probes."""
-        assert self._isolation is not None
-        with self._muted(), self._isolation.dry(), view.at(terms):
-            try:
-                return loss_value(forward(batch))
-            except SkipStep:
-                return math.inf
-
-    def _warn_coarse(self, dtype: torch.dtype | None, estimate: Estimate) -> None:
-        if dtype in (torch.float16, torch.bfloat16):
-            self._warn_once(
-                "coarse",
-                f"the loss is {dtype}, whose steps are coarse beside the difference of two probes; compute it in float32 "
-                "(loss_fn(logits.float(), y))",
-            )
-        advice = self._ties(estimate.ties, len(estimate.terms), self.estimator.eps) if estimate.terms else ""
-        if advice:
-            self._warn_once("ties", advice)
+        return {**estimate.output, "loss": loss} if isinstance(estimate.output, Mapping) else loss
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """No autograd: the hooks fire, and in a manual closure the loss is noted."""
-        module, plugin = self.lightning_module, self.precision_plugin
-        assert module is not None
+        module, plugin = self.module, self.precision_plugin
         if not module.automatic_optimization:
             if not self._inside_closure:
                 raise MisconfigurationException(
@@ -194,100 +245,96 @@ class ZOStrategy(ResumableStrategy):
         closure_loss = Precision.pre_backward(plugin, closure_loss, module)
         return Precision.post_backward(plugin, closure_loss, module)
 
-    def optimizer_step(
-        self,
-        optimizer: Optimizer,
-        closure: Callable[[], Any],
-        model: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        module = self.lightning_module
-        assert module is not None
-        loss = closure() if module.automatic_optimization else self._manual_estimate(optimizer, closure)
-        self._update(optimizer, module)
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        module, session = self.module, self.session
+        if module.automatic_optimization:
+            loss = closure()
+        else:
+            estimate = session.estimate(self._in_precision(partial(self._manual_loss, closure)), optimizer=optimizer)
+            loss = None if estimate is None else estimate.loss
+        session.measure_update = self.measure_update
+        with torch.no_grad():
+            self.records.append(session.update(optimizer, clip=partial(self._clipped, optimizer)))
         return loss
 
-    def _manual_estimate(self, optimizer: Optimizer, closure: Callable[[], Any]) -> float | None:
-        def forward(_: Any) -> Any:
-            self._inside_closure, self._closure_loss = True, None
-            try:
-                with self.precision_plugin.train_step_context():
-                    returned = closure()
-            finally:
-                self._inside_closure = False
-            loss = returned if returned is not None else self._closure_loss
-            if loss is None:
-                raise MisconfigurationException(
-                    "under ZOStrategy manual optimisation needs the loss as a function: `opt.step(closure=...)`, where the "
-                    "closure returns the loss or calls self.manual_backward(loss)"
-                )
-            return loss
+    def _in_precision(self, call: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def inside(batch: Any) -> Any:
+            with self.precision_plugin.train_step_context():
+                return call(batch)
 
-        _, estimate = self._estimate(forward, None, optimizer)
-        return None if estimate is None else estimate.loss
+        return inside
 
-    @torch.no_grad()
-    def _update(self, optimizer: Optimizer, module: pl.LightningModule) -> None:
-        """Clip, shape, record, apply."""
-        assert self.seed is not None
-        window, self._window = merge(self._window), []
-        trials, self._trials = self._trials, []
-        raw = torch.tensor(window.coefficients, dtype=torch.float64)
-        self._projected.data = torch.zeros_like(raw)
-        self._projected.grad = raw.clone()
-        self.precision_plugin._after_closure(module, optimizer)
-        assert self._projected.grad is not None
-        clipped = self._projected.grad.tolist()
-        place = [id(o) for o in self.optimizers].index(id(optimizer))
-        state = self._shaping_states.get(place) or self.shaping.init()
-        record, self._shaping_states[place] = finish(window, clipped, self.shaping, state, optimizer, self.zo_step)
-        if trials and not record.skipped:
-            record = keep_best(record, lambda terms: sum(trial(terms) for trial in trials) / len(trials), len(trials))
-        self.last_record, self.last_stats = record, None
-        self.records.append(record)
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look at; its step() may not be called
-        if record.skipped:
-            self._count_skip(record)
-        else:
-            self._skips = 0
-            with uninterrupted():
-                self._apply(place, optimizer, record)
-                self.zo_step += 1
-            return
-        self.zo_step += 1
-        if self._recorder is not None:
-            self._recorder.skipped(record.step)
-
-    def _apply(self, place: int, optimizer: Optimizer, record: StepRecord) -> None:
-        """Into the ledger first, then into the weights."""
-        leaves, stepper = self.view(optimizer).leaves, self._stepper(optimizer)
-        assert self._ledger is not None and self.lightning_module is not None and self.seed is not None
-        recorder = self._ledger.open(self.lightning_module, self.seed, self.zo_step)
-        if recorder is not None:
-            recorder.step(place, stepper, leaves, record)
-        key = Key(self.seed, record.step)
-        self.last_stats = apply_update(stepper, leaves, record.terms, key, measure=self.measure_update)
-        if recorder is not None:
-            recorder.applied()
-
-    def _count_skip(self, record: StepRecord) -> None:
-        if not record.raw:  # training_step returned None
-            return
-        if all(map(math.isfinite, record.raw)):  # a tie
-            self._skips = 0
-            return
-        self._skips += 1
-        self._warn_once("skip", f"step {record.step} skipped: {record.skipped}; the weights are as before")
-        if self._skips >= self.config.max_skips:
-            raise RuntimeError(
-                f"{self._skips} steps in a row had no finite projected gradient (last: {record.skipped}). The weights are "
-                "those of the last finite step. Lower lr or eps, or look at the loss; ZOStrategy(max_skips=...) sets this limit"
+    def _manual_loss(self, closure: Callable[[], Any], _: Any) -> StepOutput:
+        self._inside_closure, self._closure_loss = True, None
+        try:
+            returned = closure()
+        finally:
+            self._inside_closure = False
+        loss = returned if returned is not None else self._closure_loss
+        if loss is None:
+            raise MisconfigurationException(
+                "under ZOStrategy manual optimisation needs the loss as a function: `opt.step(closure=...)`, where the "
+                "closure returns the loss or calls self.manual_backward(loss)"
             )
+        return loss
+
+    def _clipped(self, optimizer: Optimizer, values: Sequence[float]) -> list[float]:
+        """The projected gradients after Lightning's gradient clipping and its hooks."""
+        raw = torch.tensor(values, dtype=torch.float64)
+        self._projected.data, self._projected.grad = torch.zeros_like(raw), raw.clone()
+        self.precision_plugin._after_closure(self.module, optimizer)
+        clipped = self._projected.grad
+        return list(values) if clipped is None else [float(v) for v in clipped]
+
+    # checkpoints
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if self._session is not None and self._run_ledger is not None:
+            checkpoint = checkpoints.saved(
+                checkpoint,
+                self._session,
+                self._run_ledger.pending,
+                self.module,
+                positions=keeps_positions(self.checkpoint_io),
+                warn=partial(self._session.warn_once, "whole"),
+            )
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        if checkpoint.get(STATE, {}).get("replayed") is not None:
+            raise MisconfigurationException(
+                f"{checkpoint_path} holds a position in a replay ledger instead of weights; read it with "
+                "Trainer(plugins=[LedgerCheckpointIO()])"
+            )
+        return checkpoint
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        module = self.module
+        if self._run_ledger is not None:  # a tuner's trial may be over, and the weights go back to where it began
+            self._run_ledger.restart(module.trainer)
+        if isinstance(self.precision_plugin, DoublePrecision):  # else Lightning loads float64 weights into float32 ones
+            self.precision_plugin.convert_module(module)
+        super().load_model_state_dict(checkpoint, strict)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The groups of the module's optimizer, and the state of what applies its steps."""
+        return self.session.optimizer_state(optimizer)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        if self._run_ledger is not None:
+            self._resumed_rng = checkpoints.restored(checkpoint, self.session, self._run_ledger.pending)
+
+    def _resume_rng(self, trainer: pl.Trainer) -> None:
+        """In the middle of an epoch the data loader, which draws a seed when it starts, has moved the generator since."""
+        if self._resumed_rng is not None and trainer.fit_loop.epoch_loop.batch_progress.current.ready > 1:
+            set_rng_state(self._resumed_rng, self.root_device)
+        self._resumed_rng = None
 
 
 # Lightning allows a compiled LightningModule only under strategies it knows; this is a single device to it
 SingleDeviceStrategy.register(ZOStrategy)
-for _name in ("zo", "zolightning.zostrategy"):  # the second is what `--trainer.strategy=zolightning.ZOStrategy` comes in as
+for _name in ("zo", "zolightning.zostrategy"):  # the second is the form of `--trainer.strategy=zolightning.ZOStrategy`
     if _name not in StrategyRegistry.available_strategies():
         StrategyRegistry.register(_name, ZOStrategy, description="zeroth-order training: forward passes only")
 

@@ -14,23 +14,18 @@ from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader, Dataset
 
 from ...adapt.quantize import Kind
-from ...engine.step import finish, merge, zo_step
-from ...engine.updates import apply_update
+from ...engine.session import Session
 from ...methods.config import EPS_BY_DTYPE, ZOConfig
 from ...methods.recipes import QZO
 from ...mixin import ZOMixin
-from ...probing.block_reuse import block_reuse
-from ...probing.cuda_graphs import Graphs
-from ...probing.inspection import Examples, inspect_step, takes_both
-from ...probing.isolation import Isolation
-from ...probing.objective import BatchObjective, loss_value
+from ...probing.objective import loss_value
 from ...space import build_view, expose_scales
 from ...strategy._lightning import Callback, pl
 from ...strategy.strategy import ZOStrategy
-from ...types import Key
 from .reference_mezo import ReferenceMeZO
 from .workload import Spec, Unavailable, Workload
 
+_PRECISION = {torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}
 LR = 1e-7  # small enough that nothing blows up, large enough that nothing is skipped
 
 
@@ -103,54 +98,35 @@ def reference_mezo(work: Workload) -> Running:
 
 
 def zeroth_order(work: Workload, config: ZOConfig) -> Running:
-    """What ZOStrategy does in a step, without the Trainer: probes, shaping, update by plain SGD."""
-    model, seed = work.shell(), work.spec.seed
+    """A session's step: probes, shaping, update by plain SGD, without the Trainer."""
+    model = work.shell()
     if work.kind is not None:
         expose_scales(model)
     optimizer = SGD([p for p in model.parameters() if p.is_floating_point()], lr=LR)
-    structure = "dense" if config.structure == "auto" else config.structure
-    try:
-        view = build_view(
-            model,
-            optimizer.param_groups[0]["params"],
-            config.build_distribution(),
-            select_spec=config.select,
-            structure=structure,
-            scales=config.scales,
-        )
-    except ValueError as error:  # no linear layers to take rank-1 directions of
-        raise Unavailable(str(error)) from error
-    estimator, shaping = config.build_estimator(work.spec.compute_dtype), config.build_shaping()
-    isolation, loss = Isolation(model, work.device), work.loss(model)
-    with torch.no_grad():
-        if structure != "rank1":
-            found = Examples(False, False, both=takes_both(loss, work.batch, view, isolation, estimator))
-        elif not (found := inspect_step(loss, work.batch, view, isolation, repeatable=True)).losses:
-            raise Unavailable("the model reshapes its batch, so its linear layers cannot tell the examples apart")
-    examples, repeats = found.of(work.batch)
-    graphs = Graphs(view, isolation) if config.cuda_graphs else None
-    run, blocks = (loss, block_reuse(view)) if graphs is None else (partial(graphs, loss), None)
-    steps, state = 0, shaping.init()
+    precision = _PRECISION.get(work.spec.compute_dtype, "")
+    session = Session(model, optimizer, config.override(seed=work.spec.seed), precision=precision, device=work.device)
+    loss = work.loss(model)
 
-    @torch.no_grad()
     def step(lr: float) -> None:
-        nonlocal steps, state
         optimizer.param_groups[0]["lr"] = lr
-        with isolation.step() as probes:
-            objective = BatchObjective(run, work.batch, probes, examples, repeats, blocks=blocks)
-            estimate = merge([zo_step(objective, view, estimator, Key(seed, steps))])
-        record, state = finish(estimate, estimate.coefficients, shaping, state, optimizer, steps)
+        session.estimate(loss, work.batch)
+        record = session.update()
         if record.skipped:
             raise RuntimeError(f"a step was skipped, its time would mean nothing: {record.skipped}")
-        apply_update(optimizer, view.leaves, record.terms, Key(seed, steps))
-        steps += 1
 
+    try:
+        space = session.subspace(loss, work.batch)
+    except ValueError as error:  # no linear layers to take rank-1 directions of
+        raise Unavailable(str(error)) from error
+    if config.structure == "rank1" and not space.runner.examples.losses:
+        raise Unavailable("the model reshapes its batch, so its linear layers cannot tell the examples apart")
+    graphs = space.runner.graphs
     if graphs is not None:
         for _ in range(4):  # until the forwards are recorded
             if graphs.refused:
                 raise Unavailable(graphs.refused)
             step(LR)
-    return Running(step, model, view.numel)
+    return Running(step, model, space.view.numel)
 
 
 class _Module(ZOMixin, pl.LightningModule):

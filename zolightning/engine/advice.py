@@ -1,0 +1,50 @@
+"""What a fit's settings and optimizer do to each other: refused where no step would be right, else said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch.optim import Optimizer
+
+from ..methods.config import ZOConfig
+from ..methods.optimizers import is_plain_sgd, needs_closure
+from .rates import base_lr
+
+
+def check_optimizer(config: ZOConfig, optimizer: Optimizer, stepper: Optimizer) -> None:
+    """Refuse an optimizer that a zeroth-order step cannot go through.
+
+    Args:
+        config: the settings.
+        optimizer: the module's.
+        stepper: the one that applies its steps.
+
+    Raises:
+        ValueError: it needs a closure, or is not plain SGD under ``conservative=True``.
+    """
+    if needs_closure(stepper):
+        raise ValueError(
+            f"{type(stepper).__name__} evaluates the loss again within a step, which a zeroth-order step cannot do; use an "
+            "optimizer whose step() needs no closure, as torch.optim.SGD or Adam"
+        )
+    if config.conservative and not (is_plain_sgd(stepper) and not any(g.get("maximize") for g in optimizer.param_groups)):
+        raise ValueError(
+            "`conservative=True` tries the step of plain SGD that minimises; use it with optimizer='sgd', without maximize"
+        )
+
+
+def advice(config: ZOConfig, optimizer: Optimizer, stepper: Optimizer) -> Iterator[str]:
+    """The warnings for an optimizer that costs memory, or whose learning rate will hardly train."""
+    plain = is_plain_sgd(stepper)
+    if config.make_optimizer is None and not plain:
+        yield (
+            f"ZOStrategy steps through the module's {type(optimizer).__name__}, which keeps state for every trained "
+            "weight; ZOStrategy(optimizer='sgd') keeps none and needs the memory of inference"
+        )
+    lr = base_lr(optimizer.param_groups[0])
+    most = max(1e-2, 5 * (config.eps or 0.0))  # weights that bear large probes bear large steps
+    if config.normalize and plain and not 1e-5 <= lr <= most and lr != 0:
+        yield (
+            f"with normalised steps the learning rate is the RMS change per weight and step; lr={lr:g} is far from the rates "
+            "that train (3e-4 to 3e-3 for a pretrained model). Set it with ZOStrategy(lr=...)"
+        )

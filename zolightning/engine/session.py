@@ -1,0 +1,349 @@
+"""One zeroth-order fit without a Trainer: probes, estimate, update, ledger.
+
+::
+
+    session = Session(model, optimizer)
+    for batch in loader:
+        session.estimate(lambda batch: loss_fn(model(batch.x), batch.y), batch)
+        record = session.update()
+
+:class:`~zolightning.ZOStrategy` is this behind Lightning's hooks.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ..ledger import PendingLedger
+from ..methods.config import ZOConfig
+from ..methods.optimizers import follow, in_place_of
+from ..methods.shaping import State, state_from
+from ..probing.isolation import Isolation, rng_state, set_rng_state
+from ..probing.objective import loss_value
+from ..probing.runner import Muted
+from ..space import View
+from ..types import Batch, Estimate, Forward, Key, Shared, SkipStep, StepRecord, Term
+from .advice import advice, check_optimizer
+from .rates import override_lr
+from .step import finish, keep_best, merge
+from .subspace import Calibration, Setting, Subspace, compute_dtype, find_subspace
+from .ties import TieWatch
+from .uninterrupted import uninterrupted
+from .updates import UpdateStats, apply_update, widened_state
+
+Say: TypeAlias = Callable[[str], None]
+"""Where a line for the user goes."""
+
+_SEEDS = 1 << 64
+_log = logging.getLogger("zolightning")
+
+
+class Session:
+    """The state of one fit.
+
+    Args:
+        module: whose code runs in the probes, and whose parameters are trained.
+        optimizers: one, or those of manual optimisation; their learning rates are read at each step.
+        config: the method. A recipe is one, see :mod:`zolightning.recipes`.
+        schedulers: of the learning rates, which ``config.lr`` scales too.
+        precision: Lightning's name of the precision that the forwards run in, as "bf16-mixed"; "": that of the weights.
+        device: where the forwards run. None: where the parameters are.
+        repeatable: whether the forwards given to :meth:`estimate` evaluate the batch that they are given.
+        muted: makes the context of forwards that are to log nothing: all of a step but the first.
+        ledger: where the steps are recorded before they are applied; None: nowhere.
+        inform: gets what the fit found out.
+        warn: gets what the user should change.
+
+    Raises:
+        ValueError: an optimizer that a zeroth-order step cannot go through, or a learning rate that cannot be scaled.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Optimizer | Sequence[Optimizer],
+        config: ZOConfig | None = None,
+        *,
+        schedulers: Iterable[LRScheduler] = (),
+        precision: str = "",
+        device: torch.device | None = None,
+        repeatable: bool = True,
+        muted: Muted = nullcontext,
+        ledger: PendingLedger | None = None,
+        inform: Say = _log.info,
+        warn: Say = warnings.warn,
+    ) -> None:
+        self.module, self.config = module, config or ZOConfig()
+        self.optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+        self.device = device or next((p.device for p in module.parameters()), torch.device("cpu"))
+        self.estimator = self.config.build_estimator(compute_dtype(module, precision))
+        self.shaping = self.config.build_shaping()
+        self.seed = (torch.initial_seed() if self.config.seed is None else self.config.seed) % _SEEDS
+        self.step = 0
+        """Optimizer steps taken: the step of the next perturbation's key."""
+        self.last_record: StepRecord | None = None
+        self.last_stats = UpdateStats()
+        self.measure_update = False
+        """Measure how the next update changes the weights, for :attr:`last_stats`."""
+        self._ledger, self._inform, self._warn = ledger, inform, warn
+        self._isolation = Isolation(module, self.device)
+        self._setting = Setting(module, self.config, self.estimator, self._isolation, repeatable, muted)
+        self._subspaces: dict[int, Subspace] = {}
+        self._steppers: dict[int, Optimizer] = {}
+        self._shaping_states: dict[int, State] = {}
+        self._calibration = Calibration()
+        self._window: list[Estimate] = []
+        self._trials: list[Callable[[Sequence[Term]], float]] = []
+        self._ties = TieWatch()
+        self._skips = 0
+        self._warned: set[str] = set()
+        for optimizer in self.optimizers:
+            if self.config.lr is not None:
+                override_lr(optimizer, schedulers, self.config.lr)
+            check_optimizer(self.config, optimizer, self.stepper(optimizer))
+            for line in advice(self.config, optimizer, self.stepper(optimizer)):
+                warn(line)
+
+    @torch.no_grad()
+    def estimate(
+        self,
+        forward: Forward,
+        batch: Batch = None,
+        *,
+        optimizer: Optimizer | None = None,
+        prepare: Callable[[Batch], Batch] | None = None,
+    ) -> Estimate | None:
+        """Run the probes of one micro-batch; its estimate counts in the next :meth:`update`.
+
+        Args:
+            forward: batch → loss: a number, a tensor, per-example losses of shape (B,), or a mapping with 'loss'.
+            batch: examples along dimension 0 of its tensors.
+            optimizer: whose parameters are perturbed. None: the first one.
+            prepare: computes once for all probes what ``forward`` gets in place of the batch; it may read no trained weight.
+
+        Returns:
+            None when ``forward`` returned None: the micro-batch is skipped.
+        """
+        optimizer = optimizer or self.optimizers[0]
+        try:
+            if prepare is not None:
+                batch = self._prepared(prepare, forward, batch, optimizer)
+            space = self.subspace(forward, batch, optimizer)
+            space.view.check()
+            if not self._window:
+                space.view.read.clear()
+            key = Key(self.seed, self.step, sum(len(e.terms) for e in self._window))
+            examples, _ = space.runner.examples.of(batch)
+            own = (examples or None) if space.runner.examples.losses and space.view.per_example else None
+            ran = space.runner.run(forward, batch, self.estimator.ask(key, own))
+        except SkipStep:
+            return None
+        estimate = self.estimator.tell(key, ran.answers)
+        estimate = estimate._replace(forwards=estimate.forwards + (prepare is not None))
+        self._report(space, ran.refused, ran.dtype, estimate)
+        self._window.append(estimate)
+        if self.config.conservative:
+            self._trials.append(partial(self._trial, forward, batch, space))
+        return estimate._replace(output=ran.output)
+
+    @torch.no_grad()
+    def update(
+        self, optimizer: Optimizer | None = None, clip: Callable[[Sequence[float]], Sequence[float]] | None = None
+    ) -> StepRecord:
+        """Clip, shape, record and apply the estimates since the last update, as one optimizer step.
+
+        Args:
+            optimizer: the one that steps. None: the first one.
+            clip: the projected gradients → as many clipped ones.
+
+        Raises:
+            RuntimeError: too many steps in a row had no finite projected gradient; the weights are the last finite step's.
+        """
+        optimizer = optimizer or self.optimizers[0]
+        place = [id(o) for o in self.optimizers].index(id(optimizer))
+        window, self._window = merge(self._window), []
+        trials, self._trials = self._trials, []
+        clipped = window.coefficients if clip is None else clip(window.coefficients)
+        state = self._shaping_states.get(place) or self.shaping.init()
+        record, self._shaping_states[place] = finish(window, clipped, self.shaping, state, optimizer, self.step)
+        if trials and not record.skipped:
+            record = keep_best(record, lambda terms: sum(trial(terms) for trial in trials) / len(trials), len(trials))
+        self.last_stats = UpdateStats()
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look at; its step() may not be called
+        if record.skipped:
+            self._count_skip(record)
+            self.step += 1
+            if self._ledger is not None:
+                self._ledger.skipped(record.step)
+        else:
+            self._skips = 0
+            record = record._replace(unread=self._unread(optimizer, record))
+            with uninterrupted():
+                self._apply(place, optimizer, record)
+                self.step += 1
+        self.last_record = record
+        return record
+
+    def subspace(self, forward: Forward, batch: Batch, optimizer: Optimizer | None = None) -> Subspace:
+        """The subspace that the optimizer's steps search, found by trying ``forward`` on the batch when it is not known yet.
+
+        Raises:
+            ValueError: there is nothing to train, or not in this way.
+        """
+        optimizer = optimizer or self.optimizers[0]
+        space = self._subspaces.get(id(optimizer))
+        if space is None or not space.holds(batch):
+            if space is not None:
+                self._calibration.both = None  # measured on other weights
+            with torch.no_grad():
+                space = find_subspace(self._setting, optimizer, forward, batch, self._calibration)
+            self._inform(space.describe(self.estimator, sum(p.numel() for p in self.module.parameters())))
+            self._subspaces[id(optimizer)] = space
+        return space
+
+    def view(self, optimizer: Optimizer | None = None) -> View:
+        """The subspace that this optimizer's steps search now; known from its first estimate on."""
+        return self._subspaces[id(optimizer or self.optimizers[0])].view
+
+    def stepper(self, optimizer: Optimizer) -> Optimizer:
+        """The optimizer that applies the steps of ``optimizer``: itself, or the settings' in its place."""
+        make = self.config.make_optimizer
+        if make is None:
+            return optimizer
+        if id(optimizer) not in self._steppers:
+            self._steppers[id(optimizer)] = in_place_of(optimizer, make)
+        follow(self._steppers[id(optimizer)], optimizer)
+        return self._steppers[id(optimizer)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on beside weights and optimizers, in types that a safe checkpoint holds."""
+        return {
+            "seed": self.seed,
+            "zo_step": self.step,
+            "shaping": {place: dict(state) for place, state in self._shaping_states.items()},
+            "config": self.config.to_dict(),
+            "rng": rng_state(self.device),
+            "calibration": asdict(self._calibration),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken, generators included.
+
+        Raises:
+            ValueError: another recipe wrote it.
+        """
+        self._shaping_states = {place: state_from(saved, self.shaping) for place, saved in state["shaping"].items()}
+        self.seed, self.step = state["seed"], state["zo_step"]
+        self._calibration = Calibration(**state.get("calibration", {}))
+        set_rng_state(state["rng"], self.device)
+
+    def follow(self, before: Session) -> None:
+        """Count on where an earlier fit of the same strategy ended, so that no perturbation comes twice."""
+        self.step, self._shaping_states = before.step, before._shaping_states
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The groups of ``optimizer``, and the state of the one that applies its steps."""
+        groups, stepper = optimizer.state_dict(), self.stepper(optimizer)
+        return groups if stepper is optimizer else {**groups, "state": stepper.state_dict()["state"]}
+
+    def load_optimizer_state(self, optimizer: Optimizer, saved: dict[str, Any]) -> None:
+        """Put back what :meth:`optimizer_state` gave; state of low-precision weights stays float32."""
+        stepper = self.stepper(optimizer)
+        if stepper is not optimizer:
+            optimizer.load_state_dict({**saved, "state": {}})
+            stepper.load_state_dict({**stepper.state_dict(), "state": saved["state"]})
+        else:
+            optimizer.load_state_dict(saved)
+        widened_state(stepper, saved)
+
+    def close(self) -> None:
+        """End the ledger, and give the probes' memory back."""
+        if self._ledger is not None:
+            self._ledger.close()
+        for space in self._subspaces.values():
+            space.release()
+
+    def _prepared(self, prepare: Callable[[Batch], Batch], forward: Forward, batch: Batch, optimizer: Optimizer) -> Batch:
+        # the first time its result says what is trained, and must not be read here
+        space = self._subspaces.get(id(optimizer)) or self.subspace(forward, prepare(batch), optimizer)
+        with space.view.refusing_reads():
+            return prepare(batch)
+
+    def _trial(self, forward: Forward, batch: Batch, space: Subspace, terms: Sequence[Term]) -> float:
+        """The loss of a micro-batch at θ + Σ_k c_k z_k, which leaves no trace."""
+        with self._setting.muted(), self._isolation.dry(), space.view.at(Shared(tuple(terms))):
+            try:
+                return loss_value(forward(batch))
+            except SkipStep:
+                return math.inf
+
+    def _unread(self, optimizer: Optimizer, record: StepRecord) -> tuple[int, ...]:
+        """Places of the leaves whose turn it was and that no probe read: they get no update."""
+        view, key = self.view(optimizer), Key(self.seed, record.step)
+        unread = tuple(place for place in view.unread() if view.leaves[place].active(key))
+        if unread:
+            names = [view.leaves[place].name for place in unread]
+            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            line = f"ZO: no probe of step {record.step} read {some}; weights that the loss does not read get no update"
+            self.warn_once("unread", line, self._inform)
+        return unread
+
+    def _apply(self, place: int, optimizer: Optimizer, record: StepRecord) -> None:
+        """Into the ledger first, then into the weights."""
+        leaves, stepper = self.view(optimizer).leaves, self.stepper(optimizer)
+        recorder = None if self._ledger is None else self._ledger.open(self.module, self.seed, self.step)
+        if recorder is not None:
+            recorder.step(place, stepper, leaves, record)
+        read = [leaf for i, leaf in enumerate(leaves) if i not in record.unread]
+        key = Key(self.seed, record.step)
+        self.last_stats = apply_update(stepper, read, record.terms, key, measure=self.measure_update)
+        if recorder is not None:
+            recorder.applied()
+
+    def _count_skip(self, record: StepRecord) -> None:
+        if not record.raw:  # the step returned None
+            return
+        if all(map(math.isfinite, record.raw)):  # a tie
+            self._skips = 0
+            return
+        self._skips += 1
+        self.warn_once("skip", f"step {record.step} skipped: {record.skipped}; the weights are as before")
+        if self._skips >= self.config.max_skips:
+            raise RuntimeError(
+                f"{self._skips} steps in a row had no finite projected gradient (last: {record.skipped}). The weights are "
+                "those of the last finite step. Lower lr or eps, or look at the loss; ZOStrategy(max_skips=...) sets this limit"
+            )
+
+    def _report(self, space: Subspace, refused: str, dtype: torch.dtype | None, estimate: Estimate) -> None:
+        blocks, graphs = space.runner.blocks, space.runner.graphs
+        for notice in (blocks.notice() if blocks else "", *(graphs.notices() if graphs else ())):
+            if notice:
+                self._inform(f"ZO: {notice}")
+        if refused:
+            self.warn_once("apart", refused)
+        if dtype in (torch.float16, torch.bfloat16):
+            self.warn_once(
+                "coarse",
+                f"the loss is {dtype}, whose steps are coarse beside the difference of two probes; compute it in float32 "
+                "(loss_fn(logits.float(), y))",
+            )
+        if estimate.terms and (found := self._ties(estimate.ties, len(estimate.terms), self.estimator.eps)):
+            self.warn_once("ties", found)
+
+    def warn_once(self, topic: str, message: str, say: Say | None = None) -> None:
+        """Say it, unless the topic was had before in this fit."""
+        if topic not in self._warned:
+            self._warned.add(topic)
+            (say or self._warn)(message)

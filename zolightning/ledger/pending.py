@@ -1,0 +1,82 @@
+"""The ledger of one fit: claimed when the fit is set up, begun when its first step is about to change the weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from .recorder import Position, Recorder
+from .writer import Claim
+
+
+class PendingLedger:
+    """A place for a ledger, and from the first step on the ledger.
+
+    Args:
+        claim: the right to write it. None: the fit keeps none.
+        settings: the recipe, for information.
+        keep_base: have the base's weights beside the ledger.
+        optional: go on without a ledger, with a warning, where it cannot be written.
+        warn: gets that warning.
+    """
+
+    def __init__(
+        self,
+        claim: Claim | None,
+        settings: Mapping[str, Any],
+        *,
+        keep_base: bool = False,
+        optional: bool = False,
+        warn: Callable[[str], None] = warnings.warn,
+    ) -> None:
+        self.claim = claim
+        self._settings, self._keep_base, self._optional, self._warn = settings, keep_base, optional, warn
+        self.recorder: Recorder | None = None
+        """None before the first step, and when there is no ledger."""
+        self.resumed: Position | None = None
+        """The place, in the ledger of the checkpoint, that the run goes on from."""
+
+    def open(self, module: nn.Module, seed: int, step: int) -> Recorder | None:
+        """The recorder, which begins with the weights of now if it has not begun yet."""
+        if self.recorder is None and self.claim is not None:
+            try:
+                self.recorder = Recorder(
+                    self.claim,
+                    module,
+                    seed=seed,
+                    step=step,
+                    settings=self._settings,
+                    resumed=self.resumed,
+                    keep_base=self._keep_base,
+                )
+            except OSError as error:
+                if not self._optional:
+                    raise
+                self._warn(f"this run keeps no replay ledger: {error}")
+                self.close()
+        return self.recorder
+
+    def skipped(self, step: int) -> None:
+        """This step left the weights as they are."""
+        if self.recorder is not None:
+            self.recorder.skipped(step)
+
+    def end(self) -> None:
+        """Note the weights that the last step led to."""
+        if self.recorder is not None:
+            self.recorder.end()
+
+    def restart(self, claim: Claim | None) -> None:
+        """After :meth:`close`, begin another one: the weights go back to where they were."""
+        self.recorder, self.claim = None, claim
+
+    def close(self) -> None:
+        """End the ledger, or give back the right to write one."""
+        if self.recorder is not None:
+            self.recorder.close()
+        elif self.claim is not None:
+            self.claim.release()
+        self.claim = None

@@ -1,0 +1,194 @@
+"""How points are run: the user's step at each of them, from the same state, and one output that is logged.
+
+One by one; or several in one batch, the batch repeated for each of them, where the step takes that; or replayed as
+recorded graphs. The answers are the same: a way of running is taken only where the first batch showed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..space import Both, View
+from ..types import Answer, Batch, Forward, PerExample, Point, Shared, SkipStep, StepOutput, Tangent
+from .batches import batch_examples, repeat_batch
+from .block_reuse import BlockReuse
+from .cuda_graphs import Graphs
+from .inspection import Examples
+from .isolation import Isolation, Probes
+from .loss_splitter import LossSplitter
+from .objective import example_losses, loss_of, loss_value, slope_of
+
+Muted = Callable[[], AbstractContextManager[Any]]
+"""Makes the context of a forward that logs nothing."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Has the user's step run at the points that an estimator asks for.
+
+    Args:
+        view: of the weights.
+        isolation: of the module.
+        examples: what the step can say of its examples, and whether it takes a repeated batch.
+        blocks: the unperturbed first blocks, which run once a step.
+        graphs: recorded forwards, where they are asked for.
+        muted: context of every forward but the first.
+    """
+
+    view: View
+    isolation: Isolation
+    examples: Examples
+    blocks: BlockReuse | None = None
+    graphs: Graphs | None = None
+    muted: Muted = nullcontext
+
+    def run(self, forward: Forward, batch: Batch, points: Sequence[Point]) -> Ran:
+        """The answers at the points, in their order.
+
+        Raises:
+            SkipStep: the step returned None.
+        """
+        count, repeats = self.examples.of(batch)
+        several = count if repeats else None
+        with self.isolation.step() as probes:
+            ran = Ran(self, forward, batch, probes, reuse=not repeats)
+            for group in together(points):
+                if not (several and len(group) > 1 and not ran.refused and ran.in_one_batch(group, several)):
+                    for point in group:
+                        ran.alone(point)
+        return ran
+
+
+class Ran:
+    """The forwards of one micro-batch, and what came out.
+
+    Args:
+        runner: whose they are.
+        forward: the user's step.
+        batch: the micro-batch.
+        probes: makes the forwards alike.
+        reuse: run the unperturbed first blocks once.
+    """
+
+    def __init__(self, runner: Runner, forward: Forward, batch: Batch, probes: Probes, reuse: bool) -> None:
+        self._runner, self._batch, self._probes = runner, batch, probes
+        self._forward = forward if runner.graphs is None else lambda b: runner.graphs(forward, b)  # type: ignore[misc]
+        self._reuse = runner.blocks.step() if reuse and runner.blocks and runner.graphs is None else None
+        self.answers: list[Answer] = []
+        self.output: StepOutput = None
+        """Of the first forward, whose logs count."""
+        self.dtype: torch.dtype | None = None
+        """Of its loss."""
+        self.refused = ""
+        """A line that says why the step did not take the repeated batch."""
+
+    def alone(self, point: Point) -> None:
+        """One forward at one point."""
+        view, batch, examples = self._runner.view, self._batch, batch_examples(self._batch)
+        with view.at(point):
+            if isinstance(point, PerExample):
+                losses = self._losses(batch, point.queries.numel())
+                self.answers.append(Answer(losses.mean().item(), losses))
+            else:
+                out = self._run(batch, point)
+                slope = slope_of(out) if isinstance(point, Tangent) else None
+                self.answers.append(Answer(loss_value(out, examples), slope=slope))
+
+    def in_one_batch(self, group: Sequence[Point], count: int) -> bool:
+        """One forward of the batch, repeated for each point; False where the step does not take it."""
+        copies = len(group)
+        with self._runner.view.at(_joined(group, count)):
+            try:
+                losses = self._losses(repeat_batch(self._batch, count, copies), count * copies)
+            except SkipStep:
+                raise
+            except Exception as error:  # tensors that have as many entries as there are examples by chance were repeated too
+                self.refused = f"a batch of {count} ran in two forwards, since doubling it failed: {error!r}"
+                return False
+        each = losses.view(copies, count)
+        means = each.mean(1).tolist()
+        own = each if isinstance(group[0], PerExample) else [None] * copies
+        self.answers += [Answer(mean, losses) for mean, losses in zip(means, own, strict=True)]
+        return True
+
+    def _losses(self, batch: Batch, count: int) -> Tensor:
+        with LossSplitter(count) as splitter:
+            out = self._run(batch)
+        losses = example_losses(out, count, splitter)
+        if losses is None:
+            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(
+                f"the step gave a loss for each example at first, but for this batch of {count} examples it gave {got}; it "
+                "must do so for every batch, or use ZOStrategy(estimator='spsa')"
+            )
+        return losses
+
+    def _run(self, batch: Batch, point: Point | None = None) -> StepOutput:
+        reuse = self._reuse
+        if self._probes.count == 0:
+            with self._probes.forward(), reuse.first() if reuse else nullcontext():
+                out = self.output = self._called(batch, point)
+            loss = loss_of(out)
+            self.dtype = loss.dtype if isinstance(loss, Tensor) else None
+            return out
+        with self._again(), reuse.later() if reuse else nullcontext():
+            out = self._called(batch, point)
+        if reuse is None or not reuse.reused or reuse.blocks.proved:
+            return out
+        with self._again():
+            full = self._called(batch, point)
+        a, b = loss_of(out), loss_of(full)
+        reuse.blocks.proved = torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
+        if not reuse.blocks.proved:
+            self._reuse = None
+        return full
+
+    def _again(self) -> AbstractContextManager[Any]:
+        stack = ExitStack()
+        stack.enter_context(self._probes.forward())
+        stack.enter_context(self._runner.muted())
+        return stack
+
+    def _called(self, batch: Batch, point: Point | None) -> StepOutput:
+        try:
+            return self._forward(batch)
+        except NotImplementedError as error:
+            if not isinstance(point, Tangent):
+                raise
+            raise NotImplementedError(
+                f"a forward gradient needs a forward derivative of every operation; use estimator='spsa'. {error}"
+            ) from error
+
+
+def together(points: Sequence[Point]) -> Iterator[Sequence[Point]]:
+    """The points in groups that one batch may hold: all per-example ones, and the two sides of a shared direction."""
+    if points and all(isinstance(point, PerExample) for point in points):
+        yield points
+        return
+    at = 0
+    while at < len(points):
+        size = 2 if at + 1 < len(points) and opposite(points[at], points[at + 1]) else 1
+        yield points[at : at + size]
+        at += size
+
+
+def opposite(one: Point, other: Point) -> bool:
+    """Whether the points are θ + c z and θ − c z."""
+    if not (isinstance(one, Shared) and isinstance(other, Shared) and len(one.terms) == len(other.terms) == 1):
+        return False
+    (key, c), (twin, d) = one.terms[0], other.terms[0]
+    return key == twin and c == -d
+
+
+def _joined(group: Sequence[Point], count: int) -> Both | PerExample:
+    """The point at which one batch has ``count`` examples at each of the group's points."""
+    if isinstance(first := group[0], Shared):
+        return Both(first.terms[0], len(group) * count)
+    each = [point for point in group if isinstance(point, PerExample)]
+    return PerExample(each[0].key, torch.cat([p.queries for p in each]), torch.cat([p.offsets for p in each]))
