@@ -26,7 +26,6 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..ledger import PendingLedger
 from ..methods.config import ZOConfig
 from ..methods.optimizers import follow, in_place_of
 from ..methods.shaping import State, state_from
@@ -37,6 +36,7 @@ from ..space import View
 from ..types import Batch, Estimate, Forward, Key, Shared, SkipStep, StepRecord, Term
 from .advice import advice, check_optimizer
 from .rates import override_lr
+from .recording import Recording
 from .step import finish, keep_best, merge
 from .subspace import Calibration, Setting, Subspace, compute_dtype, find_subspace
 from .ties import TieWatch
@@ -62,7 +62,8 @@ class Session:
         device: where the forwards run. None: where the parameters are.
         repeatable: whether the forwards given to :meth:`estimate` evaluate the batch that they are given.
         muted: makes the context of forwards that are to log nothing: all of a step but the first.
-        ledger: where the steps are recorded before they are applied; None: nowhere.
+        ledger: where the steps are recorded before they are applied, as a :class:`~zolightning.ledger.PendingLedger`; None:
+            nowhere.
         inform: gets what the fit found out.
         warn: gets what the user should change.
 
@@ -81,7 +82,7 @@ class Session:
         device: torch.device | None = None,
         repeatable: bool = True,
         muted: Muted = nullcontext,
-        ledger: PendingLedger | None = None,
+        ledger: Recording | None = None,
         inform: Say = _log.info,
         warn: Say = warnings.warn,
     ) -> None:
