@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from starlette.requests import Request
@@ -43,17 +43,24 @@ def routes(store: str) -> list[Route]:
     def script(_: Request) -> Response:
         return Response(module, media_type="text/javascript", headers=_KEPT)
 
-    def points(request: Request) -> Response:
-        if not _from_here(request):
-            return Response("Another site asked for this, or another name than `server.allowedHosts` has.", 403)
-        query = {name: request.query_params.getlist(name) for name in request.query_params}
-        try:
-            found = charts(store, query)
-        except SourceError:
-            found = None  # the page will say why
-        return Response(found, 200 if found else 204, _FRESH)
+    def answer(find: Callable[[Mapping[str, Sequence[str]]], bytes | None]) -> Callable[[Request], Response]:
+        def respond(request: Request) -> Response:
+            if not _from_here(request):
+                return Response("Another site asked for this, or another name than `server.allowedHosts` has.", 403)
+            try:
+                found = find({name: request.query_params.getlist(name) for name in request.query_params})
+            except SourceError:
+                found = None  # the page will say why
+            return Response(found, 200 if found else 204, _FRESH)
 
-    return [Route("/curves", page), Route(f"/{name}", script), Route("/zo/charts", points)]
+        return respond
+
+    return [
+        Route("/curves", page),
+        Route(f"/{name}", script),
+        Route("/zo/charts", answer(lambda query: charts(store, query))),
+        Route("/zo/match", answer(lambda query: matches(store, query))),
+    ]
 
 
 def charts(store: str, query: Mapping[str, Sequence[str]]) -> bytes | None:
@@ -81,6 +88,14 @@ def charts(store: str, query: Mapping[str, Sequence[str]]) -> bytes | None:
     how = Look(view.axis, view.smoothing, view.log, view.zoom)
     messages = scene.store.plotter.messages(FIRST_BOARD, keys, scene.members(view), how)
     return bundle(parts.lines(scene, view, FIRST_BOARD), curves.shells(keys, view, FIRST_BOARD), messages.values())
+
+
+def matches(store: str, query: Mapping[str, Sequence[str]]) -> bytes:
+    """The runs that the address's filter leaves, as JSON; see :func:`matching.match`."""
+    from .matching import match
+    from .view import read
+
+    return json.dumps(match(store, read(query))).encode()
 
 
 def _from_here(request: Request) -> bool:

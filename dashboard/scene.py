@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import socket
 import time
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import streamlit as st
 
-from . import text
 from .charts.lines import Member, Plotter
+from .charts.memo import Memo
+from .grouping import group_label, groups_by
+from .names import group_names, run_names
 from .palette import Style, styles
+from .query import QueryError, pick
 from .source import Experiment, MetricSource, Run, Series, open_source
 from .status import Status, status, watched
-from .transforms import legends, seed_groups
+from .transforms import goal, seed_groups, summarise
 from .view import View
 
 FAST_SECONDS, SLOW_SECONDS = 2.0, 15.0
-MOST_LINES = 50
 _NOTHING = Series(np.empty(0, np.int64), np.empty(0), np.empty(0))
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,12 @@ class Scene:
     experiments: Sequence[Experiment]
     runs: Sequence[Run]
     states: Mapping[str, Status]
+    _once: Memo[Any] = field(default_factory=lambda: Memo(64), compare=False)
+
+    def once(self, what: Hashable, make: Callable[[], T]) -> T:
+        """Something that depends on this look at the store and on ``what`` alone: the ticks that see the same share it."""
+        found: T = self._once.get(what, make)
+        return found
 
     @property
     def live(self) -> bool:
@@ -69,16 +80,19 @@ class Scene:
         """Changes when a page must be built anew, and not only fed."""
         return tuple((run.id, run.keys, self.states[run.id].kind) for run in self.runs)
 
-    @property
-    def names(self) -> dict[str, str]:
-        """The runs' names by id, made safe; runs of the same name get the beginning of their id."""
-        names = {run.id: text.plain(run.name) for run in self.runs}
-        times = Counter(names.values())
-        return {run_id: name if times[name] == 1 else f"{name} ({run_id[:6]})" for run_id, name in names.items()}
+    @cached_property
+    def names(self) -> Mapping[str, str]:
+        """The runs' names by id, made safe, and each its own."""
+        return run_names(self.runs)
 
-    def styles(self) -> dict[str, Style]:
-        """How each run is drawn."""
-        return styles([run.id for run in sorted(self.runs, key=lambda run: (run.started, run.id))])
+    def styles(self, view: View | None = None) -> Mapping[str, Style]:
+        """How each run is drawn: a colour of its own, or where the view says so, its method's."""
+        oldest_first = sorted(self.runs, key=lambda run: (run.started, run.id))
+        if view is None or view.color == "run":
+            return self.once("styles", lambda: styles([run.id for run in oldest_first]))
+        methods = {run.id: run.tags.get("zo.method", "") for run in oldest_first}
+        found = styles(list(dict.fromkeys(methods.values())))
+        return {run_id: found[method] for run_id, method in methods.items()}
 
     def read(self, runs: Sequence[Run], keys: Iterable[str]) -> None:
         """Read metrics of many runs at once, which is faster than one by one."""
@@ -87,40 +101,61 @@ class Scene:
             if having:
                 self.store.source.load(having, key)
 
+    def filtered(self, view: View) -> Sequence[Run]:
+        """The runs that the view's filter leaves, newest first; all of them while it makes no sense."""
+
+        def left() -> Sequence[Run]:
+            try:
+                return pick(view.filter, self.runs, {run_id: one.kind for run_id, one in self.states.items()})
+            except QueryError:
+                return self.runs
+
+        return self.once(("filter", view.filter), left)
+
     def shown(self, view: View) -> list[Run]:
         """The selected runs, newest first."""
-        return [run for run in self.runs if view.shows(run.id)]
+        return [run for run in self.filtered(view) if view.shows(run.id)]
 
     def sound(self, view: View) -> list[Run]:
         """The selected runs that neither failed nor were killed."""
         return [run for run in self.shown(view) if self.states[run.id].kind not in ("failed", "killed")]
 
     def members(self, view: View) -> list[Member]:
-        """The lines of the selected runs: each its own, or one for the runs that differ in their seed alone."""
+        """The lines that are drawn of the selected runs: each its own, or one for those that the view takes together."""
+        return self.once(("members", view), lambda: self._best(self._groups(view), view)[: view.most])
+
+    def _groups(self, view: View) -> list[Member]:
         shown = self.shown(view)
-        groups = seed_groups(shown) if view.group else [[run] for run in shown]
-        found = [Member(tuple(group), any(run.status == "RUNNING" for run in group)) for group in groups]
-        return found[:MOST_LINES]
+        taken = seed_groups(shown) if view.group else [[run] for run in shown]
+        groups = groups_by(shown, view.by) if view.by else taken
+        return [Member(tuple(group), any(run.status == "RUNNING" for run in group)) for group in groups]
+
+    def _best(self, members: list[Member], view: View) -> list[Member]:
+        """The lines, best first, where not all are drawn; else as they are."""
+        if not view.rank or len(members) <= view.most:
+            return members
+        better = goal(view.rank)
+        self.read([run for member in members for run in member.runs], [view.rank])
+
+        def loss(member: Member) -> float:
+            having = [run for run in member.runs if view.rank in run.keys]
+            values = [summarise(self.store.source.series(run.id, view.rank), better).best for run in having]
+            mean = float(np.mean(values)) if values else np.nan
+            return np.inf if np.isnan(mean) else mean if better == "min" else -mean
+
+        return sorted(members, key=loss)
 
     def labels(self, view: View) -> dict[str, str]:
-        """A legend for each member, by its id: its method where these differ, and what tells it from others of its method."""
+        """A legend for each member, by its id: the run's name, or the group's, and how many runs stand behind it."""
         members = self.members(view)
-        kinds: dict[str, list[Run]] = {}
-        for member in members:
-            kinds.setdefault(_method(member), []).append(member.runs[-1])
-        telling = {run_id: label for kind in kinds.values() for run_id, label in legends(kind).items()}
-
-        def label(member: Member) -> str:
-            method = _method(member)
-            if not method or (len(kinds) == 1 and not view.group):
-                return telling[member.id]
-            return method if len(kinds[method]) == 1 else f"{method}: {telling[member.id]}"
-
-        return {m.id: label(m) + (f" (n={len(m.runs)})" if len(m.runs) > 1 else "") for m in members}
-
-
-def _method(member: Member) -> str:
-    return member.runs[-1].tags.get("zo.method", "")
+        if view.by:
+            names = [group_label(member.runs[0], view.by) for member in members]
+        else:
+            names = group_names([member.runs for member in members], self.names)
+        return {
+            member.id: name + (f" (n={len(member.runs)})" if len(member.runs) > 1 else "")
+            for member, name in zip(members, names, strict=True)
+        }
 
 
 def look(store: Store, chosen: Sequence[str]) -> Scene:

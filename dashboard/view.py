@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 AXES = {
     "step": "step",
@@ -13,6 +14,12 @@ AXES = {
     "tokens": "tokens",
     "forwards": "forward passes",
 }
+COLORS = ("run", "method")
+MOST_LINES = 50
+_LONGEST_FILTER = 2000
+_IDS = ("runs", "without", "hidden", "pinned")
+_SEVERAL = {"keys": "key", "columns": "column", "by": "by"}
+"""Fields whose values stand one by one in the address, and their name there."""
 _SHORT = 10  # characters of a run's id that the address keeps
 _NONE = "none"
 
@@ -24,12 +31,20 @@ class View:
     Args:
         store: the store that was looked at, without credentials; only compared, never opened.
         experiments: ids; empty: all.
-        runs: ids or their beginnings; None: all.
+        filter: which runs are looked at, as :mod:`query` reads it; "": all.
+        runs: of these, ids or their beginnings; None: all.
+        without: but not these, ids or their beginnings.
         keys: metrics of the Curves page; empty: the page's own choice.
         axis: x of curves, a key of :data:`AXES`.
-        smoothing: weight of the past in the moving average, 0 <= smoothing < 1.
+        smoothing: weight of the past in the moving average, 0 <= smoothing <= 0.999.
         log: logarithmic y.
         group: runs that differ in nothing but the seed as one mean with its deviation.
+        by: parameters; runs that are equal in these as one mean with its deviation. Empty: as ``group`` says.
+        color: a colour for each ``run`` or for each ``method``.
+        rank: the metric whose best lines are drawn where there is no room for all; "": the newest are.
+        most: how many lines are drawn, 1 to 50.
+        columns: of the table of runs; empty: the table's own choice.
+        pinned: ids of the runs that come first in it, or their beginnings.
         budget: a device's memory in GiB.
         quality: the metric that says how good a model is.
         target: the quality to reach.
@@ -41,12 +56,20 @@ class View:
 
     store: str = ""
     experiments: tuple[str, ...] = ()
+    filter: str = ""
     runs: tuple[str, ...] | None = None
+    without: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     axis: str = "step"
     smoothing: float = 0.0
     log: bool = False
     group: bool = False
+    by: tuple[str, ...] = ()
+    color: str = COLORS[0]
+    rank: str = ""
+    most: int = MOST_LINES
+    columns: tuple[str, ...] = ()
+    pinned: tuple[str, ...] = ()
     budget: float | None = None
     quality: str = ""
     target: float | None = None
@@ -56,12 +79,46 @@ class View:
     live: bool = True
 
     def shows(self, run_id: str) -> bool:
-        """The run is selected."""
-        return self.runs is None or any(run_id.startswith(part) for part in self.runs)
+        """The run is selected, if the filter leaves it."""
+        return (self.runs is None or run_id in self._runs) and run_id not in self._without
 
     def hides(self, run_id: str) -> bool:
         """The run's line is off."""
-        return any(run_id.startswith(part) for part in self.hidden)
+        return run_id in self._hidden
+
+    def pins(self, run_id: str) -> bool:
+        """The run comes first in the table."""
+        return run_id in self._pinned
+
+    @cached_property
+    def _runs(self) -> Beginnings:
+        return Beginnings(self.runs or ())
+
+    @cached_property
+    def _without(self) -> Beginnings:
+        return Beginnings(self.without)
+
+    @cached_property
+    def _hidden(self) -> Beginnings:
+        return Beginnings(self.hidden)
+
+    @cached_property
+    def _pinned(self) -> Beginnings:
+        return Beginnings(self.pinned)
+
+
+class Beginnings:
+    """A set of ids of which only the first characters may be known.
+
+    Args:
+        parts: ids, or how they begin.
+    """
+
+    def __init__(self, parts: Sequence[str]) -> None:
+        self._parts, self._lengths = frozenset(parts), {len(part) for part in parts}
+
+    def __contains__(self, run_id: str) -> bool:
+        return any(run_id[:length] in self._parts for length in self._lengths)
 
 
 def read(query: Mapping[str, Sequence[str]]) -> View:
@@ -80,16 +137,24 @@ def read(query: Mapping[str, Sequence[str]]) -> View:
     return View(
         store=first.get("store", fresh.store),
         experiments=_list(first.get("experiments")) or (),
+        filter=first.get("filter", fresh.filter)[:_LONGEST_FILTER],
         runs=_list(first.get("runs")),
-        keys=tuple(key for key in query.get("key", ()) if key),
+        without=_list(first.get("without")) or (),
+        keys=_several(query, "keys"),
         axis=axis if axis in AXES else fresh.axis,
-        smoothing=smoothing if smoothing is not None and 0 <= smoothing < 1 else fresh.smoothing,
+        smoothing=smoothing if smoothing is not None and 0 <= smoothing <= 0.999 else fresh.smoothing,
         log=first.get("log") == "1",
         group=first.get("group") == "1",
+        by=_several(query, "by"),
+        color=first["color"] if first.get("color") in COLORS else fresh.color,
+        rank=first.get("rank", fresh.rank),
+        most=min(int(most), fresh.most) if _is_count(most := first.get("most", "")) and int(most) else fresh.most,
+        columns=_several(query, "columns"),
+        pinned=_list(first.get("pinned")) or (),
         budget=_positive(first.get("budget")),
         quality=first.get("quality", fresh.quality),
         target=_float(first.get("target")),
-        at=int(at) if at.isascii() and at.isdigit() and len(at) < 18 else None,
+        at=int(at) if _is_count(at) else None,
         zoom=(low, high) if low is not None and high is not None and low < high else None,
         hidden=_list(first.get("hidden")) or (),
         live=first.get("live") != "0",
@@ -104,9 +169,9 @@ def write(view: View) -> dict[str, str | list[str]]:
         value = getattr(view, field.name)
         if value == getattr(fresh, field.name):
             continue
-        if field.name == "keys":
-            found["key"] = list(value)
-        elif field.name in ("runs", "hidden"):
+        if field.name in _SEVERAL:
+            found[_SEVERAL[field.name]] = list(value)
+        elif field.name in _IDS:
             found[field.name] = ",".join(one[:_SHORT] for one in value) or _NONE
         elif field.name == "experiments":
             found[field.name] = ",".join(value)
@@ -117,6 +182,14 @@ def write(view: View) -> dict[str, str | list[str]]:
         else:
             found[field.name] = str(value)
     return found
+
+
+def _several(query: Mapping[str, Sequence[str]], field: str) -> tuple[str, ...]:
+    return tuple(value for value in query.get(_SEVERAL[field], ()) if value)
+
+
+def _is_count(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 18
 
 
 def _list(text: str | None) -> tuple[str, ...] | None:

@@ -337,16 +337,22 @@ def test_a_link_opens_no_other_store(ours: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("group", "expected"),
+    ("shown", "expected"),
     [
-        (False, {"AdamW", "ZO: lr=1e-3, seed=0", "ZO: lr=1e-3, seed=1", "ZO: lr=1e-4, seed=0"}),
-        (True, {"AdamW", "ZO: lr=1e-3 (n=2)", "ZO: lr=1e-4"}),
+        (View(), {"zo-0", "zo-1", "adamw", "going on"}),
+        (View(group=True), {"adamw", "ZO (n=2)", "going on"}),
+        (View(by=("seed", "zo.method")), {"seed=1, method=ZO", "seed=0, method=AdamW", "seed=0, method=ZO (n=2)"}),
+        (View(filter="lr>=1e-3"), {"zo-0", "zo-1"}),
+        (View(filter="zo lr<1 or adamw", without=("zz",)), {"zo-0", "zo-1", "adamw", "going on"}),
+        (View(filter="/(/"), {"zo-0", "zo-1", "adamw", "going on"}),
+        (View(rank="val/accuracy", most=2), {"adamw", "zo-1"}),
+        (View(rank="train/loss", most=1), {"going on"}),
     ],
 )
-def test_legends_name_the_method_and_what_tells_its_runs_apart(group: bool, expected: set[str], ours: Path) -> None:
+def test_lines_are_named_as_their_runs_and_chosen_by_the_view(shown: View, expected: set[str], ours: Path) -> None:
     source = open_source(f"sqlite:///{ours}")
     scene = look(Store(source, Plotter(source)), ())
-    assert set(scene.labels(View(group=group)).values()) == expected
+    assert set(scene.labels(shown).values()) == expected
 
 
 def test_a_run_whose_process_is_gone_is_killed(folder: Path) -> None:

@@ -291,7 +291,15 @@ views = st.builds(
     View,
     store=words_,
     experiments=st.lists(words_.filter(lambda w: w != "none"), max_size=3).map(tuple),
+    filter=words_,
     runs=st.none() | st.lists(hexes, max_size=3).map(tuple),
+    without=st.lists(hexes, max_size=3).map(tuple),
+    by=st.lists(words_, max_size=3).map(tuple),
+    color=st.sampled_from(view.COLORS),
+    rank=words_,
+    most=st.integers(1, view.MOST_LINES),
+    columns=st.lists(words_, max_size=3).map(tuple),
+    pinned=st.lists(hexes, max_size=3).map(tuple),
     keys=st.lists(words_, max_size=3).map(tuple),
     axis=st.sampled_from(list(view.AXES)),
     smoothing=st.sampled_from([0.0, 0.5, 0.999]),
@@ -313,7 +321,9 @@ def test_a_view_reads_back_from_its_address(shown: View) -> None:
     assert view.read(query) == shown
 
 
-@given(st.dictionaries(st.sampled_from([*View.__dataclass_fields__, "key", "other"]), st.lists(st.text(), max_size=3)))
+@given(
+    st.dictionaries(st.sampled_from([*View.__dataclass_fields__, "key", "column", "other"]), st.lists(st.text(), max_size=3))
+)
 def test_any_address_reads(query: dict[str, list[str]]) -> None:
     found = view.read(query)
     assert found.axis in view.AXES and 0 <= found.smoothing < 1

@@ -12,7 +12,7 @@ from ..charts import live
 from ..charts.lines import Look
 from ..charts.live import Rule
 from ..glossary import meaning
-from ..scene import MOST_LINES, Scene, every, look
+from ..scene import Scene, every, look
 from ..session import board, change, current, keep, new_board, widget
 from ..source import SourceError
 from ..view import AXES, View
@@ -48,8 +48,9 @@ def follow(scene: Scene, draw: Callable[[Scene], None]) -> None:
 def legend(scene: Scene, view: View) -> None:
     """The chips of the lines on this page."""
     data = lines(scene, view, board())
-    if len(scene.shown(view)) > MOST_LINES and len(data["series"]) == MOST_LINES:
-        st.caption(f"The newest {MOST_LINES} of the selected lines are drawn; the tables have all.")
+    if (shown := len(data["series"])) == view.most and len(scene.shown(view)) > shown:
+        which = f"best {shown} by {text.code(view.rank, 60)}" if view.rank else f"newest {shown}"
+        st.caption(f"The {which} of the selected lines are drawn; the tables have all.")
     live.legend(data)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .axes import COUNTERS, by_counter, by_elapsed, by_step
 from .curve import Curve, Floats
 from .groups import Band, band
-from .params import differing, legends, seed_groups
+from .params import differing, legends, same_value, seed_groups
 from .smoothing import smooth
 from .summaries import Goal, Row, Summary, at_step, goal, rows, summarise
 from .thinning import Grid, Marks, grid, log_axis, marks, thin
@@ -35,6 +35,7 @@ __all__ = [
     "marks",
     "pareto",
     "rows",
+    "same_value",
     "seed_groups",
     "smooth",
     "summarise",

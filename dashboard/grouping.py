@@ -1,0 +1,34 @@
+"""Runs taken together by what they were set to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from . import text
+from .source.base import Run
+from .transforms import same_value
+
+
+def setting(run: Run, name: str) -> str | None:
+    """The run's parameter of that name, else its tag; None: it has neither."""
+    return run.params.get(name, run.tags.get(name))
+
+
+def groups_by(runs: Sequence[Run], names: Sequence[str]) -> list[list[Run]]:
+    """The runs, those together that are set alike.
+
+    Args:
+        runs: in the order in which the groups come.
+        names: of parameters or tags; two spellings of a number are equal.
+    """
+    groups: dict[object, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(tuple(same_value(setting(run, name)) for name in names), []).append(run)
+    return list(groups.values())
+
+
+def group_label(run: Run, names: Sequence[str]) -> str:
+    """How the run's group is set, to show: "lr=1e-3, method=ZO"."""
+    return ", ".join(
+        f"{text.plain(name.removeprefix('zo.'), 40)}={text.plain(setting(run, name) or '–', 40)}" for name in names
+    )
