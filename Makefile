@@ -7,14 +7,22 @@ ARGS ?=
 demo: $(VENV)/demo.stamp
 	$(BIN)/zolightning demo $(ARGS)
 
-test: $(VENV)/dev.stamp
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/python -m pytest -q $(ARGS)
+# One process a core; a file's tests stay together, so that what they share is made once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
+
+test: lint
+	$(PYTEST) $(ARGS)
+
+test-fast: $(VENV)/dev.stamp
+	$(PYTEST) -m "not slow and not integration" $(ARGS)
 
 test-slow: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 $(VENV)/demo.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -29,4 +37,4 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
-.PHONY: demo test test-slow clean
+.PHONY: demo test test-fast test-slow lint clean

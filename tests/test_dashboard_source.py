@@ -790,7 +790,7 @@ def twin(rows: list[Point]) -> list[Point]:
     return [(s, t, math.copysign(math.inf, v) if abs(v) == LARGEST else v) for s, t, v in rows]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["extend", "add", "replace"]), st.lists(points, max_size=6), st.integers(-3, 8)), max_size=8

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from zolightning_dashboard.source import Run, Series
 from zolightning_dashboard.transforms import (
@@ -106,7 +106,6 @@ def test_the_counter_join_against_the_textbook(counter: list[tuple[int, float]],
 # ---- smoothing -----------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.lists(ANY, max_size=400), st.one_of(st.just(0.0), st.floats(0.001, 0.999)))
 def test_smoothing_against_the_textbook(values: list[float], weight: float) -> None:
     average, debias = 0.0, 1.0
@@ -139,7 +138,6 @@ def shown(line: Curve, to: Grid) -> list[tuple[float, float]]:
     return [(x, y) for x, y in points(line) if to.low <= x <= to.high + 1e-9 and math.isfinite(y)]
 
 
-@settings(deadline=None)
 @given(
     st.lists(curves, min_size=1, max_size=4),
     st.integers(1, 9),
@@ -239,7 +237,6 @@ def textbook(values: Sequence[float]) -> tuple[float, float, int]:
     return statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else math.nan, len(known)
 
 
-@settings(deadline=None)
 @given(st.lists(curves, min_size=1, max_size=4))
 def test_a_band_of_coinciding_points_against_the_textbook(lines: list[Curve]) -> None:
     members = [dict(points(line)) for line in lines if len(line.x)]  # the last of each x

@@ -104,7 +104,9 @@ def test_tar_that_unpacks_to_too_much() -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"no archive", gzip.compress(b"no tar" * 1000), tar_of((tarfile.TarInfo("a"), b"x"))[:60]]
+    "content",
+    [b"", b"no archive", gzip.compress(b"no tar" * 1000), tar_of((tarfile.TarInfo("a"), b"x"))[:60]],
+    ids=["empty", "no archive", "no tar", "torn"],  # compressed bytes hold the time
 )
 def test_damaged_tar(content: bytes) -> None:
     with pytest.raises(ValueError, match="inner archive is damaged or no archive of its kind"):

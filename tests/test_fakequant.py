@@ -10,7 +10,7 @@ import pytest
 import reference
 import torch
 from helpers import PLAIN, Task, assert_same, batches, fit, lm_loss, mlp, mse, tiny_causal_lm, token_batches, weights
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -50,7 +50,6 @@ def rounded(values: list[float], bits: int, lower: float = 1.0, upper: float = 1
 
 
 @given(numbers, st.integers(2, 8), st.floats(0.3, 1.2), st.floats(0.3, 1.2))
-@settings(deadline=None)
 def test_grid(values: list[float], bits: int, lower: float, upper: float) -> None:
     """Half-way cases may round either way, so compare the distance to the value and not the points."""
     x = torch.tensor(values, dtype=torch.float32)
@@ -71,7 +70,6 @@ def test_zero_stays_zero_and_points_stay_where_they_are() -> None:
 
 
 @given(st.integers(2, 8), st.integers(1, 30), st.integers(0, 1000))
-@settings(deadline=None)
 def test_packing(bits: int, count: int, seed: int) -> None:
     codes = torch.randint(0, 2**bits, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     packed = pack(codes, bits)

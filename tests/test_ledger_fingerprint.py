@@ -20,7 +20,7 @@ WORD = (1 << 64) - 1
 
 shapes = st.lists(st.integers(0, 7), max_size=3).map(tuple)
 dtypes = st.sampled_from(DTYPES)
-quick = settings(deadline=None, max_examples=60)
+quick = settings(max_examples=60)
 
 
 @pytest.fixture(params=["native", "torch"], autouse=True, scope="module")

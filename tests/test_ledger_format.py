@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from zolightning.ledger import LedgerError, read
@@ -31,7 +31,6 @@ from zolightning.types import Key, Term
 
 SEED = 2**64 - 5
 
-quick = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 names = st.text(max_size=12)
 counts = st.integers(0, 2**63)
 doubles = st.floats()
@@ -129,7 +128,6 @@ def put(folder: Path, data: bytes) -> Path:
     return path
 
 
-@quick
 @given(header=headers, records=st.lists(methods | options | checks | steps(), max_size=5))
 def test_every_record_comes_back(header: Header, records: list[Record], tmp_path: Path) -> None:
     ledger = read(put(tmp_path, b"".join(pieces(records, header))))
@@ -190,7 +188,6 @@ def test_no_altered_byte_goes_unnoticed(flip: int, tmp_path: Path) -> None:
             assert f"the record at byte {ledger.end} of {path} was altered or overwritten" in ledger.damage
 
 
-@quick
 @given(data=st.data())
 def test_dropped_repeated_and_moved_records_are_noticed(data: st.DataObject, tmp_path: Path) -> None:
     parts = pieces(RUN)
@@ -201,7 +198,6 @@ def test_dropped_repeated_and_moved_records_are_noticed(data: st.DataObject, tmp
     assert bool(ledger.torn or ledger.damage) == (whole < len(order))
 
 
-@quick
 @given(junk=st.binary(min_size=1, max_size=300))
 def test_junk_at_the_end_is_torn(junk: bytes, tmp_path: Path) -> None:
     for tail in (junk, bytes(len(junk))):  # file systems fill with zeros what they could not write
@@ -346,7 +342,6 @@ def test_kinds_of_a_later_version_are_not_skipped(tmp_path: Path) -> None:
     assert list(followed) == [] and "altered or overwritten" in followed.damage
 
 
-@quick
 @given(code=st.integers(1, 5), payload=st.binary(max_size=60))
 def test_decoding_anything_raises_nothing_else(code: int, payload: bytes) -> None:
     record = forged(code, payload, PROLOGUE)

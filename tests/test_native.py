@@ -69,13 +69,13 @@ def specimen(dtype: torch.dtype, length: int) -> Tensor:
 class TestSameBits:
     """Every operation, dtype, distribution, start, length and number of terms."""
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(distributions, terms, leaves, starts, lengths)
     def test_noise_sum(self, dist: Distribution, terms: list[Term], leaf: int, start: int, length: int) -> None:
         expected = reference.noise_sum(dist, terms, leaf, start, length, torch.device("cpu"))
         assert same_bits(noise.noise_sum(dist, terms, leaf, start, length, torch.device("cpu")), expected)
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(distributions, keys, leaves, st.lists(starts, min_size=1, max_size=5), lengths, st.booleans())
     def test_sample(self, dist: Distribution, key: Key, leaf: int, begins: list[int], length: int, own_queries: bool) -> None:
         begin = torch.tensor(begins)
@@ -83,7 +83,7 @@ class TestSameBits:
         expected = elements(dist, key, leaf, begin, length, key.query if queries is None else queries[:, None])
         assert same_bits(sample(dist, key, leaf, begin, length, queries), expected)
 
-    @settings(max_examples=80, deadline=None)
+    @settings(max_examples=80)
     @given(distributions, terms, leaves, starts, lengths, floats, floats)
     def test_perturb(
         self,
@@ -111,7 +111,7 @@ class TestSameBits:
             reference.perturb(expected, w, Rademacher(), [Term(Key(1, 2, 3), coefficient)], 5, 0)
             assert same_bits(mine, expected)
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(distributions, keys, st.floats(-4, 4, width=32), starts, lengths, floats, floats)
     def test_perturb_both(
         self, dist: Distribution, key: Key, offset: float, start: int, length: int, source: torch.dtype, out: torch.dtype
@@ -137,7 +137,7 @@ class TestSameBits:
             reference.sgd_(w, dist, some, leaf, 0, 0.3, 0.1, some[0].key)
         assert all(map(same_bits, moved + updated, expected + after))
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(distributions, terms, leaves, st.lists(st.integers(0, 19), max_size=9), st.integers(1, 130), floats, floats)
     def test_perturb_rows(
         self,
@@ -156,7 +156,7 @@ class TestSameBits:
         reference.perturb_rows(expected, w, dist, terms, leaf, index)
         assert same_bits(mine, expected)
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(keys, leaves, starts, lengths, st.sampled_from([torch.bfloat16, torch.float16]))
     def test_stochastic_round(self, key: Key, leaf: int, start: int, length: int, dtype: torch.dtype) -> None:
         mine, expected = torch.empty(2, length, dtype=dtype)
@@ -164,7 +164,7 @@ class TestSameBits:
         reference.stochastic_round_(expected, specimen(torch.float32, length), key, leaf, start)
         assert same_bits(mine, expected)
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(distributions, terms, leaves, starts, lengths, floats, st.sampled_from([0.0, 0.1, 1e-3]), keys)
     def test_sgd(
         self,

@@ -63,7 +63,7 @@ def test_mean_of_a_half_precision_vector_is_taken_in_double() -> None:
         ({"Loss": 1.0, "acc": 2.0}, ValueError, r"without 'loss'; its keys are \['Loss', 'acc'\]"),
         ({"loss": "x"}, TypeError, "got str"),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__ if type(value) is object else str(value),  # without an address
 )
 def test_bad_losses(out: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):

@@ -25,7 +25,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 from helpers import PLAIN, Task, batches, loader, mlp, quiet_trainer
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -380,7 +380,7 @@ FAULTS = st.lists(st.sampled_from(["", "slow", "before", "after"]), max_size=12)
 VALUES = st.floats(width=64)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(st.lists(VALUES, min_size=1, max_size=700), FAULTS, st.integers(1, 300), st.booleans(), st.sets(st.integers(0, 300)))
 def test_any_faults(
     tmp_path_factory: pytest.TempPathFactory,
@@ -507,7 +507,7 @@ def test_file_of_a_process_that_died(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.dictionaries(st.text(max_size=5), VALUES, max_size=3), max_size=30), st.integers(0, 200))
 def test_file_gives_back_what_it_took(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, float]], cut: int) -> None:
     """All of it; and after a cut anywhere every line that is whole."""
