@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -60,19 +61,67 @@ def apply_update(
     by_parameter = {id(leaf.parameter): leaf for leaf in leaves}
     before = [_sample(leaf).clone() for leaf in leaves] if measure else []
     trained = [_trained(leaf, old) for leaf, old in zip(leaves, before, strict=False)]
-    plain = is_plain_sgd(optimizer)
-    for group in optimizer.param_groups:
-        members = [by_parameter[id(p)] for p in group["params"] if p.requires_grad and id(p) in by_parameter]
-        if plain:
-            sign = -1.0 if group.get("maximize") else 1.0
-            signed = [Term(t.key, sign * t.coefficient) for t in terms]
-            descend_(members, signed, float(group["lr"]), float(group.get("weight_decay", 0.0)), key)
-        else:
-            for leaf in members:
-                _step_alone(optimizer, group, leaf, terms, key)
+    for group, members in _members(optimizer, by_parameter):
+        _advance(optimizer, group, members, terms, key)
     negative, saturated = _project_(leaves)
     stats = _compare(before, trained, leaves) if measure else UpdateStats()
     return stats._replace(negative=negative, saturated=saturated)
+
+
+class Change(NamedTuple):
+    """One step of one parameter group, to be applied to its leaves one by one, later: nothing of it is read then.
+
+    It gives the bits that :func:`apply_update` gives now.
+
+    Args:
+        optimizer: whose rule it is; only its class and settings are used.
+        group: the parameter group's settings at the step.
+        terms: (key, coefficient) pairs of the estimate.
+        key: the step's.
+    """
+
+    optimizer: Optimizer
+    group: Mapping[str, Any]
+    terms: Sequence[Term]
+    key: Key
+
+    @torch.no_grad()
+    def __call__(self, leaf: Leaf, state: dict[str, Any]) -> dict[str, Any]:
+        """Change the leaf's parameter; returns the optimizer's state of it, which was ``state`` before."""
+        alone = object.__new__(type(self.optimizer))
+        alone.__dict__.update(self.optimizer.__dict__)
+        alone.__dict__.pop("step", None)  # which schedulers wrap: it is the step of the original
+        group = {**self.group, "params": [leaf.parameter]}
+        alone.param_groups, alone.state = [group], defaultdict(dict, {leaf.parameter: state})
+        _advance(alone, group, [leaf], self.terms, self.key)
+        _project_([leaf])
+        return alone.state[leaf.parameter]  # type: ignore[no-any-return]
+
+
+def changes(optimizer: Optimizer, leaves: Sequence[Leaf], terms: Sequence[Term], key: Key) -> Iterator[tuple[Leaf, Change]]:
+    """The step that :func:`apply_update` would take now, for each leaf that it would change."""
+    by_parameter = {id(leaf.parameter): leaf for leaf in leaves if leaf.active(key)}
+    for group, members in _members(optimizer, by_parameter):
+        settings = {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
+        change = Change(optimizer, settings, tuple(terms), key)
+        yield from ((leaf, change) for leaf in members)
+
+
+def _members(optimizer: Optimizer, by_parameter: Mapping[int, Leaf]) -> Iterator[tuple[dict[str, Any], list[Leaf]]]:
+    """Each parameter group with its leaves."""
+    for group in optimizer.param_groups:
+        yield group, [by_parameter[id(p)] for p in group["params"] if p.requires_grad and id(p) in by_parameter]
+
+
+def _advance(optimizer: Optimizer, group: dict[str, Any], members: Sequence[Leaf], terms: Sequence[Term], key: Key) -> None:
+    """The optimizer's step of some leaves of a group."""
+    if is_plain_sgd(optimizer):
+        sign = -1.0 if group.get("maximize") else 1.0
+        signed = [Term(t.key, sign * t.coefficient) for t in terms]
+        descend_(members, signed, float(group["lr"]), float(group.get("weight_decay", 0.0)), key)
+    else:
+        for leaf in members:
+            _step_alone(optimizer, group, leaf, terms, key)
 
 
 def _project_(leaves: Sequence[Leaf]) -> tuple[int | None, int | None]:

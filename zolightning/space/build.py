@@ -134,7 +134,8 @@ def _refuse_shared_storage(parameters: dict[str, nn.Parameter]) -> None:
     for name, parameter in parameters.items():
         if not parameter.numel():
             continue
-        place = (parameter.device, parameter.data_ptr())
+        offset = int(parameter.storage_offset()) * parameter.element_size()
+        place = (parameter.device, parameter.untyped_storage().data_ptr() + offset)
         if place in seen:
             raise ValueError(
                 f"{seen[place]!r} and {name!r} are two Parameters on the same memory; tie them by assigning the same "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -186,6 +187,12 @@ class Leaf(ABC):
     def rows(self, indices: Tensor, terms: Sequence[Term]) -> Tensor:
         """(W + Σ_k c_k z_k)[indices], negative ones counted from the end."""
         return self.perturbed(terms)[indices]
+
+    def on(self, parameter: nn.Parameter) -> Leaf:
+        """The same leaf, of another Parameter that holds the same weights."""
+        twin = copy.copy(self)
+        twin.parameter = parameter
+        return twin
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {tuple(self.parameter.shape)}, {self.parameter.dtype})"

@@ -35,7 +35,7 @@ class Both(NamedTuple):
 
 
 _T = torch.Tensor
-_IN_PLACE = re.compile(r"[^_].*[^_]_|_foreach_\w+_|__setitem__|__set__|__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor)__")
+IN_PLACE = re.compile(r"[^_].*[^_]_|_foreach_\w+_|__setitem__|__set__|__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor)__")
 _PROPERTIES = """
     shape dtype device layout ndim requires_grad is_leaf grad grad_fn is_cuda is_mps is_xpu is_meta is_sparse is_quantized
     is_nested names itemsize nbytes _version _base retains_grad
@@ -46,7 +46,7 @@ _METHODS = """
 """
 _SETTERS = "grad requires_grad"  # of zero_grad() and toggle_optimizer() inside a closure
 _FUNCTIONS = "is_floating_point is_complex numel is_tensor"
-_METADATA: frozenset[Any] = frozenset(
+METADATA: frozenset[Any] = frozenset(
     [getattr(_T, name).__get__ for name in str.split(_PROPERTIES) if hasattr(_T, name)]
     + [getattr(_T, name).__set__ for name in str.split(_SETTERS)]
     + [getattr(_T, name) for name in str.split(_METHODS)]
@@ -111,7 +111,7 @@ class Probe(TorchFunctionMode):
         if not self._reads_leaf(args) and not (kwargs and self._reads_leaf(kwargs.values())):
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if func in METADATA:
             return func(*args, **kwargs)
         if self._sides:
             return self._both(func, types, args, kwargs)
@@ -176,7 +176,7 @@ class Probe(TorchFunctionMode):
 
     def _refuse_write(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         name = getattr(func, "__name__", "")
-        targets = [kwargs["out"]] if "out" in kwargs else [*args, *kwargs.values()][:1] if _IN_PLACE.fullmatch(name) else []
+        targets = [kwargs["out"]] if "out" in kwargs else [*args, *kwargs.values()][:1] if IN_PLACE.fullmatch(name) else []
         if self._reads_leaf(targets):
             names = [leaf.name for leaf in self._leaves.values() if any(_is_or_holds(t, leaf.parameter) for t in targets)]
             raise RuntimeError(
@@ -294,7 +294,7 @@ class Unread(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in _METADATA and _reads(self._leaves, (*args, *kwargs.values())):
+        if func not in METADATA and _reads(self._leaves, (*args, *kwargs.values())):
             for leaf in self._leaves.values():
                 if any(_is_or_holds(value, leaf.parameter) for value in (*args, *kwargs.values())):
                     raise RuntimeError(

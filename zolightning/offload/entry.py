@@ -1,0 +1,77 @@
+"""A stored weight: what is known of it wherever its bytes are, and what it is while it is in memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..space import Leaf
+
+State = dict[str, Any]
+Change = Callable[[Leaf, State], State]
+"""Applies one step to a leaf, given the optimizer's state of it; returns the state after it."""
+
+
+class Written(NamedTuple):
+    """What the tier holds of an entry.
+
+    Args:
+        updates: that are in these bytes, since training began.
+        mark: names the last of them in the ledger; b"" for none.
+    """
+
+    updates: int = 0
+    mark: bytes = b""
+
+
+@dataclass(eq=False)
+class Entry:
+    """A stored weight.
+
+    Args:
+        name: the parameter's, in its module.
+        shape: of the weight.
+        dtype: that it has in memory.
+        device: where operations read it.
+    """
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    written: Written = field(default_factory=Written)
+    log: list[tuple[Leaf, Change, bytes]] = field(default_factory=list)
+    """The updates that the tier's bytes lack, oldest first."""
+    state: dict[str, str] = field(default_factory=dict)
+    """The optimizer's state: its name → its name in the tier."""
+    plain: State = field(default_factory=dict)
+    """Of it what is no tensor."""
+    state_bytes: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """In memory, the optimizer's state included."""
+        return self.shape.numel() * self.dtype.itemsize + self.state_bytes
+
+
+@dataclass(eq=False)
+class Slot:
+    """An entry that is in memory."""
+
+    tensor: Tensor
+    state: State
+    size: int
+    users: int = 0
+    applied: int = 0  # of the entry's log
+    writing: bool = False
+    ahead: bool = False  # read before anybody asked
+    seen: int = 0  # version of the tensor: who writes into it shows
+
+    def __post_init__(self) -> None:
+        self.seen = self.tensor._version
