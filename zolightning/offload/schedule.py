@@ -19,7 +19,7 @@ class Forecast:
 
     def __init__(self, order: Sequence[Hashable]) -> None:
         self._after: dict[Hashable, Hashable] = dict(zip(order, [*order[1:], *order[:1]], strict=True))
-        self._recent: tuple[Hashable, Hashable] = (None, order[0] if order else None)
+        self._recent: tuple[Hashable, Hashable] = (None, order[-1] if order else None)
         self._vain: dict[Hashable, int] = {}
 
     def note(self, item: Hashable) -> None:
