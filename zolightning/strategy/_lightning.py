@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING or find_spec("lightning") is not None:
     import lightning.pytorch as pl
+    from lightning.fabric.strategies import Strategy as FabricStrategy
     from lightning.fabric.utilities.apply_func import move_data_to_device
     from lightning.fabric.utilities.logger import _convert_params, _flatten_dict
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -20,6 +21,7 @@ if TYPE_CHECKING or find_spec("lightning") is not None:
     from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 else:
     import pytorch_lightning as pl
+    from lightning_fabric.strategies import Strategy as FabricStrategy
     from lightning_fabric.utilities.apply_func import move_data_to_device
     from lightning_fabric.utilities.logger import _convert_params, _flatten_dict
     from pytorch_lightning.callbacks import Callback, ModelCheckpoint
@@ -36,6 +38,7 @@ __all__ = [
     "Callback",
     "CheckpointIO",
     "DoublePrecision",
+    "FabricStrategy",
     "MLFlowLogger",
     "MisconfigurationException",
     "ModelCheckpoint",

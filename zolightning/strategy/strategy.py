@@ -30,6 +30,7 @@ from ..types import StepOutput, StepRecord
 from . import checkpoints
 from ._lightning import (
     DoublePrecision,
+    FabricStrategy,
     MisconfigurationException,
     Precision,
     SingleDeviceStrategy,
@@ -141,6 +142,14 @@ class ZOStrategy(OneDeviceStrategy):
         return self.session.view(optimizer)
 
     # set-up
+
+    @property
+    def _precision(self) -> Any:
+        """Fabric asks for it first."""
+        raise MisconfigurationException(
+            "ZOStrategy drives a Trainer, and Fabric has none; in a loop of your own use zolightning.engine.session.Session: "
+            "`session = Session(model, optimizer)`, then `session.estimate(loss_fn, batch); session.update()` for each batch"
+        )
 
     def setup(self, trainer: pl.Trainer) -> None:
         if trainer.state.fn != "fit":  # a checkpoint saved after a test is that of the fit before it
@@ -334,6 +343,7 @@ class ZOStrategy(OneDeviceStrategy):
 
 # Lightning allows a compiled LightningModule only under strategies it knows; this is a single device to it
 SingleDeviceStrategy.register(ZOStrategy)
+FabricStrategy.register(ZOStrategy)  # so that Fabric comes as far as ZOStrategy._precision, which says what to do instead
 for _name in ("zo", "zolightning.zostrategy"):  # the second is the form of `--trainer.strategy=zolightning.ZOStrategy`
     if _name not in StrategyRegistry.available_strategies():
         StrategyRegistry.register(_name, ZOStrategy, description="zeroth-order training: forward passes only")
