@@ -1,4 +1,4 @@
-"""What stands beside every page: which store, which runs, live or paused, and the report."""
+"""What stands beside every page: which store, which runs, how their lines are drawn, live or paused, and the report."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ import streamlit as st
 
 from . import text
 from .charts import live
+from .charts.live import Selection
+from .query import QueryError, parse
 from .report import report
 from .scene import Scene
 from .session import change, current, widget
-from .view import View
+from .transforms import differing
+from .view import COLORS, MOST_LINES, View
+
+_MOST_PARAMETERS = 200
+_COLORED = {"run": "run", "method": "method"}
 
 
 def sidebar(scene: Scene, shown_store: str) -> View:
@@ -23,6 +29,7 @@ def sidebar(scene: Scene, shown_store: str) -> View:
         _store(shown_store)
         _experiments(scene)
         _runs(scene)
+        _lines(scene)
         live_now = st.toggle(
             "Live",
             current().live,
@@ -63,12 +70,12 @@ def _experiments(scene: Scene) -> None:
         key=widget("experiments"),
     )
     if tuple(chosen) != current().experiments:
-        change(experiments=tuple(chosen), runs=None, hidden=(), zoom=None)
+        change(experiments=tuple(chosen), runs=None, without=(), hidden=(), zoom=None)
         st.rerun()
 
 
 def _runs(scene: Scene) -> None:
-    view, looks, names = current(), scene.styles(), scene.names
+    view, looks, names = current(), scene.styles(current()), scene.names
     rows = [
         {
             "id": run.id,
@@ -80,6 +87,50 @@ def _runs(scene: Scene) -> None:
         }
         for run in scene.runs
     ]
-    ticked = live.run_list(rows, [run.id for run in scene.shown(view)])
-    everything = len(ticked) == len(rows)
-    change(runs=None if everything else tuple(ticked))
+    everything = view.runs is None
+    ticked = [run.id for run in scene.runs if view.shows(run.id)]
+    but = [run.id for run in scene.runs if not view.shows(run.id)]
+    begin = Selection(view.filter, everything, tuple(but if everything else ticked))
+    left = [run.id for run in scene.filtered(view)] if view.filter else None
+    found = live.run_list(widget("zo-runs"), rows, begin, left, _trouble(view.filter))
+    if found.filter != view.filter:
+        change(filter=found.filter)
+        st.rerun()
+    change(runs=None if found.all else found.ids, without=found.ids if found.all else ())
+
+
+def _trouble(filter_: str) -> str:
+    try:
+        parse(filter_)
+    except QueryError as error:
+        return text.plain(str(error), 300)
+    return ""
+
+
+def _lines(scene: Scene) -> None:
+    """How the runs become lines: together, coloured, and which of them where there is no room for all."""
+    view = current()
+    with st.expander("Lines", icon=":material/show_chart:"):
+        names = sorted({"zo.method", *differing(scene.runs)} if len(scene.runs) > 1 else set())[:_MOST_PARAMETERS]
+        by = st.multiselect(
+            "Mean over runs alike in",
+            [*names, *(one for one in view.by if one not in names)],
+            list(view.by),
+            format_func=lambda one: text.plain(one.removeprefix("zo."), 60),
+            placeholder="Each run by itself",
+            key=widget("by"),
+            help="Runs that are set to the same values become one line, the mean, with one standard deviation around it.",
+        )
+        color = st.segmented_control(
+            "A colour for each", COLORS, default=view.color, key=widget("color"), format_func=lambda one: _COLORED[one]
+        )
+        keys = sorted({key for run in scene.runs for key in run.keys})
+        rank = st.selectbox(
+            "Draw first",
+            ["", *keys],
+            keys.index(view.rank) + 1 if view.rank in keys else 0,
+            format_func=lambda one: f"the best by {text.plain(one, 50)}" if one else "the newest",
+            key=widget("rank"),
+        )
+        most = st.number_input("Lines at most", 1, MOST_LINES, view.most, key=widget("most"))
+    change(by=tuple(by), color=color or view.color, rank=rank, most=int(most))

@@ -587,7 +587,7 @@ def test_ten_ticks_of_new_points_undo_nothing(page: Page, busy_server: Server, t
     chip(page, run_id(training.store, "zo-1")).click()
     listed(page, "adamw").locator("input").uncheck()
     page.locator(".zo-filter").fill("o")
-    page.wait_for_url(re.compile("runs=.*hidden="))
+    page.wait_for_url(re.compile("without=.*hidden="))
     wait_settled(page)
     drag(page, "train/loss", 0.02, 0.9)
     page.wait_for_url(re.compile("zoom="))

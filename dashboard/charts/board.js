@@ -43,8 +43,10 @@ class Board {
     return this.styles.get(id) ?? { label: id, light: "#888888", dark: "#999999", dash: [] };
   }
 
+  // All but the line that the user points at are faint.
   color(id, alpha = 1) {
     const hex = this.style(id)[this.dark ? "dark" : "light"];
+    if (this.lit && this.lit !== id) alpha *= 0.15;
     return alpha === 1 ? hex : hex + Math.round(alpha * 255).toString(16).padStart(2, "0");
   }
 
@@ -96,6 +98,15 @@ class Board {
     this.tell();
   }
 
+  // Point at a line, by its own id or that of one of its runs; null: at none.
+  light(id) {
+    const lit = id && (this.styles.has(id) ? id : [...this.styles].find(([, style]) => style.runs?.includes(id))?.[0]);
+    if ((lit ?? null) === (this.lit ?? null)) return;
+    this.lit = lit ?? null;
+    for (const chart of this.charts) chart.recolor();
+    for (const legend of this.legends) legend.refresh();
+  }
+
   // A line that has just been selected is there to be seen, and so is the only one.
   show(before) {
     const ids = [...this.styles.keys()], all = ids.every((id) => this.hidden.has(id));
@@ -116,6 +127,8 @@ class Legend {
   constructor(host, board) {
     this.board = board;
     this.root = element("div", "zo-legend", host);
+    this.root.setAttribute("role", "group");
+    this.root.setAttribute("aria-label", "Lines");
     this.root.dataset.testid = "zo-legend";
     board.legends.add(this);
   }
@@ -127,7 +140,8 @@ class Legend {
     this.ids = ids;
     for (const chip of this.root.children) {
       const { id } = chip.dataset, style = board.style(id), color = board.color(id), [on, off] = style.dash;
-      chip.title = `${style.title}\nClick: hide or show. Double click: this one alone.`;
+      chip.title = `${style.title}\nClick: hide or show. Double click, or Shift and Enter: only this one.`;
+      chip.classList.toggle("zo-lit", board.lit === id);
       chip.setAttribute("aria-pressed", String(!board.hidden.has(id)));
       chip.firstChild.style.background = on ? `repeating-linear-gradient(90deg, ${color} 0 ${on}px, transparent 0 ${on + off}px)` : color;
       chip.lastChild.textContent = style.label;
@@ -139,7 +153,9 @@ class Legend {
     chip.dataset.id = id;
     element("span", "zo-swatch", chip);
     element("span", "zo-name", chip);
-    chip.onclick = (e) => { if (e.detail < 2) this.board.toggle(id, e.altKey); };
+    chip.onclick = (e) => { if (e.detail < 2) this.board.toggle(id, e.altKey || e.shiftKey); };
+    chip.onmouseenter = chip.onfocus = () => light(id);
+    chip.onmouseleave = chip.onblur = () => light(null);
     chip.ondblclick = () => { this.board.hidden.delete(id); this.board.toggle(id, true); };
     return chip;
   }
@@ -147,6 +163,16 @@ class Legend {
 
 const boards = new Map();
 const mounted = new WeakMap();
+// One line on every chart, in every legend and in the list of runs.
+function light(id) {
+  let runs = id ? [id] : [];
+  for (const one of boards.values()) {
+    one.light(id);
+    runs = one.lit ? [...runs, ...(one.styles.get(one.lit)?.runs ?? [])] : runs;
+  }
+  for (const row of document.querySelectorAll(".zo-run")) row.classList.toggle("zo-lit", runs.includes(row.dataset.id));
+}
+
 const board = (name) => boards.get(name) ?? boards.set(name, new Board(name)).get(name);
 
 function themed(host) {

@@ -8,6 +8,7 @@ const MARKS = {
 };
 const PARTS = ["settled", "live"];
 const TIP_ROWS = 10;
+const NEAR = 16; // pixels from the pointer to the line that it means
 const FAR = 4; // times the highest value: a level beyond is named at the edge, lest it flatten the lines
 const MANY_POINTS = 6000; // beyond, lines are one pixel wide and not dashed: twenty times faster without a graphics card
 
@@ -144,11 +145,22 @@ class Chart {
   // What may change between two drawings without a new plot.
   clothes(id, role) {
     const many = this.aligned.points > MANY_POINTS, { width } = ROLE[role];
-    return { show: !this.board.hidden.has(id), width: many ? Math.min(1, width) : width, dash: many || role !== "line" ? [] : this.board.style(id).dash };
+    const thick = this.board.lit === id && role === "line" ? 0.8 : 0;
+    return { show: !this.board.hidden.has(id), width: (many ? Math.min(1, width) : width) + thick, dash: many || role !== "line" ? [] : this.board.style(id).dash };
   }
 
   dress() {
     this.names.forEach(([id, role], i) => Object.assign(this.u.series[i + 1], this.clothes(id, role)));
+  }
+
+  // Draw the same lines in the colours that hold now.
+  recolor() {
+    this.coloring ??= requestAnimationFrame(() => {
+      this.coloring = null;
+      if (!this.u) return;
+      this.dress();
+      this.u.redraw(false);
+    });
   }
 
   fit() {
@@ -170,12 +182,15 @@ class Chart {
     const here = this.u.over.matches(":hover"); // other charts follow with their crosshair alone
     const rows = !here || idx == null || left < 0 ? [] : readings(this, idx, top);
     this.tip.hidden = !rows.length;
+    const pointed = rows.length && Math.abs(rows[0].far) < NEAR ? rows[0].id : null;
+    if (here || this.pointed) light(pointed);
+    this.pointed = pointed;
     if (!rows.length) return;
     this.tip.replaceChildren();
     const x = this.aligned.x[idx];
     element("div", "zo-tip-x", this.tip, this.options.x.kind === "time" ? duration(x) : `${this.options.x.label} ${this.note.textContent ? "about " : ""}${reading(x)}`);
     for (const { id, text } of rows.slice(0, TIP_ROWS)) {
-      const row = element("div", "zo-tip-row", this.tip);
+      const row = element("div", id === pointed ? "zo-tip-row zo-lit" : "zo-tip-row", this.tip);
       element("span", "zo-dot", row).style.background = this.board.color(id);
       element("span", "zo-name", row, this.board.style(id).label);
       element("span", "zo-value", row, text);

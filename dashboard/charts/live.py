@@ -169,17 +169,46 @@ def _feed_key(board: str, part: str) -> str:
     return f"zo-feed-{board}-{part}"
 
 
-def run_list(runs: Sequence[Mapping[str, Any]], selected: Sequence[str]) -> Sequence[str]:
-    """The list of runs with boxes to tick; returns the ids that are ticked.
+class Selection(NamedTuple):
+    """Which runs are looked at.
 
     Args:
-        runs: for each ``id``, ``label``, ``title`` (on hover), ``light``, ``dark``, ``dash``, ``status`` and ``why``.
-        selected: ids to begin with.
+        filter: those that this text means.
+        all: of these, all but :attr:`ids`; else only :attr:`ids`.
+        ids: of runs.
     """
-    data = {"runs": [dict(run) for run in runs], "selected": list(selected)}
-    result = _component("runs")(key="zo-runs", data=data, default={"selected": list(selected)}, on_selected_change=_nothing)
-    found = result.get("selected")
-    return [str(one) for one in found] if isinstance(found, (list, tuple)) else list(selected)
+
+    filter: str
+    all: bool
+    ids: tuple[str, ...]
+
+
+def run_list(
+    key: str, runs: Sequence[Mapping[str, Any]], begin: Selection, left: Sequence[str] | None, trouble: str
+) -> Selection:
+    """The list of runs with its filter and with boxes to tick; returns what the user has made of it.
+
+    Args:
+        key: of the component; another one begins anew.
+        runs: for each ``id``, ``label``, ``title`` (on hover), ``light``, ``dark``, ``dash``, ``status`` and ``why``.
+        begin: the selection to begin with.
+        left: ids of the runs that its filter leaves; None: all.
+        trouble: why its filter makes no sense; "": it does.
+    """
+    data = {
+        "runs": [dict(run) for run in runs],
+        "all": begin.all,
+        "ids": list(begin.ids),
+        "filter": begin.filter,
+        "left": None if left is None else list(left),
+        "trouble": trouble,
+    }
+    state = {"selected": {"all": begin.all, "ids": list(begin.ids)}, "filter": begin.filter}
+    result = _component("runs")(key=key, data=data, default=state, on_selected_change=_nothing, on_filter_change=_nothing)
+    text, selected = result.get("filter"), result.get("selected")
+    if not isinstance(text, str) or not isinstance(selected, Mapping):
+        return begin
+    return Selection(text, bool(selected.get("all")), tuple(str(one) for one in selected.get("ids", ())))
 
 
 def cards(name: str, shown: Sequence[Card]) -> None:

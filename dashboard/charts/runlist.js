@@ -1,39 +1,58 @@
-// The list of runs in the sidebar: what is drawn, and each run's status. Rows are kept, so scroll and filter stay.
+// The list of runs in the sidebar: a filter, the boxes of the runs that it leaves, and each run's status. Rows are kept, so
+// scroll and focus stay.
+const TYPING = 350; // milliseconds without a key before the pages follow the filter
+
 class RunList {
   constructor(host) {
     this.root = element("div", "zo-runs", host);
     this.root.dataset.testid = "zo-runs";
-    const bar = element("div", "zo-bar", this.root);
-    this.filter = element("input", "zo-filter", bar);
-    this.filter.placeholder = "Filter runs";
+    this.filter = element("input", "zo-filter", this.root);
+    this.filter.type = "search";
+    this.filter.placeholder = "Filter: lr<1e-3 reft -killed";
     this.filter.setAttribute("aria-label", "Filter runs");
-    this.filter.oninput = () => this.show();
+    this.filter.setAttribute("aria-describedby", "zo-filter-help");
+    this.filter.oninput = () => this.typed();
+    this.trouble = element("div", "zo-trouble", this.root);
+    this.trouble.setAttribute("role", "status");
+    const help = element("div", "zo-help", this.root);
+    help.id = "zo-filter-help";
+    help.textContent = "Words of the name, method or status; /regex/; lr<1e-3, recipe=reft, optimizer~adam over parameters, metrics and tags; -term for not; a or b.";
+    const bar = element("div", "zo-bar", this.root);
+    this.count = element("span", "zo-count", bar);
     for (const [text, title, pick] of [
-      ["all", "Select every run the filter leaves", () => true],
-      ["none", "Select no run", null],
-      ["live", "Select the runs that are going on", (run) => run.status === "live"],
+      ["all", "Select every run that the filter leaves", () => [true, []]],
+      ["none", "Select no run", () => [false, []]],
+      ["live", "Select only the runs that are going on", () => [false, this.runs.filter((run) => run.status === "live").map((run) => run.id)]],
     ]) {
       const button = element("button", "zo-pick", bar, text);
       button.title = title;
-      button.onclick = () => this.choose(pick ? this.runs.filter((run) => this.matches(run) && pick(run)).map((run) => run.id) : []);
+      button.setAttribute("aria-label", title);
+      button.onclick = () => this.choose(...pick());
     }
     this.list = element("div", "zo-list", this.root);
+    this.list.setAttribute("role", "group");
+    this.list.setAttribute("aria-label", "Runs");
     this.rows = new Map();
   }
 
-  // {runs: [{id, label, title, light, dark, dash, status, why}], selected: [id]}
-  configure({ runs, selected }, dark, send) {
+  // {runs: [{id, label, title, light, dark, dash, status, why}], all, ids, filter, left: [id's beginning] or null, trouble}:
+  // selected are all runs but for `ids`, or `ids` only; null leaves all
+  configure({ runs, all, ids, filter, left, trouble }, dark, send) {
     this.runs = runs;
     this.send = send;
-    if (!this.sending) this.selected = new Set(selected);
+    if (!this.sending) [this.all, this.ids] = [all, new Set(ids)];
+    if (!this.configured) this.filter.value = filter;
+    this.configured = true;
+    if (this.filter.value === filter && !this.asking) this.narrow(left, trouble);
     const rows = runs.map((run) => this.rows.get(run.id) ?? this.row(run.id));
     this.rows = new Map(runs.map((run, i) => [run.id, rows[i]]));
     runs.forEach((run, i) => {
-      const { swatch, name, chip } = rows[i], color = dark ? run.dark : run.light, [on, off] = run.dash;
+      const { swatch, name, chip, only } = rows[i], color = dark ? run.dark : run.light, [on, off] = run.dash;
       name.textContent = run.label;
       name.title = run.title;
       chip.textContent = chip.dataset.status = run.status;
       chip.title = run.why;
+      only.setAttribute("aria-label", `Select only ${run.label}`);
       swatch.style.background = on ? `repeating-linear-gradient(90deg, ${color} 0 ${on}px, transparent 0 ${on + off}px)` : color;
     });
     const order = rows.map((r) => r.root);
@@ -42,42 +61,69 @@ class RunList {
   }
 
   row(id) {
-    const root = element("label", "zo-run");
+    const root = element("div", "zo-run"), label = element("label", "zo-run-label", root);
     root.dataset.id = id;
-    const box = element("input", "zo-box", root);
+    const box = element("input", "zo-box", label);
     box.type = "checkbox";
     box.onchange = () => {
-      const next = new Set(this.selected);
-      if (box.checked) next.add(id);
-      else next.delete(id);
-      this.choose([...next]);
+      const ids = new Set(this.ids);
+      if (box.checked === this.all) ids.delete(id);
+      else ids.add(id);
+      this.choose(this.all, [...ids]);
     };
-    const swatch = element("span", "zo-swatch", root), name = element("span", "zo-name", root);
+    const swatch = element("span", "zo-swatch", label), name = element("span", "zo-name", label);
     const only = element("button", "zo-only", root, "only");
-    only.title = "Select this run alone";
-    only.onclick = (e) => { e.preventDefault(); this.choose([id]); };
-    return { root, box, swatch, name, chip: element("span", "zo-status", root) };
+    only.onclick = () => this.choose(false, [id]);
+    root.onmouseenter = root.onfocusin = () => light(id);
+    root.onmouseleave = root.onfocusout = () => light(null);
+    return { root, box, swatch, name, only, chip: element("span", "zo-status", root) };
   }
 
-  matches(run) {
-    return `${run.title} ${run.status}`.toLowerCase().includes(this.filter.value.trim().toLowerCase());
+  // The server says which runs a text leaves, at once; the pages follow when the user pauses.
+  async typed() {
+    const filter = this.filter.value;
+    clearTimeout(this.telling);
+    this.telling = setTimeout(() => this.send("filter", filter), TYPING);
+    this.asking?.abort();
+    const asking = (this.asking = new AbortController()), query = new URLSearchParams(location.search);
+    query.set("filter", filter);
+    try {
+      const answer = await fetch(`./zo/match?${query}`, { signal: asking.signal });
+      if (answer.status === 200) {
+        const { ids, trouble } = await answer.json();
+        this.narrow(ids, trouble);
+        this.show();
+      }
+    } catch {
+      // typed on, or a server without this way: the page brings the runs when it follows
+    }
+    if (this.asking === asking) this.asking = null;
+  }
+
+  narrow(left, trouble) {
+    this.trouble.textContent = trouble;
+    if (!trouble) this.left = left && new Set(left.map((id) => id.slice(0, 10)));
   }
 
   show() {
+    let shown = 0;
     for (const run of this.runs ?? []) {
-      const { root, box } = this.rows.get(run.id);
-      box.checked = this.selected.has(run.id);
-      root.hidden = !this.matches(run);
+      const { root, box } = this.rows.get(run.id), there = !this.left || this.left.has(run.id.slice(0, 10));
+      box.checked = this.all !== this.ids.has(run.id);
+      if (root.hidden === there) root.hidden = !there;
+      shown += there;
     }
+    this.count.textContent = shown === this.runs.length ? `${shown.toLocaleString("en-US")} runs` : `${shown.toLocaleString("en-US")} of ${this.runs.length.toLocaleString("en-US")}`;
+    this.root.dataset.shown = shown;
   }
 
-  choose(ids) {
-    this.selected = new Set(ids);
+  choose(all, ids) {
+    [this.all, this.ids] = [all, new Set(ids)];
     this.show();
     clearTimeout(this.sending);
     this.sending = setTimeout(() => {
       this.sending = null;
-      this.send("selected", ids);
+      this.send("selected", { all, ids });
     }, 250);
   }
 }

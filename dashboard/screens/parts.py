@@ -56,13 +56,14 @@ def legend(scene: Scene, view: View) -> None:
 
 def lines(scene: Scene, view: View, board: str) -> dict[str, Any]:
     """What the legend of a set of charts is given."""
-    looks, labels = scene.styles(), scene.labels(view)
+    looks, labels = scene.styles(view), scene.labels(view)
     members = scene.members(view)
     series = [
         {
             "id": member.id,
             "label": text.plain(labels[member.id], 60),
             "title": text.plain(", ".join(run.name for run in member.runs), 500),
+            "runs": [run.id for run in member.runs],
             **looks[member.id]._asdict(),
         }
         for member in members
