@@ -23,6 +23,7 @@ from torch import Tensor
 from zolightning import ZOMonitor, ZOStrategy
 from zolightning.commands.demo.module import PromptClassifier, PromptData, intervene_at_ending
 from zolightning.data import PromptTemplate, encode, film_snippets, load_causal_lm, verbalizer_ids
+from zolightning.matmul import fastest_dtype
 from zolightning.methods.recipes import RECIPES
 from zolightning.objectives import soft_zero_one, zero_one
 
@@ -64,6 +65,9 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=8, help="directions for each example (default: 8)")
     parser.add_argument("--lr", type=float, help="RMS change of a step at the start (default: 4e-2, weights 2e-3)")
     parser.add_argument("--eps", type=float, help="perturbation scale (default: the objective's)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the model (default: the one measured fastest here)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--test", type=int, default=500, help="test examples (default: 500)")
     parser.add_argument("--out", type=Path, default=Path("accuracy-only"), help="folder of the results")
@@ -74,7 +78,7 @@ def main() -> None:
     texts, prompt = film_snippets(validation=100, test=args.test), PromptTemplate()
     train, validation, test = (encode(tokenizer, part, prompt) for part in texts[:3])
     data = PromptData(train, validation, test, tokenizer.pad_token_id, batch_size=args.batch, seed=args.seed)
-    model, recipe, lr = model.to(torch.bfloat16).train(), "default", 2e-3
+    model, recipe, lr = model.to(getattr(torch, args.dtype) if args.dtype else fastest_dtype()).train(), "default", 2e-3
     if args.train == "vectors":
         intervene_at_ending(model, train, tokenizer.pad_token_id)
         recipe, lr = "reft", 4e-2

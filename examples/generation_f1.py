@@ -26,6 +26,7 @@ from zolightning.adapt.interventions import at_prompts, idle, interventions
 from zolightning.commands.demo.module import PromptData, intervene_at_ending
 from zolightning.data import VADER, Encoded, Example, encode_text, fetch, film_snippets, generate_answers, load_causal_lm
 from zolightning.data.archives import read_tar_member
+from zolightning.matmul import fastest_dtype
 from zolightning.objectives import exact_match, text_errors, token_f1
 
 PROMPT = """Sentence: a dull, unfunny mess.
@@ -128,6 +129,9 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=4, help="directions for each sentence (default: 4)")
     parser.add_argument("--lr", type=float, default=4e-2, help="RMS change of a step at the start (default: 4e-2)")
     parser.add_argument("--eps", type=float, default=0.4, help="perturbation scale (default: 0.4)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of the model (default: the one measured fastest here)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--validation", type=int, default=50, help="sentences of the curve (default: 50)")
     parser.add_argument("--test", type=int, default=150, help="sentences for reporting (default: 150)")
@@ -149,7 +153,7 @@ def main() -> None:
 
     prompts = [encode(part) for part in (train, validation, test)]
     data = PromptData(*prompts, tokenizer.pad_token_id, batch_size=args.batch, seed=args.seed)
-    model = model.to(torch.bfloat16).train()
+    model = model.to(getattr(torch, args.dtype) if args.dtype else fastest_dtype()).train()
     intervene_at_ending(model, prompts[0], tokenizer.pad_token_id)
     module = Answering(model, tokenizer, wanted, args.lr, args.steps)
     trainer = L.Trainer(

@@ -7,7 +7,7 @@ python examples/quantized.py --methods qzo-nf4 qlora --steps 100
 The film-review task of ``zolightning demo``. Every run is a process of its own and is recorded in MLflow; table and picture go
 to --out, and a run whose result is there already, of the same settings, is not repeated: interrupt it, or start it again with
 more seeds. The rows:
-bfloat16 weights by ZO, also rounded afterwards; QZO, which trains the scales of NF4 or int8 layers and never their codes;
+plain weights by ZO, also rounded afterwards; QZO, which trains the scales of NF4 or int8 layers and never their codes;
 vectors at the prompt's end of the frozen NF4 model by ZO; LoRA on it by ZO and by backprop (QLoRA), with about the arithmetic
 of the ZO runs; ZeroQAT, weights that are rounded to 4 or 3 bits while they are trained by ZO, tested as real codes. Test
 examples are looked at once, at the end of a run.
@@ -27,9 +27,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_model, save_model
 
 from zolightning import ZOStrategy
-from zolightning.adapt import quantize
 from zolightning.adapt.fakequant import export_quantized, fake_quantize
-from zolightning.commands.demo.main import prepare
+from zolightning.adapt.quantize import quantize
+from zolightning.commands.demo.main import prepare, settle_precision
 from zolightning.commands.demo.methods import Method
 from zolightning.commands.demo.report import groups, spread, write
 from zolightning.commands.demo.run import Result, Task, run_alone, settings
@@ -60,8 +60,12 @@ class Quantized(Method):
     def strategy(self) -> Any:
         return "auto" if self.recipe is None else ZOStrategy(self.recipe, **dict(self.settings))
 
-    def prepare(self, model: torch.nn.Module) -> torch.nn.Module:
-        model = model.train().to(torch.bfloat16)
+    @property
+    def narrow(self) -> bool:
+        return True
+
+    def prepare(self, model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+        model = model.train().to(dtype)
         if self.after is not None and self.weights is not None:
             load_model(model, self.weights)
         if self.kind is not None:
@@ -90,8 +94,8 @@ def methods(steps: int, backprop_steps: int, batch_size: int, seeds: int) -> lis
     lora = {"lora": True, "recipe": "default", "settings": (("select", "re:lora_"),)}
     rounded = {"after": "zo", "seeds": seeds}
     return [
-        replace(none, name="zero-shot", title="zero-shot, bf16"),
-        replace(none, name="zo", title="ZO on bf16", recipe="default", lr=2e-3, **zo),
+        replace(none, name="zero-shot", title="zero-shot, not quantised"),
+        replace(none, name="zo", title="ZO, not quantised", recipe="default", lr=2e-3, **zo),
         replace(nf4, name="zero-shot-nf4", title="zero-shot, NF4"),
         replace(nf4, name="qzo-nf4", title="QZO on NF4", recipe="qzo", lr=2e-2, **zo),
         replace(nf4, name="qzo-nf4-batch", title="QZO on NF4, a direction for the batch", recipe="qzo", lr=2e-2,
@@ -104,7 +108,7 @@ def methods(steps: int, backprop_steps: int, batch_size: int, seeds: int) -> lis
         replace(int8, name="qzo-int8", title="QZO on int8", recipe="qzo", lr=2e-2, **zo),
         *(row for bits, lr in ((4, 2e-3), (3, 8e-3)) for row in (  # a coarser grid wants longer steps
             replace(none, name=f"ptq{bits}", title=f"zero-shot, rounded to {bits} bits", bits=bits),
-            replace(none, name=f"zo-ptq{bits}", title=f"ZO on bf16, then rounded to {bits} bits", bits=bits, **rounded),
+            replace(none, name=f"zo-ptq{bits}", title=f"ZO, then rounded to {bits} bits", bits=bits, **rounded),
             replace(none, name=f"zeroqat{bits}", title=f"ZeroQAT, {bits} bits", bits=bits, recipe="zeroqat", lr=lr, **zo),
         )),
         replace(none, name="qzo3", title="QZO on 3-bit codes", bits=3, recipe="qzo", lr=2e-2, **zo),
@@ -172,6 +176,12 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=100, help="test examples (default: 100)")
     parser.add_argument("--max-length", type=int, default=128, help="longest prompt in tokens (default: 128)")
     parser.add_argument("--model", help="a Hugging Face id or a folder (default: SmolLM2-135M from the package index)")
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", "32-true", "bf16-true"),
+        help="dtype of what is not quantised and of the products (default: the one measured fastest here)",
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
     parser.add_argument("--store", default=DEFAULT_STORE, help=f"MLflow tracking URI (default: {DEFAULT_STORE})")
     parser.add_argument("--out", default="zolightning-quantized", help="folder of the results (default: %(default)s)")
@@ -186,7 +196,8 @@ def main() -> None:
         parser.error(f"unknown methods {', '.join(unknown)}; there are {', '.join(known)}")
     task = Task(
         model=args.model, data=None, text="text", label="label", template="{text} It was", verbalizers=(" terrible", " great"),
-        validation=args.validation, test=args.test, validations=2, max_length=args.max_length, precision="32-true",
+        validation=args.validation, test=args.test, validations=2, max_length=args.max_length,
+        precision=settle_precision(args.precision),
         store=args.store, experiment="zolightning-quantized", out=args.out, offline=False,
     )  # fmt: skip
     prepare(task, args.batch_size)

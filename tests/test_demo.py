@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,13 +13,17 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from helpers import Task as TinyTask
+from helpers import batches, fit, mlp
 from mlflow import MlflowClient
 from test_data_model import save_tiny
 
 from zolightning import ZOStrategy
+from zolightning.commands.demo.expected import Workload
 from zolightning.commands.demo.main import plan, prepare
 from zolightning.commands.demo.methods import PROFILES, select_methods
 from zolightning.commands.demo.module import PromptClassifier, PromptData
+from zolightning.commands.demo.progress import Progress
 from zolightning.commands.demo.report import markdown_table, text_table, write
 from zolightning.commands.demo.run import Result, Task, splits
 from zolightning.data import Example, PromptTemplate, encode, load_causal_lm
@@ -28,16 +33,18 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def result(method: str, seed: int, accuracy: float) -> Result:
-    history = [{"step": s, "seconds": 2.0 * s, "loss": 1.0 - 0.1 * s, "accuracy": accuracy} for s in range(4)]
-    return Result(method, method.upper(), seed, accuracy, 0.5, 2_000_000_000, 10.0 + seed, 120, 960, history if seed else [])
+    times = [{"step": s, "seconds": 2.0 * s, "cpu_seconds": 4.0 * s} for s in range(4)]
+    history = [time | {"loss": 1.0 - 0.05 * time["seconds"], "accuracy": accuracy} for time in times]
+    spent = {"seconds": 10.0 + seed, "cpu_seconds": 20.0 + 2 * seed, "forward_passes": 120, "examples": 960}
+    return Result(method, method.upper(), seed, accuracy, 0.5, 2_000_000_000, history=history if seed else [], **spent)
 
 
 def test_table_has_mean_and_spread() -> None:
     results = [result("zo", 1, 0.8), result("zo", 2, 0.9), result("zero", 0, 0.5)]
     header, _, zo, zero = (" ".join(line.split()) for line in text_table(results).splitlines())
-    assert header == "method accuracy % test loss peak memory GB train s forward passes examples"
-    assert zo == "ZO (2 seeds) 85.0 ± 7.1 0.500 ± 0.000 2.00 12 ± 1 120 960"
-    assert zero == "ZERO 50.0 0.500 2.00 10 120 960"
+    assert header == "method accuracy % test loss peak memory GB train s CPU s forward passes examples"
+    assert zo == "ZO (2 seeds) 85.0 ± 7.1 0.500 ± 0.000 2.00 12 ± 1 23 ± 1 120 960"
+    assert zero == "ZERO 50.0 0.500 2.00 10 20 120 960"
     assert markdown_table(results).splitlines()[2].startswith("| ZO (2 seeds) | 85.0 ± 7.1 |")
 
 
@@ -134,6 +141,35 @@ def test_first_look_at_a_model_may_be_a_probe(tmp_path: Path) -> None:
     assert len(strategy.last_record.terms) == 4
 
 
+def test_progress_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    fit(TinyTask(mlp()), batches(3), callbacks=[Progress(seconds=0.0)], max_steps=3)
+    lines = capsys.readouterr().out.split("\n")
+    assert re.fullmatch(r"      step 1 of 3, loss \d+\.\d{3}", lines[0])
+    assert re.fullmatch(r"      step 2 of 3, loss \d+\.\d{3}, 0\.\d minutes of training left", lines[1])
+    assert len([line for line in lines if line.startswith("      step ")]) == 3
+
+
+def test_expected_time_is_the_arithmetic_at_the_measured_speed(tmp_path: Path) -> None:
+    """Twice the speed or half the steps is half the time, but for the start of the runs; backprop costs a forward more."""
+    save_tiny(tmp_path)
+    model, tokenizer = load_causal_lm(str(tmp_path), offline=True)
+    prompts = encode(tokenizer, [Example(f"film {i}", i % 2) for i in range(8)], PromptTemplate())
+    work = Workload.of(Task(validation=0, test=0), model, prompts)
+    head = model.get_output_embeddings()
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    tokens = sum(len(p.input_ids) for p in prompts) / len(prompts)
+    assert work.operations == 2 * tokens * sum(layer.weight.numel() for layer in layers)
+    methods = {m.name: replace(m, steps=1000, batch_size=16) for m in PROFILES["quick"].methods}
+
+    def seconds(name: str, flops: float = 1e6) -> float:
+        return work.seconds([methods[name]], flops) - work.seconds([methods[name]], 1e30)
+
+    assert seconds("zo") == pytest.approx(2 * seconds("zo", 2e6))
+    assert seconds("adamw") == pytest.approx(1.5 * seconds("spsa"))
+    assert seconds("checkpointed") == pytest.approx(2 * seconds("spsa"))
+    assert seconds("zo") / 2 < seconds("reft") < 2 * seconds("zo")
+
+
 def command(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "zolightning.cli", *args], capture_output=True, text=True, timeout=600, check=False
@@ -172,6 +208,8 @@ def test_demo_on_a_local_model_and_file(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "ZO (default recipe)" in done.stdout
+    assert "4 runs, about 1 min" in done.stdout
+    assert "CPU seconds in all" in done.stdout
     assert "zolightning dash --store" in done.stdout
     assert (out / "comparison.png").read_bytes().startswith(PNG)
     results = {r["method"]: Result(**r) for r in json.loads((out / "results.json").read_text())["results"]}

@@ -54,7 +54,7 @@ def test_every_training_row_is_here() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_row(name: str) -> None:
     method = METHODS[name]
-    model = method.prepare(tiny_causal_lm("llama", 64))
+    model = method.prepare(tiny_causal_lm("llama", 64), torch.bfloat16)
     if method.interventions:
         intervene(model, 2, {"input_ids": token_batches(1)[0]})
     assert torch.isfinite(lm_loss(model, token_batches(1)[0])).all()
@@ -69,13 +69,13 @@ def test_row(name: str) -> None:
 
 
 def test_gradients_come_through_after_an_evaluation() -> None:
-    model, ids = METHODS["qlora"].prepare(tiny_causal_lm("llama", 64)), token_batches(1)[0]
+    model, ids = METHODS["qlora"].prepare(tiny_causal_lm("llama", 64), torch.bfloat16), token_batches(1)[0]
     with torch.no_grad():
         model.eval()(ids)
     lm_loss(model.train(), ids).mean().backward()
     adapters = {name: p for name, p in model.named_parameters() if "lora_B" in name}
     assert all(p.grad is not None and p.grad.any() for p in adapters.values())
-    twin = METHODS["qlora"].prepare(tiny_causal_lm("llama", 64))
+    twin = METHODS["qlora"].prepare(tiny_causal_lm("llama", 64), torch.bfloat16)
     lm_loss(twin.train(), ids).mean().backward()
     for name, p in twin.named_parameters():
         if name in adapters:

@@ -198,7 +198,7 @@ def test_forwards_that_no_graph_can_give_run_as_they_are(loss: Any, why: str, ca
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
 def test_scales_of_bitsandbytes_layers(kind: Any) -> None:
     pytest.importorskip("bitsandbytes")
-    from zolightning.adapt import quantize
+    from zolightning.adapt.quantize import quantize
 
     model = tiny_causal_lm("llama", width=64).to(torch.bfloat16)
     module = PerExampleTask(model, lm_losses)
@@ -221,7 +221,7 @@ def test_scales_of_bitsandbytes_layers(kind: Any) -> None:
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_graphs_train_quantised_layers_as_plain_forwards(kind: Any, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("bitsandbytes")
-    from zolightning.adapt import quantize
+    from zolightning.adapt.quantize import quantize
 
     def trained(graphs: bool) -> Any:
         module = PerExampleTask(tiny_causal_lm("llama", width=64).to(torch.bfloat16), lm_losses)

@@ -17,7 +17,7 @@ ROOT = Path(zolightning.__file__).parent
 DASHBOARD = ROOT.parent / "dashboard"
 
 LAYERS = [
-    {"types", "cache", "_version"},
+    {"types", "cache", "_version", "matmul"},
     {"noise"},
     {"space"},
     {"offload"},

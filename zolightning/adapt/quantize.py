@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from ..matmul import dtype_of_products
 from ..space.adapters import adapter_names
 from ..space.scales.layer import is_a
 
@@ -38,7 +39,8 @@ def quantize(
         skip: names, or parts between dots, of submodules to leave alone. Weights that several modules share (a head tied
             to the embedding), and those that transformers keeps in float32 (T5's ``wo``), always are.
         double: quantise the scales too ('nf4', 'fp4'), 0.4 bits less a weight; training them undoes it.
-        compute_dtype: dtype of the products at 4 bits; None: the weight's.
+        compute_dtype: dtype of the products at 4 bits; None: the weight's, or float32 where that is narrower and this machine
+            multiplies it no faster, see :mod:`zolightning.matmul`.
         backprop: keep the layers ones that gradients come through, for adapters trained by backprop (QLoRA). On CPUs with
             AVX512-BF16 a 4-bit layer repacks its codes at its first forward in eval mode; it is faster then, but no gradient
             comes through any more, and no error says so. Not kept by a saved model: it is for the layers made here.
@@ -149,7 +151,8 @@ def _quantized(bnb: Any, layer: Any, kind: Kind, double: bool, compute_dtype: to
         new = bnb.nn.Linear8bitLt(inputs, outputs, bias, has_fp16_weights=False, device="meta")
         new.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
     else:
-        new = bnb.nn.Linear4bit(inputs, outputs, bias, compute_dtype or weight.dtype, double, kind, device="meta")
+        dtype = compute_dtype or dtype_of_products(weight.dtype)
+        new = bnb.nn.Linear4bit(inputs, outputs, bias, dtype, double, kind, device="meta")
         codes = bnb.nn.Params4bit(weight, requires_grad=False, compress_statistics=double, quant_type=kind, module=new)
         new.weight = codes.to(device)
         new.support_avx512bf16_for_cpu &= not backprop and outputs % 32 == 0  # its kernel takes no others
@@ -177,7 +180,7 @@ def _config(model: Any, kind: Kind, double: bool, compute_dtype: torch.dtype | N
             load_in_4bit=True,
             bnb_4bit_quant_type=kind,
             bnb_4bit_use_double_quant=double,
-            bnb_4bit_compute_dtype=compute_dtype or model.dtype,
+            bnb_4bit_compute_dtype=compute_dtype or dtype_of_products(model.dtype),
         )
     present = getattr(model.config, "quantization_config", None)
     if present is not None:

@@ -12,7 +12,7 @@ def bench(
     model: str = "smollm2-135m",
     batch: int = 8,
     length: int = 64,
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16",
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
     master: Literal["fp32"] | None = None,
     logits: Literal["last", "full"] = "last",
     methods: list[str] | str | None = None,
@@ -35,7 +35,8 @@ def bench(
             opt-6.7b, opt-13b, opt-30b, opt-66b, tiny-llama or tiny-opt (no download); or a Hugging Face id or folder.
         batch: examples a step.
         length: tokens of an example.
-        dtype: of the forward, and of the weights unless there is a master.
+        dtype: of the forward, and of the weights unless there is a master; auto: bf16 with a master, or where this machine
+            multiplies matrices much faster in it (measured), else fp32.
         master: fp32: weights stored in fp32, the forward in dtype under autocast; the two forwards that it is compared with
             have their weights in dtype.
         logits: 'last': cross-entropy over the vocabulary at the last position; 'full': at every position.
@@ -56,6 +57,7 @@ def bench(
     """
     import torch
 
+    from ...matmul import fastest_dtype
     from .report import log_to_mlflow, text_table, write_csv, write_json
     from .run import run
     from .workload import Spec
@@ -67,6 +69,11 @@ def bench(
         raise ValueError(f"`threads` must be >= 1, got {threads}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if dtype == "auto":
+        dtype = "bf16" if master or fastest_dtype(torch.device(device)) == torch.bfloat16 else "fp32"
+        say(f"dtype {dtype}, the faster one here; --dtype sets another")
     chosen = select_methods(methods, master is not None)
     spec = Spec(model, batch, length, dtype, master, logits, device, threads or torch.get_num_threads(), seed)
     json_path = _output("out", out)

@@ -9,12 +9,14 @@ from typing import Literal
 
 import torch
 
-from ...data import SMOLLM2, VADER, PromptTemplate, fetch, load_causal_lm, verbalizer_ids
+from ...data import SMOLLM2, VADER, PromptTemplate, encode, fetch, load_causal_lm, verbalizer_ids
+from ...matmul import matmul_speed
 from ...records.mlflow_logger import DEFAULT_STORE, prepare_store
 from ..console import say
+from .expected import Workload
 from .methods import PROFILES, Method, select_methods
 from .report import text_table, write
-from .run import Result, Task, run_alone, settings, splits
+from .run import Result, Task, machine, run_alone, settings, splits
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ def demo(
     verbalizers: list[str] | None = None,
     methods: list[str] | str | None = None,
     seeds: int | None = None,
-    precision: str = "32-true",
+    precision: str = "auto",
     max_length: int = 128,
     threads: int | None = None,
     store: str = DEFAULT_STORE,
@@ -51,7 +53,8 @@ def demo(
         verbalizers: the next word for each label, labels in sorted order; each must be one token.
         methods: names separated by commas: zero-shot, zo, reft, spsa, mezo, adamw, checkpointed, lora. Default: all.
         seeds: runs of each ZO method. Default: the profile's; 'full' runs the default recipe three times.
-        precision: the Trainer's.
+        precision: the Trainer's, which a frozen model's dtype follows. Default: bf16-mixed where this machine multiplies
+            matrices faster in it, else 32-true; it is measured.
         max_length: longest prompt in tokens.
         threads: CPU threads. Default: PyTorch's.
         store: MLflow tracking URI.
@@ -59,6 +62,8 @@ def demo(
         out: folder of the table and the picture.
         offline: never fetch; use what is cached.
     """
+    if threads:
+        torch.set_num_threads(threads)
     chosen = PROFILES[profile]
     runs = plan(select_methods(chosen, methods), seeds)
     task = Task(
@@ -72,23 +77,27 @@ def demo(
         test=chosen.test,
         validations=chosen.validations,
         max_length=max_length,
-        precision=precision,
+        precision=settle_precision(precision),
         store=store,
         experiment=experiment,
         out=out,
         offline=offline,
     )
-    prepare(task, max((method.batch_size for method, _ in runs if method.steps), default=1))
+    workload = prepare(task, max((method.batch_size for method, _ in runs if method.steps), default=1))
+    expected = workload.seconds([method for method, _ in runs], matmul_speed().flops[task.dtype])
+    say(f"{len(runs)} runs, about {max(1, round(expected / 60))} min on this machine, as busy as it is now")
     results: list[Result] = []
     for i, (method, seed) in enumerate(runs):
         say(f"[{i + 1}/{len(runs)}] {method.title}, seed {seed}" + (f": {method.steps} steps" if method.steps else ""))
         results.append(run_alone(task, method, seed, threads))
-        say(f"      test accuracy {100 * results[-1].accuracy:.1f} %, loss {results[-1].loss:.3f}")
-    image = write(results, Path(out), settings(task))
+        done = results[-1]
+        spent = f"{done.process_seconds:.0f} CPU seconds in all"
+        say(f"      test accuracy {100 * done.accuracy:.1f} %, loss {done.loss:.3f}; {spent}")
+    image = write(results, Path(out), settings(task) | {"machine": machine()})
     say("\n" + text_table(results))
     say(
-        "\nTrain seconds leave out validation. Peak memory is the run's own process beyond the Python libraries. Learning "
-        "rates were chosen on validation examples; the test examples were looked at once."
+        "\nTrain seconds leave out validation; CPU seconds are the same on all threads. Peak memory is the run's own process "
+        "beyond the Python libraries. Learning rates were chosen on validation examples; the test examples were looked at once."
     )
     say(f"\npicture: {image}\ncompare the runs: zolightning dash --store {store}")
 
@@ -100,12 +109,24 @@ def plan(methods: Sequence[Method], seeds: int | None = None) -> list[tuple[Meth
     return [(m, s) for m in methods for s in range(seeds if seeds and m.zeroth_order else m.seeds)]
 
 
-def prepare(task: Task, batch_size: int = 1) -> None:
+def settle_precision(asked: str) -> str:
+    """Trainer(precision=...) for 'auto': bf16-mixed where bfloat16 products are much faster here, else 32-true, and said."""
+    if asked != "auto":
+        return asked
+    settled = "bf16-mixed" if matmul_speed().fastest == torch.bfloat16 else "32-true"
+    say(f"precision {settled}, the faster one here; --precision sets another")
+    return settled
+
+
+def prepare(task: Task, batch_size: int = 1) -> Workload:
     """Fetch and check everything before the first run, so that what is wrong shows now.
 
     Args:
         task: what all runs share.
         batch_size: the most examples that a run takes a step.
+
+    Returns:
+        What the duration of runs follows from.
 
     Raises:
         ValueError: texts, labels, prompt and verbalizers do not fit each other, or there are too few texts.
@@ -120,10 +141,11 @@ def prepare(task: Task, batch_size: int = 1) -> None:
         raise ValueError(
             f"{len(found.train)} texts to train on fill no batch of {batch_size}; give more, or methods with smaller batches"
         )
-    _, tokenizer = load_causal_lm(task.model, offline=task.offline)
+    model, tokenizer = load_causal_lm(task.model, offline=task.offline)
     verbalizer_ids(tokenizer, prompt, found.label_names)
     prepare_store(task.store)
     say(
         f"{len(found.train):,} texts to train on, {len(found.validation):,} to validate, {len(found.test):,} to test; "
         f"labels {', '.join(found.label_names)}; {torch.get_num_threads()} CPU threads"
     )
+    return Workload.of(task, model, encode(tokenizer, found.train[:256], prompt, task.max_length))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import SGD, AdamW
 
@@ -53,7 +54,7 @@ class Method:
     """Train rank-8 adapters on the attention's query and value projections, and nothing else."""
 
     interventions: bool = False
-    """Train vectors at the prompt's fixed end in a frozen bfloat16 model, see :mod:`~zolightning.adapt.interventions`."""
+    """Train vectors at the prompt's fixed end in a frozen model, see :mod:`~zolightning.adapt.interventions`."""
 
     checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
@@ -64,6 +65,15 @@ class Method:
     @property
     def zeroth_order(self) -> bool:
         return self.recipe is not None
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the model is held in the dtype of its products, instead of in float32 under the Trainer's precision."""
+        return self.interventions
+
+    def trainer_precision(self, asked: str) -> str:
+        """Trainer(precision=...) where the task asks for ``asked``: nothing is left to narrow in a :attr:`narrow` model."""
+        return "32-true" if self.narrow else asked
 
     @property
     def module_type(self) -> type[PromptClassifier]:
@@ -79,9 +89,11 @@ class Method:
         lr = self.lr or own or 0.0
         return partial(SGD, lr=lr) if self.zeroth_order or self.published else partial(AdamW, lr=lr, weight_decay=0.0)
 
-    def prepare(self, model: nn.Module) -> nn.Module:
-        """The model with adapters or checkpointing switched on."""
+    def prepare(self, model: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """The model in the ``dtype`` of its products where it is :attr:`narrow`, with adapters or checkpointing switched on."""
         model.train()
+        if self.narrow:
+            model.to(dtype)
         if self.lora:
             model = lora(model)
         if self.checkpointing:
@@ -133,7 +145,7 @@ def _methods(zo: int, reft: int, other_zo: int, backprop: int, batch_size: int, 
 
 PROFILES = {
     "quick": Profile(
-        _methods(zo=90, reft=60, other_zo=15, backprop=12, batch_size=16, seeds=1), validation=100, test=300, validations=3
+        _methods(zo=80, reft=50, other_zo=15, backprop=12, batch_size=16, seeds=1), validation=64, test=200, validations=3
     ),
     "full": Profile(
         _methods(zo=200, reft=200, other_zo=100, backprop=40, batch_size=32, seeds=3), validation=200, test=1000, validations=5

@@ -15,7 +15,7 @@ COLOURS = (
     *("#bcbd22", "#e377c2", "#ff7f0e", "#98df8a", "#000000"),
 )
 MARKERS = "osD^"
-HEADER = ("method", "accuracy %", "test loss", "peak memory GB", "train s", "forward passes", "examples")
+HEADER = ("method", "accuracy %", "test loss", "peak memory GB", "train s", "CPU s", "forward passes", "examples")
 
 
 def look(i: int) -> tuple[str, str]:
@@ -49,6 +49,7 @@ def rows(results: Iterable[Result]) -> list[tuple[str, ...]]:
                 spread([r.loss for r in runs], 3),
                 f"{max(r.peak_memory for r in runs) / 1e9:.2f}",
                 spread([r.seconds for r in runs], 0),
+                spread([r.cpu_seconds for r in runs], 0),
                 f"{runs[0].forward_passes:,}",
                 f"{runs[0].examples:,}",
             )
@@ -108,7 +109,7 @@ def picture(results: Sequence[Result], path: Path) -> Path:
         trained = [r for r in runs if r.history]
         for j, run in enumerate(trained):
             left.plot(
-                [h["seconds"] for h in run.history],
+                [h.get("cpu_seconds", h["seconds"]) for h in run.history],  # results of before have no CPU time
                 [h["loss"] for h in run.history],
                 color=colour,
                 marker=marker,
@@ -124,7 +125,7 @@ def picture(results: Sequence[Result], path: Path) -> Path:
         right.errorbar(
             mean(memory), mean(accuracy), yerr=error, color=colour, marker=marker, markersize=9, capsize=4, label=title
         )
-    left.set(xlabel="training time, seconds", ylabel="validation loss", title="Loss against time")
+    left.set(xlabel="training time, CPU seconds", ylabel="validation loss", title="Loss against time")
     left.set_ylim(bottom=0)
     right.set(xlabel="peak memory, GB (left is better)", ylabel="test accuracy, %", title="Memory against accuracy")
     right.set_xlim(left=0)

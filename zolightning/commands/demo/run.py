@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,12 +16,15 @@ import torch
 
 from ...data import PromptTemplate, Splits, encode, film_snippets, load_causal_lm, model_name, read_table, verbalizer_ids
 from ...data.text import drawn
+from ...matmul import matmul_speed
 from ...records.memory import MemoryMeter
 from ...records.mlflow_logger import DEFAULT_STORE, mlflow_logger
 from ...records.monitor import ZOMonitor
 from ...strategy._lightning import Callback, MLFlowLogger, pl
+from ..bench.machine import cpu_name
 from .methods import Method
 from .module import PromptClassifier, PromptData, intervene_at_ending
+from .progress import Progress
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,12 @@ class Task:
     offline: bool = False
     """Never fetch."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the matrix products run in."""
+        named = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
+        return named.get(self.precision.partition("-")[0], torch.float32)
+
 
 @dataclass(frozen=True)
 class Result:
@@ -87,13 +97,16 @@ class Result:
     forward_passes: int
     examples: int
     history: list[dict[str, float]]
-    """``step``, ``seconds`` of training, ``loss`` and ``accuracy`` on the validation examples."""
+    """``step``, ``seconds`` and ``cpu_seconds`` of training, ``loss`` and ``accuracy`` on the validation examples."""
 
     cpu_seconds: float = 0.0
     """Of training, by all threads of the process: what a busy machine does not stretch."""
 
     weights: int = 0
     """Bytes of the model that is trained."""
+
+    process_seconds: float = 0.0
+    """CPU seconds of the whole process: training, validation, test, and the loading of libraries and model."""
 
     @staticmethod
     def load(path: Path) -> Result:
@@ -119,7 +132,7 @@ class _History(Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         metrics = trainer.callback_metrics
-        row = {"step": trainer.global_step, "seconds": self.monitor.train_seconds}
+        row = {"step": trainer.global_step, "seconds": self.monitor.train_seconds, "cpu_seconds": self.monitor.cpu_seconds}
         row |= {name: float(metrics[f"val/{name}"]) for name in ("loss", "accuracy")}
         self.rows.append(row)
 
@@ -133,9 +146,9 @@ def build(task: Task, method: Method, seed: int) -> tuple[PromptClassifier, Prom
     candidates = verbalizer_ids(tokenizer, prompt, texts.label_names)
     train, validation, test = (encode(tokenizer, part, prompt, task.max_length) for part in texts[:3])
     data = PromptData(train, validation, test, tokenizer.pad_token_id, method.batch_size, seed)
-    model = method.prepare(model)
+    model = method.prepare(model, task.dtype)
     if method.interventions:
-        intervene_at_ending(model.to(torch.bfloat16), train, tokenizer.pad_token_id)
+        intervene_at_ending(model, train, tokenizer.pad_token_id)
     decay = method.steps if method.decay else 0
     return method.module_type(model, candidates, method.make_optimizer(), decay), data
 
@@ -156,7 +169,7 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_worth_saying)
 
 
-def run(task: Task, method: Method, seed: int, progress: bool = True) -> Result:
+def run(task: Task, method: Method, seed: int) -> Result:
     """Fine-tune and test; everything is logged to the task's store."""
     quiet()
     module, data = build(task, method, seed)
@@ -167,16 +180,16 @@ def run(task: Task, method: Method, seed: int, progress: bool = True) -> Result:
         strategy=method.strategy(),
         max_steps=max(1, method.steps),
         default_root_dir=task.out,
-        precision=task.precision,  # type: ignore[arg-type]
+        precision=method.trainer_precision(task.precision),  # type: ignore[arg-type]
         devices=1,
         logger=logger,
-        callbacks=[monitor, history],
+        callbacks=[monitor, history, Progress()],
         val_check_interval=max(1, method.steps // task.validations),
         check_val_every_n_epoch=None,
         num_sanity_val_steps=-1,  # the first point of every curve
         enable_checkpointing=False,
         enable_model_summary=False,
-        enable_progress_bar=progress,
+        enable_progress_bar=False,
         log_every_n_steps=1,
     )
     if method.steps:
@@ -203,6 +216,7 @@ def run(task: Task, method: Method, seed: int, progress: bool = True) -> Result:
         history=history.rows,
         cpu_seconds=monitor.cpu_seconds,
         weights=meter.weights,
+        process_seconds=time.process_time(),
     )
     logger.log_metrics({"summary/peak_memory": peak, "summary/train_seconds": result.seconds}, step=method.steps)
     logger.finalize("success")
@@ -246,3 +260,11 @@ def run_to_file(task: Task, method: Method, seed: int, path: Path, threads: int 
 def settings(task: Task) -> dict[str, Any]:
     """What the results depend on, for the report."""
     return {k: v for k, v in asdict(task).items() if k not in ("store", "out")}
+
+
+def machine() -> dict[str, Any]:
+    """What their times depend on."""
+    speed = matmul_speed()
+    gflops = {str(dtype).removeprefix("torch."): round(flops / 1e9) for dtype, flops in speed.flops.items()}
+    found = {"cpu": cpu_name(), "instructions": torch.backends.cpu.get_cpu_capability(), "threads": speed.threads}
+    return found | {"device": str(speed.device), "gflops": gflops}

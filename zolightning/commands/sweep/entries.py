@@ -46,7 +46,7 @@ ENTRIES = {
     entry.method.name: entry
     for entry in (
         _zo("default", "ZO (default recipe)", 1e-3, 2e-3, 4e-3, batch_size=32),
-        Entry(replace(REFT, batch_size=32), (2e-2, 4e-2, 8e-2), precision="32-true"),
+        Entry(replace(REFT, batch_size=32), (2e-2, 4e-2, 8e-2)),
         _zo("spsa", "dense SPSA, middle blocks", 5e-4, 1e-3, 2e-3),
         _zo("spsa-all", "dense SPSA, all weights", 2e-4, 5e-4, 1e-3, recipe="spsa", select="all"),
         _zo("mezo", "MeZO, exact", 1e-5, 3e-5, 1e-4),

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..console import say
-from ..demo.main import prepare
+from ..demo.main import prepare, settle_precision
 from ..demo.run import Task
 from .budget import Budget, Clock
 from .entries import Entry, choose
 from .plan import Plan, finish
 from .report import check_target, target_accuracy, text, write
 
-_TASK = Task(experiment="zolightning-sweep", out="zolightning-sweep")
+_TASK = Task(experiment="zolightning-sweep", out="zolightning-sweep", precision="auto")
 
 
 def sweep(
@@ -44,7 +45,8 @@ def sweep(
         tuning: share of the budget that each learning rate gets when several are tried, on a seed of its own.
         target: accuracy to reach, such as 0.8, or the name of the entry whose last mean accuracy it is, on validation examples.
         threads: CPU threads of a run.
-        task: model, texts, evaluation, precision, and where everything is recorded.
+        task: model, texts, evaluation, precision (auto: by the measured speed of matrix products), and where everything is
+            recorded.
         report_only: run nothing; report what is finished.
     """
     chosen = choose(entries, methods)
@@ -53,6 +55,7 @@ def sweep(
     if (seconds is None) == (forwards is None):
         raise ValueError("give the budget of a run: one of `seconds` and `forwards`")
     budget = Budget(seconds, "seconds", clock) if seconds is not None else Budget(float(forwards or 0), "forwards", clock)
+    task = replace(task, precision=settle_precision(task.precision))
     plans = [Plan.of(entry, task, budget, seeds, tuning, threads) for entry in chosen]
     if not report_only:
         prepare(task, max(entry.method.batch_size for entry in chosen))

@@ -103,7 +103,7 @@ def train(run: Run) -> Outcome:
         strategy=method.strategy(),
         max_epochs=-1,
         default_root_dir=task.out,
-        precision=task.precision,  # type: ignore[arg-type]
+        precision=method.trainer_precision(task.precision),  # type: ignore[arg-type]
         devices=1,
         logger=logger,
         callbacks=[meter, monitor],

@@ -1,0 +1,52 @@
+"""How long a demo will take, said before it begins: its arithmetic at the measured speed of a matrix product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ...data import Encoded, common_ending
+from ...methods.recipes import RECIPES
+from .methods import Method
+from .run import Task
+
+_SHARE = 0.6  # of a lone product's speed that a run reaches, padding, attention, norms and updates counted in
+_START = 10.0  # seconds in which a run's process loads libraries and model
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the duration depends on, beside the methods and the speed."""
+
+    operations: float
+    """Floating-point operations of the forward of one example."""
+    ending: float
+    """Share of an example's tokens that all prompts end with."""
+    evaluated: int
+    """Examples that a run looks at to validate and to test."""
+
+    @staticmethod
+    def of(task: Task, model: nn.Module, prompts: Sequence[Encoded]) -> Workload:
+        """The workload of ``task`` on ``prompts`` like those that are trained on."""
+        tokens = sum(len(prompt.input_ids) for prompt in prompts) / len(prompts)
+        head = getattr(model, "get_output_embeddings", lambda: None)()  # of its rows only the candidates are used
+        layers = (m for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+        weights = sum(layer.weight.numel() for layer in layers)
+        evaluated = task.validation * (1 + task.validations) + task.test
+        return Workload(2.0 * weights * tokens, common_ending(prompts) / tokens, evaluated)
+
+    def seconds(self, runs: Sequence[Method], flops: float) -> float:
+        """Seconds that ``runs`` take, one after another, where a product does ``flops`` operations a second."""
+        forwards = sum(m.steps * m.batch_size * self._forwards(m) + self.evaluated for m in runs)
+        return forwards * self.operations / (_SHARE * flops) + _START * len(runs)
+
+    def _forwards(self, method: Method) -> float:
+        """A step's cost for each example, in forwards of it."""
+        if method.recipe is not None:
+            probes = 2.0 * RECIPES[method.recipe].override(**method.overrides).num_queries
+            return 1.0 + self.ending * probes if method.interventions else probes
+        if method.lora:
+            return 2.0  # the backward pass goes through the activations only
+        return 4.0 if method.checkpointing else 3.0
