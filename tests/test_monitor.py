@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -160,6 +161,34 @@ def test_not_a_number_reaches_the_store_at_its_step(store: str) -> None:
     run = MlflowClient(store).get_run(logger.run_id)
     assert [s for s, v in history(store, run, "train/loss") if v != v] == [4]
     assert run.data.metrics["zo/skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("zeroth_order", [True, False])
+def test_a_resumed_fit_goes_on_with_its_counters_and_says_which_run_it_was(
+    zeroth_order: bool, store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(epochs: int, checkpoint: Path | None = None, **settings: Any) -> tuple[pl.Trainer, ZOMonitor, Any]:
+        logger = mlflow_logger("resumed", store=store, **settings)
+        monitor = ZOMonitor(min_seconds=0)
+        strategy = ZOStrategy(PLAIN) if zeroth_order else "auto"
+        trainer = quiet_trainer(strategy, logger=logger, callbacks=[monitor], max_epochs=epochs, default_root_dir=tmp_path)
+        trainer.fit(Regression(torch.optim.SGD), loader(batches(4, SIZE)), ckpt_path=checkpoint)  # type: ignore[arg-type]
+        return trainer, monitor, logger
+
+    trainer, half, first = run(1)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    with caplog.at_level("INFO"):
+        _, whole, _ = run(2, tmp_path / "half.ckpt")
+    assert f"mlflow_logger(run_id='{first.run_id}')" in caplog.text
+    assert (half.examples_seen, whole.examples_seen) == (4 * SIZE, 8 * SIZE)
+    assert whole.forward_passes == 2 * half.forward_passes
+    assert whole.train_seconds > half.train_seconds
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        run(2, tmp_path / "half.ckpt", run_id=first.run_id)
+    assert "mlflow_logger(run_id=" not in caplog.text
+    rows = history(store, MlflowClient(store).get_run(first.run_id), "examples_seen")
+    assert [value for _, value in rows] == [step * SIZE for step in range(1, 9)]
 
 
 def test_readers_do_not_block_the_store(store: str) -> None:

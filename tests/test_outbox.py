@@ -434,6 +434,19 @@ def test_what_is_refused_is_told_and_the_rest_arrives(tmp_path: Path, told: Call
     assert "refuses something that this run logs: {'step': 2" in told()[0]
 
 
+def test_one_value_that_is_refused_takes_no_other_with_it(tmp_path: Path, told: Callable[[], list[str]]) -> None:
+    store = Store()
+    box = Outbox(store, "run", tmp_path)
+    box.params({"lr": "1", "eps": "1"})
+    box.params({"lr": "2", "other": "3", "eps": "1"})
+    box.metrics({"a": 1.0, "b?": 2.0, "c": 3.0}, 0)
+    assert box.wait()
+    assert store.params == {"lr": "1", "eps": "1", "other": "3"}
+    assert sorted(key for key, _, _ in store.values) == ["a", "c"]
+    assert len(told()) == 1
+    assert "logs: {'params': {'lr': '2'}}: " in told()[0]
+
+
 def test_run_that_is_deleted(tmp_path: Path, told: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outbox, "WAIT", 0.5)
     store = Store()

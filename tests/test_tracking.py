@@ -57,6 +57,36 @@ def test_logger(store: str, tmp_path: Path) -> None:
     assert values(store, logger.run_id, "test/loss") == [(4, 1.0)]
 
 
+def test_one_changed_setting_is_refused_and_the_rest_is_sent(store: str, tmp_path: Path) -> None:
+    logger = mlflow_logger("changed", store=store, folder=tmp_path)
+    logger.log_hyperparams({"lr": 1, "same": 0})
+    logger.log_hyperparams({"lr": 2, "same": 0, "other": 3})
+    logger.log_metrics({"a": 1.0}, 0)
+    logger.finalize()
+    assert MlflowClient(store).get_run(logger.run_id).data.params == {"lr": "1", "same": "0", "other": "3"}
+    assert values(store, logger.run_id, "a") == [(0, 1.0)]
+
+
+def test_going_on_in_a_run(store: str, tmp_path: Path) -> None:
+    first = mlflow_logger("first", experiment="one", store=store, folder=tmp_path)
+    first.log_metrics({"loss": 2.0}, 0)
+    first.finalize("failed")
+    client = MlflowClient(store)
+    again = mlflow_logger(run_id=first.run_id, store=store, tags={"again": 1}, folder=tmp_path)
+    again.log_metrics({"loss": 1.0}, 1)
+    assert again.outbox.wait()
+    run = client.get_run(first.run_id)
+    assert (run.info.status, run.info.run_name, run.data.tags["again"]) == ("RUNNING", "first", "1")
+    again.finalize()
+    assert client.get_run(first.run_id).info.status == "FINISHED"
+    assert values(store, first.run_id, "loss") == [(0, 2.0), (1, 1.0)]
+    with pytest.raises(ValueError, match=r"'nope'.* is not a run of the store"):
+        mlflow_logger(run_id="nope", store=store)
+    client.delete_run(first.run_id)
+    with pytest.raises(ValueError, match="is a deleted run"):
+        mlflow_logger(run_id=first.run_id, store=store)
+
+
 def test_buffer_serves_other_loggers_too(store: str, tmp_path: Path) -> None:
     """Those that the user made, each with its own way of taking rows."""
     plain, table = MLFlowLogger("e", tracking_uri=store), CSVLogger(tmp_path, flush_logs_every_n_steps=1)

@@ -29,6 +29,7 @@ _PROMPT = {  # MLflow reads these from the environment only; by default it repea
 def mlflow_logger(
     run_name: str | None = None,
     *,
+    run_id: str | None = None,
     experiment: str = "zolightning",
     store: str = DEFAULT_STORE,
     tags: Mapping[str, Any] | None = None,
@@ -44,6 +45,7 @@ def mlflow_logger(
 
     Args:
         run_name: shown in the dashboard; MLflow invents one when it is None.
+        run_id: go on in this run, under its own name and in its own experiment; None: begin a new run.
         experiment: groups runs that are compared.
         store: an SQLite file ``sqlite:///path`` (write-ahead log, so that readers never block training) or a server's URL.
         tags: searchable labels of the run.
@@ -52,9 +54,28 @@ def mlflow_logger(
 
     Raises:
         ConnectionError: the store cannot be reached now.
+        ValueError: the store has no run ``run_id``, or the run is deleted.
     """
     prepare_store(store)
-    return BufferedMLFlowLogger(run_name, experiment, store, tags or {}, Path(folder))
+    if run_id is not None:
+        _check_run(store, run_id)
+    return BufferedMLFlowLogger(run_name, experiment, store, tags or {}, Path(folder), run_id)
+
+
+def _check_run(store: str, run_id: str) -> None:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        stage = MlflowClient(store).get_run(run_id).info.lifecycle_stage
+    except MlflowException as error:
+        raise ValueError(
+            f"`mlflow_logger(run_id={run_id!r})` is not a run of the store {store!r}; leave `run_id` out for a new run"
+        ) from error
+    if stage != "active":
+        raise ValueError(
+            f"`mlflow_logger(run_id={run_id!r})` is a deleted run; restore it, or leave `run_id` out for a new run"
+        )
 
 
 def prepare_store(store: str) -> None:
@@ -91,9 +112,17 @@ class BufferedMLFlowLogger(MLFlowLogger):
     ``experiment`` is MLflow's own client: what is called on it is sent at once and may raise.
     """
 
-    def __init__(self, run_name: str | None, experiment: str, store: str, tags: Mapping[str, Any], folder: Path) -> None:
-        super().__init__(experiment, run_name, tracking_uri=store, tags=dict(tags))
-        self._folder = folder
+    def __init__(
+        self,
+        run_name: str | None,
+        experiment: str,
+        store: str,
+        tags: Mapping[str, Any],
+        folder: Path,
+        run_id: str | None = None,
+    ) -> None:
+        super().__init__(experiment, run_name, tracking_uri=store, tags=dict(tags), run_id=run_id)
+        self._folder, self._goes_on = folder, run_id is not None
         self._outbox: Outbox | None = None
 
     @property
@@ -101,6 +130,9 @@ class BufferedMLFlowLogger(MLFlowLogger):
         """Made at the first use, as it needs the run."""
         if self._outbox is None:
             self._outbox = _new_outbox(self, self._folder)
+            if self._goes_on:
+                self._outbox.status("RUNNING")
+                self._outbox.tags({name: str(value) for name, value in (self.tags or {}).items()})
         return self._outbox
 
     @rank_zero_only
@@ -153,6 +185,11 @@ class MetricBuffer:
         if wait:
             for outbox in self._outboxes:
                 outbox.wait()
+
+    @property
+    def run_ids(self) -> list[str]:
+        """Of the MLflow runs."""
+        return [outbox.run_id for outbox in self._outboxes]
 
     def params(self, params: dict[str, Any]) -> None:
         """Log settings of the run."""

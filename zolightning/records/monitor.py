@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..probing.batches import batch_examples
-from ..strategy._lightning import Callback, pl
+from ..strategy._lightning import Callback, pl, rank_zero_info
 from ..strategy.strategy import ZOStrategy
 from ..types import StepRecord
 from .memory import MemoryMeter, device_memory, rss
@@ -21,6 +21,7 @@ from .mlflow_logger import MetricBuffer
 _HEARTBEAT_SECONDS = 15.0
 _LEDGER_SECONDS = 300.0
 _SLOW_EVERY = 20  # steps between measurements that look at every tensor
+_COUNTERS = ("forward_passes", "examples_seen", "tokens_seen", "skipped_steps", "train_seconds", "cpu_seconds")
 
 
 class ZOMonitor(Callback):
@@ -33,7 +34,8 @@ class ZOMonitor(Callback):
     ``speed/steps_per_second``, ``speed/train_seconds`` (validation not counted); the counters ``examples_seen``,
     ``tokens_seen`` and ``forward_passes``. Tags: ``zo.method``, ``zo.recipe``, ``zo.heartbeat``, ``zo.pid``, ``zo.host``,
     ``zo.ledger``, ``zo.max_steps``, ``zo.device_memory`` in bytes. The replay ledger is an artifact of the MLflow run, renewed
-    every five minutes and at the end.
+    every five minutes and at the end. A fit that is resumed from a checkpoint goes on with its counters; to go on in the same
+    MLflow run give its id to :func:`~zolightning.mlflow_logger`.
 
     Args:
         method: the run's name in comparisons; None: the strategy's.
@@ -52,9 +54,31 @@ class ZOMonitor(Callback):
         self._buffer: MetricBuffer | None = None
         self.meter: MemoryMeter | None = None
         self._ledger: Path | None = None
+        self._saved: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        runs = [] if self._buffer is None else self._buffer.run_ids
+        return {"runs": runs, **{name: getattr(self, name) for name in _COUNTERS}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved = state_dict
+
+    def _go_on(self, runs: list[str]) -> None:
+        """Take up the counters of the checkpoint that the fit is resumed from."""
+        for name in _COUNTERS:
+            setattr(self, name, self._saved[name])
+        before = self._saved["runs"]
+        if before and runs and not set(before) & set(runs):
+            rank_zero_info(
+                f"The checkpoint is of the MLflow run {before[0]}, and this fit logs into the new run {runs[0]}. To go on in "
+                f"the same run, give the Trainer logger=mlflow_logger(run_id={before[0]!r})."
+            )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._buffer = MetricBuffer(trainer.loggers, Path(trainer.default_root_dir))
+        if self._saved and trainer.ckpt_path is not None:  # else it was loaded for a test
+            self._go_on(self._buffer.run_ids)
+        self._saved = {}
         strategy = trainer.strategy
         tags = {"zo.pid": str(os.getpid()), "zo.host": socket.gethostname(), "zo.heartbeat": str(time.time())}
         tags["zo.method"] = self.method or ("zo" if isinstance(strategy, ZOStrategy) else "backprop")

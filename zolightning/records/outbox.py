@@ -49,7 +49,7 @@ class Outbox:
     """
 
     def __init__(self, client: Any, run_id: str, folder: Path) -> None:
-        self._client, self._run_id = client, run_id
+        self._client, self.run_id = client, run_id
         self._file = PendingFile(folder.absolute() / f"pending-metrics-{run_id}.jsonl", run_id)
         self._entries: deque[Entry] = deque()
         self._artifacts: dict[str, Path] = {}
@@ -71,7 +71,7 @@ class Outbox:
         self._put({"tags": dict(values)})
 
     def status(self, status: str) -> None:
-        """End the run at the time of this call, as 'FINISHED' or 'FAILED'."""
+        """End the run at the time of this call, as 'FINISHED' or 'FAILED'; 'RUNNING': it goes on."""
         self._put({"status": status, "time_ms": _now()})
 
     def artifact(self, path: Path) -> None:
@@ -149,9 +149,9 @@ class Outbox:
 
     def _send(self) -> None:
         if self._away:
-            self._client.get_run(self._run_id)  # raises, for less work than a batch is
+            self._client.get_run(self.run_id)  # raises, for less work than a batch is
         while entries := self._head():
-            for reason in deliver(self._client, self._run_id, entries):
+            for reason in deliver(self._client, self.run_id, entries):
                 self._complain("refused", f"{self._store()} refuses something that this run logs: {reason}")
             self._drop(entries)
         for name, path in list(self._artifacts.items()):
@@ -175,9 +175,9 @@ class Outbox:
     def _upload(self, path: Path) -> None:
         try:
             with tempfile.TemporaryDirectory() as folder:
-                self._client.log_artifact(self._run_id, shutil.copy(path, folder))
+                self._client.log_artifact(self.run_id, shutil.copy(path, folder))
         except Exception as error:
-            self._client.get_run(self._run_id)  # raises when it is the whole store that is away
+            self._client.get_run(self.run_id)  # raises when it is the whole store that is away
             self._complain(path.name, f"{path} was not uploaded to {self._store()}: {_short(error)}")
 
     def _trouble(self, error: Exception) -> None:
@@ -280,7 +280,8 @@ def deliver(client: Any, run_id: str, entries: Sequence[Entry]) -> list[str]:
         entries: may have been stored before.
 
     Returns:
-        what MLflow refuses for what it is, such as a setting that already has another value, with the reason.
+        what MLflow refuses for what it is, such as a setting that already has another value, with the reason: one text for
+        each entry of which something was refused. The rest is stored.
 
     Raises:
         Exception: the store is away, or the run is gone; some of the entries may be stored.
@@ -296,7 +297,9 @@ def deliver(client: Any, run_id: str, entries: Sequence[Entry]) -> list[str]:
                     client.log_batch(run_id, metrics[first : first + _BATCH], synchronous=True)
                 continue
             for entry in group:
-                if "status" in entry:
+                if entry.get("status") == "RUNNING":
+                    client.update_run(run_id, "RUNNING")
+                elif "status" in entry:
                     client.set_terminated(run_id, entry["status"], entry["time_ms"])
                 else:
                     params = [Param(k, v) for k, v in entry.get("params", {}).items()]
@@ -305,10 +308,17 @@ def deliver(client: Any, run_id: str, entries: Sequence[Entry]) -> list[str]:
     except MlflowException as error:
         if error.error_code != "INVALID_PARAMETER_VALUE" or client.get_run(run_id).info.lifecycle_stage != "active":
             raise
-        if len(entries) == 1:
-            return [f"{str(entries[0])[:200]}: {_short(error)}"]
-        return [reason for entry in entries for reason in deliver(client, run_id, [entry])]
+        if len(entries) > 1:
+            return [reason for entry in entries for reason in deliver(client, run_id, [entry])]
+        reasons = [reason for part in _parts(entries[0]) for reason in deliver(client, run_id, [part])]
+        return ["; ".join(reasons) or f"{str(entries[0])[:200]}: {_short(error)}"]
     return []
+
+
+def _parts(entry: Entry) -> list[Entry]:
+    """An entry of several values as one entry for each, so that one that is refused takes no other with it."""
+    several = [(kind, values) for kind, values in entry.items() if isinstance(values, dict) and len(values) > 1]
+    return [{**entry, kind: {name: value}} for kind, values in several for name, value in values.items()]
 
 
 def send_pending(path: str | Path, store: str) -> int:
