@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from html import escape
 from typing import Any
 
@@ -47,7 +47,7 @@ def report(scene: Scene, view: View, store: str) -> str:
     runs = scene.shown(view)
     scene.read(runs, READ)
     keys = list(view.keys) or first_keys(runs)
-    when = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     body = [
         "<h1>Comparison of training runs</h1>",
         f'<p class="faint">{_text(store, 300)}, {when}, {len(runs)} runs</p>',

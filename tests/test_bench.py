@@ -137,7 +137,7 @@ def test_masters_full_logits_and_another_architecture(tmp_path: Path, capsys: py
         (["--threads", "0"], "`threads` must be >= 1, got 0"),
         (["--repeats", "0"], "`repeats` must be >= 1, got 0"),
         (["--warmup", "-1"], "`warmup` must be >= 0, got -1"),
-        (["--methods", "spsa-rademacker"], "'spsa-rademacker' is unknown; allowed: forward, .*did you mean spsa-rademacher"),
+        (["--methods", "spsa-rademacker"], "'spsa-rademacker' is unknown; allowed: forward, .*did you mean 'spsa-rademacher"),
         (["--methods", "forward-master"], "forward-master .* needs master=fp32"),
         (["--dtype", "fp32", "--master", "fp32"], "fp32 throughout: leave `master` out"),
         (["--logits", "full", "--length", "1"], "`length=1` has no next token"),

@@ -103,7 +103,7 @@ def test_bad_values(settings: dict[str, Any], message: str) -> None:
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(TypeError, match="`epss` is not a setting of ZOStrategy; did you mean `eps`"):
+    with pytest.raises(TypeError, match="`epss` is not a setting of ZOStrategy; did you mean 'eps'"):
         ZOStrategy(epss=1e-3)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="there are estimator, eps"):
         ZOStrategy(zzz=1)  # type: ignore[call-arg]

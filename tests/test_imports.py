@@ -17,7 +17,7 @@ ROOT = Path(zolightning.__file__).parent
 DASHBOARD = ROOT.parent / "dashboard"
 
 LAYERS = [
-    {"types", "cache", "_version", "matmul"},
+    {"types", "cache", "matmul", "_version", "_answers", "_moved"},
     {"noise"},
     {"space"},
     {"offload"},

@@ -205,7 +205,7 @@ def test_bad_input_is_refused(task: Task) -> None:
         Budget(0, "forwards")
     with pytest.raises(ValueError, match=r"`lrs` of zo must be numbers > 0, got \[\]"):
         Entry(ZO, ())
-    with pytest.raises(ValueError, match=r"'sspa' is unknown; allowed: default, reft, spsa, .*; did you mean spsa"):
+    with pytest.raises(ValueError, match=r"'sspa' is unknown; allowed: default, reft, spsa, .*; did you mean 'spsa"):
         choose(None, ["sspa"])
     with pytest.raises(ValueError, match="a method name of its own"):
         choose([Entry(ZO, (1.0,)), Entry(ZO, (2.0,))], None)
@@ -228,7 +228,7 @@ def test_methods_on_the_command_line(task: Task, tmp_path: Path) -> None:
     config = tmp_path / "task.yaml"
     config.write_text(json.dumps({"task": asdict(task)}))
     options = ["sweep", "--config", str(config), "--forwards", "1", "--report_only", "--methods"]
-    with pytest.raises(SystemExit, match=r"'adam' is unknown; allowed: default, .*; did you mean adamw"):
+    with pytest.raises(SystemExit, match=r"'adam' is unknown; allowed: default, .*; did you mean 'adamw'"):
         main([*options, "lora,adam"])
     for names in ("lora,adamw", "lora", "[lora, adamw]"):
         with pytest.raises(SystemExit, match="no final run is finished"):

@@ -90,8 +90,11 @@ def test_demonstrations_may_not_take_all_of_training(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"task": "sst3"}, "task 'sst3' is unknown; allowed: sst2, rte"),
-        ({"task": "sst2", "recipe": "mezzo"}, "recipe 'mezzo' is unknown; allowed: adamw, default"),
+        ({"task": "sst3"}, "`task='sst3'` is unknown; allowed: 'sst2', 'rte', .*; did you mean 'sst2'"),
+        (
+            {"task": "sst2", "recipe": "mezzo"},
+            "`recipe='mezzo'` is unknown; allowed: 'adamw', .*; did you mean 'mezo'",
+        ),
         ({"task": "sst2", "recipe": "reft"}, "trains vectors that .*intervene` puts into the model"),
         ({"task": "sst2", "recipe": "zeroqat"}, "trains layers that .*fake_quantize` makes"),
         ({"task": "sst2", "recipe": "adamw", "select": "all"}, "`eps` and `select` are of ZOStrategy's recipes"),

@@ -1,18 +1,27 @@
-"""Zeroth-order fine-tuning for PyTorch Lightning: train in the memory that inference needs."""
+"""Zeroth-order fine-tuning for PyTorch Lightning: train in the memory that inference needs.
 
+Importing this package imports neither torch nor Lightning: each public name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._moved import keep_old_names
 from ._version import __version__
-from .adapt.quantize import quantize
-from .methods import recipes
-from .methods.config import ZOConfig
-from .mixin import ZOMixin
-from .records.mlflow_logger import mlflow_logger
-from .records.monitor import ZOMonitor
-from .space import Cycle, LowRank, Sparse, Structure, expose_scales
-from .strategy.ledger_io import LedgerCheckpointIO
-from .strategy.onednn import keep_few_shapes
-from .strategy.strategy import ZOStrategy
+from .strategy.by_name import register_by_name
 
-keep_few_shapes()  # before the first product, or it has no effect
+if TYPE_CHECKING:
+    from .adapt.quantize import quantize
+    from .methods import recipes
+    from .methods.config import ZOConfig
+    from .mixin import ZOMixin
+    from .records.mlflow_logger import mlflow_logger
+    from .records.monitor import ZOMonitor
+    from .space import Cycle, LowRank, Sparse, Structure, expose_scales
+    from .strategy.ledger_io import LedgerCheckpointIO
+    from .strategy.strategy import ZOStrategy
 
 __all__ = [
     "Cycle",
@@ -30,3 +39,45 @@ __all__ = [
     "quantize",
     "recipes",
 ]
+
+_HOMES = {
+    "Cycle": ".space",
+    "LedgerCheckpointIO": ".strategy.ledger_io",
+    "LowRank": ".space",
+    "Sparse": ".space",
+    "Structure": ".space",
+    "ZOConfig": ".methods.config",
+    "ZOMixin": ".mixin",
+    "ZOMonitor": ".records.monitor",
+    "ZOStrategy": ".strategy.strategy",
+    "expose_scales": ".space",
+    "mlflow_logger": ".records.mlflow_logger",
+    "quantize": ".adapt.quantize",
+}
+
+keep_old_names()
+register_by_name()
+
+
+def __getattr__(name: str) -> Any:
+    """A public name from its home, or a module of this package, on its first use (PEP 562)."""
+    if name in _HOMES:
+        try:
+            value = getattr(import_module(_HOMES[name], __name__), name)
+        except ModuleNotFoundError as error:  # an installation without its dependencies
+            raise ImportError(f'`zolightning.{name}`: {error}. Run `pip install "zolightning"`.') from error
+    elif name == "recipes":
+        value = import_module(".methods.recipes", __name__)
+    else:
+        try:
+            value = import_module(f"{__name__}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

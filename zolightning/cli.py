@@ -1,50 +1,81 @@
-"""The ``zolightning`` command."""
+"""The ``zolightning`` command: its verbs, each imported when it is asked for."""
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
+from importlib import import_module
 
-_FLAGS = {"--verify", "--offline", "--report_only"}  # jsonargparse takes a bool only with its value
+from ._answers import did_you_mean
+from ._version import __version__
 
+VERBS = {
+    "demo": ("commands.demo.main:demo", "Fine-tune one model by ZO and by backprop, and compare them."),
+    "fit": ("commands.fit:fit", "Train a model on a task of MeZO's paper."),
+    "sweep": ("commands.sweep.main:sweep", "Compare methods and learning rates over seeds at equal budgets."),
+    "dash": ("commands.dash:dash", "Watch and compare runs live in the browser."),
+    "bench": ("commands.bench.main:bench", "Measure time and memory of a ZO step, two forwards, MeZO and backprop."),
+    "replay": ("commands.replay:replay_run", "Rebuild a run's weights at any step from its ledger."),
+    "send-pending": ("commands.send:send", "Send metrics that a run could not send."),
+}
+"""Verb → where its function is, and the first sentence of that function's help."""
 
-def send(path: str, store: str = "sqlite:///mlflow.db") -> None:
-    """Send metrics that a run could not. Example: zolightning send-pending pending-metrics-4f0c.jsonl --store http://host:5000
-
-    Args:
-        path: the file ``pending-metrics-<run id>.jsonl`` that the run left; it is kept, and may be sent again.
-        store: MLflow tracking URI of the run's store.
-    """
-    from .commands.console import say
-    from .records.outbox import send_pending
-
-    say(f"{store} has the {send_pending(path, store)} entries of {path}")
+_EXAMPLES = """\
+examples:
+  zolightning demo                                    about twelve minutes on two cores
+  zolightning sweep --seconds 300 --methods default,adamw,lora
+  zolightning dash --store sqlite:///mlflow.db        http://localhost:8501
+  zolightning VERB --help                             the options of a verb, with an example
+"""
 
 
 def main(args: list[str] | None = None) -> None:
-    """The verbs of ``zolightning``; see ``zolightning --help``."""
+    """Run a verb of ``zolightning``; see ``zolightning --help``."""
+    words = sys.argv[1:] if args is None else args
+    try:
+        verb = _verb(words)
+        if verb is not None:
+            _run(verb, words[1:])
+    except KeyboardInterrupt:
+        sys.exit(130)  # as a shell reports it; who interrupts needs no traceback
+    except (ValueError, OSError, ImportError) as error:  # bad input and missing files: one line, no traceback
+        sys.exit(f"zolightning: {error}")
+
+
+def _verb(words: list[str]) -> str | None:
+    """The verb that is asked for; None after the answer to a person who asks for help."""
+    parser = argparse.ArgumentParser(
+        "zolightning",
+        description="Zeroth-order fine-tuning for PyTorch Lightning: train in the memory that inference needs.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"zolightning {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB")
+    for name, (_, summary) in VERBS.items():
+        verbs.add_parser(name, help=summary, add_help=False)
+    if not words or words[0] in ("-h", "--help"):
+        parser.print_help()
+        return None
+    if words[0] in VERBS:
+        return words[0]
+    if words[0].startswith("-"):
+        parser.parse_args(words[:1])  # answers --version, and refuses all others
+    raise ValueError(f"the verb {words[0]!r} is unknown; allowed: {', '.join(VERBS)}{did_you_mean(words[0], VERBS)}")
+
+
+def _run(verb: str, words: list[str]) -> None:
     from jsonargparse import auto_cli
 
-    from .commands.bench.main import bench
-    from .commands.dash import dash
-    from .commands.demo.main import demo
-    from .commands.fit import fit
-    from .commands.replay import replay_run
-    from .commands.sweep.main import sweep
+    from .commands.parser import Parser
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("alembic", "mlflow", "httpx"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    verbs = {"demo": demo, "fit": fit, "sweep": sweep, "dash": dash, "bench": bench, "replay": replay_run, "send-pending": send}
-    words = sys.argv[1:] if args is None else args
-    given = [
-        f"{word}=true" if word in _FLAGS and value.lower() not in ("true", "false") else word
-        for word, value in zip(words, [*words[1:], ""], strict=True)
-    ]
-    try:
-        auto_cli(verbs, args=given)
-    except (ValueError, OSError, ImportError) as error:  # bad input and missing files: one line, no traceback
-        sys.exit(f"zolightning: {error}")
+    module, function = VERBS[verb][0].split(":")
+    command = getattr(import_module(f".{module}", __package__), function)
+    auto_cli(command, args=words, prog=f"zolightning {verb}", parser_class=Parser, print_config="--print-config")
 
 
 if __name__ == "__main__":

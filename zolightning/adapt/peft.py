@@ -7,13 +7,14 @@ is a selection: BitFit is ``ZOStrategy(select="re:bias$")``, the last k blocks a
 
 from __future__ import annotations
 
-import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .._answers import needs
 
 NAME = "virtual_tokens"
 """Of the submodule that :func:`prefix` and :func:`prompt` add to the model's decoder."""
@@ -33,8 +34,8 @@ def lora(model: nn.Module, r: int = 8, alpha: float = 16.0, targets: Sequence[st
     """
     if r < 1 or not alpha > 0:
         raise ValueError(f"`lora(r=..., alpha=...)` must be >= 1 and > 0, got {r} and {alpha}")
-    _need_peft("lora")
-    from peft import LoraConfig, inject_adapter_in_model
+    with needs("peft", "`lora`", "zolightning[peft]"):
+        from peft import LoraConfig, inject_adapter_in_model
 
     names = None if targets is None else list(targets)
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules=names)
@@ -50,8 +51,8 @@ def ia3(model: nn.Module, targets: Sequence[str] | None = None, feedforward: Seq
         targets: name endings of the layers whose outputs are scaled; None: peft's for the model's type.
         feedforward: those of them whose inputs are scaled instead; None with ``targets`` None: peft's.
     """
-    _need_peft("ia3")
-    from peft import IA3Config, inject_adapter_in_model
+    with needs("peft", "`ia3`", "zolightning[peft]"):
+        from peft import IA3Config, inject_adapter_in_model
 
     config = IA3Config(
         target_modules=None if targets is None else list(targets),
@@ -189,8 +190,3 @@ def _token_ids(model: Any, tokens: int | Sequence[int], seed: int) -> Tensor:
     if not ids.numel() or int(ids.min()) < 0 or int(ids.max()) >= size:
         raise ValueError(f"`tokens` must be ids between 0 and {size - 1}, got {list(tokens)}")
     return ids.to(device)
-
-
-def _need_peft(name: str) -> None:
-    if importlib.util.find_spec("peft") is None:
-        raise ImportError(f"`{name}` needs the peft package; run `pip install peft`")

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
+from .._answers import needs
 from ..matmul import dtype_of_products
 from ..space.adapters import adapter_names
 from ..space.scales.layer import is_a
@@ -92,10 +93,8 @@ def quantize(
 
 def import_bitsandbytes() -> Any:
     """The package; ImportError with the line that installs it."""
-    try:
+    with needs("bitsandbytes", "quantising"):
         import bitsandbytes
-    except ImportError as error:
-        raise ImportError("quantising needs bitsandbytes: pip install 'bitsandbytes>=0.50' 'accelerate>=1.0'") from error
     return bitsandbytes
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Collection, Sequence
+
+from .._answers import did_you_mean
 
 
 def say(line: str) -> None:
@@ -23,7 +24,6 @@ def pick(names: Sequence[str] | str | None, known: Collection[str]) -> list[str]
     wanted = list(dict.fromkeys(name.strip() for name in asked if name.strip()))
     for name in wanted:
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = did_you_mean(name, known)
             raise ValueError(f"`methods`: {name!r} is unknown; allowed: {', '.join(known)}{hint}")
     return wanted

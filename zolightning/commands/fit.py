@@ -11,6 +11,7 @@ from torch import nn
 
 from ..adapt.peft import ia3, lora, prefix, prompt
 from ..data import load_causal_lm, model_name
+from ..methods.config import one_of
 from ..methods.recipes import RECIPES
 from ..records.mlflow_logger import DEFAULT_STORE, mlflow_logger
 from ..records.monitor import ZOMonitor
@@ -90,10 +91,8 @@ def fit(
         out: folder of the checkpoints.
         offline: fetch no model.
     """
-    if task not in TASKS:
-        raise ValueError(f"task {task!r} is unknown; allowed: {', '.join(TASKS)}")
-    if recipe != "adamw" and recipe not in RECIPES:
-        raise ValueError(f"recipe {recipe!r} is unknown; allowed: adamw, {', '.join(RECIPES)}")
+    one_of("task", task, TASKS)
+    one_of("recipe", recipe, ("adamw", *RECIPES))
     if recipe in _NOT_HERE:
         raise ValueError(f"recipe {recipe!r} trains {_NOT_HERE[recipe]}; do that in Python, or choose another recipe here")
     if recipe == "adamw" and (eps is not None or select is not None):

@@ -1,6 +1,5 @@
 """Causal language models: the embedded default, or any Hugging Face id or local folder."""
 
-import importlib.util
 import json
 import logging
 import tempfile
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 
+from .._answers import needs
 from ..cache import cache_dir
 from .archives import extract_zip_member
 from .artifacts import SMOLLM2
@@ -165,8 +165,8 @@ def read_gguf(path: Path) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
 
     Raises ImportError without the `gguf` package.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise ImportError(f"reading {path.name} needs the gguf package, which is not installed; run `pip install gguf`")
+    with needs("gguf", f"reading {path.name}", "zolightning[demo]"):
+        import gguf  # noqa: F401  # transformers reads the file with it
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)

@@ -1,7 +1,6 @@
 """The user's own labelled texts, from CSV, JSONL or parquet files."""
 
 import csv
-import importlib.util
 import json
 import logging
 import random
@@ -9,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from .._answers import needs
 from .text import Example, Splits, distinct, split_classes
 
 logger = logging.getLogger(__name__)
@@ -186,10 +186,9 @@ def _jsonl_records(stream: TextIO, path: Path) -> Iterator[tuple[int, dict[str, 
 
 
 def _parquet_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    if importlib.util.find_spec("pyarrow") is None:
-        raise ImportError(f"reading {path} needs the pyarrow package; run `pip install pyarrow`, or save the file as .jsonl")
-    import pyarrow
-    from pyarrow import parquet
+    with needs("pyarrow", f"reading {path}", "pyarrow", ", or save the file as .jsonl"):
+        import pyarrow
+        from pyarrow import parquet
 
     try:
         yield from enumerate(parquet.read_table(path).to_pylist())

@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .._answers import needs
 from .format import LedgerError
+
+_PURPOSE = "keeping the weights that a ledger starts from"
 
 
 def base_path(folder: Path, fingerprint: str) -> Path:
@@ -28,6 +29,9 @@ def save_base(folder: Path, fingerprint: str, parameters: Mapping[str, Tensor]) 
     """
     path = base_path(folder, fingerprint)
     if not path.exists():
+        with needs("safetensors", _PURPOSE, "safetensors"):
+            from safetensors import SafetensorError
+            from safetensors.torch import save_file
         tensors: dict[str, Tensor] = {}
         places: set[int] = set()
         for name, parameter in parameters.items():
@@ -59,6 +63,8 @@ def load_base(path: Path) -> dict[str, nn.Parameter]:
         LedgerError: it is none, or not a whole one.
         OSError: it cannot be read.
     """
+    with needs("safetensors", _PURPOSE, "safetensors"):
+        from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, "pt") as file:
             return {name: nn.Parameter(file.get_tensor(name), requires_grad=False) for name in file.keys()}  # noqa: SIM118

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -10,6 +9,7 @@ from typing import Any, Literal, TypedDict
 
 import torch
 
+from .._answers import did_you_mean
 from ..noise import DISTRIBUTIONS, Distribution
 from ..space import STRUCTURES, Cycle, Scales, Select, Structure
 from .estimators import SPSA, Estimator, ForwardGradient, OneSidedSPSA, PerExampleSPSA, Population
@@ -105,18 +105,18 @@ class ZOConfig:
     """Stop with an error after this many steps in a row without a finite projected gradient, >= 1."""
 
     def __post_init__(self) -> None:
-        _one_of("estimator", self.estimator, ESTIMATORS, Estimator)
-        _one_of("noise", self.noise, DISTRIBUTIONS, Distribution)
-        _one_of("structure", self.structure, ("auto", *STRUCTURES), Structure)
-        _one_of("optimizer", self.optimizer, ("module", *OPTIMIZERS), Callable)  # type: ignore[arg-type]
-        _one_of("scales", self.scales, ("frozen", "absolute", "relative"))
+        one_of("estimator", self.estimator, ESTIMATORS, Estimator)
+        one_of("noise", self.noise, DISTRIBUTIONS, Distribution)
+        one_of("structure", self.structure, ("auto", *STRUCTURES), Structure)
+        one_of("optimizer", self.optimizer, ("module", *OPTIMIZERS), Callable)  # type: ignore[arg-type]
+        one_of("scales", self.scales, ("frozen", "absolute", "relative"))
         if isinstance(self.select, str) and self.select.startswith("scales") and self.scales == "frozen":
             raise ValueError(f"`select={self.select!r}` needs `scales='relative'` or `scales='absolute'`, got 'frozen'")
         if self.lr is not None and not 0 <= self.lr < math.inf:
             raise ValueError(f"`lr` must be a finite number >= 0, got {self.lr}")
         if self.max_skips < 1:
             raise ValueError(f"`max_skips` must be >= 1, got {self.max_skips}")
-        _one_of("normalize", str(self.normalize), ("True", "False", "std"))
+        one_of("normalize", str(self.normalize), ("True", "False", "std"))
         estimator = self.build_estimator(torch.float32)  # the pieces check the rest
         self.build_shaping()
         if self.normalize == "std" and estimator.num_queries < 2 and not estimator.per_example:
@@ -127,8 +127,7 @@ class ZOConfig:
         known = [f.name for f in fields(self)]
         for name in changes:
             if name not in known:
-                close = difflib.get_close_matches(name, known, 1)
-                hint = f"; did you mean `{close[0]}`?" if close else f"; there are {', '.join(known)}"
+                hint = did_you_mean(name, known) or f"; there are {', '.join(known)}"
                 raise TypeError(f"`{name}` is not a setting of ZOStrategy{hint}")
         return replace(self, **changes)
 
@@ -212,9 +211,9 @@ class Overrides(TypedDict, total=False):
     max_skips: int
 
 
-def _one_of(name: str, value: Any, allowed: Any, kind: type | tuple[()] = ()) -> None:
+def one_of(name: str, value: Any, allowed: Any, kind: type | tuple[()] = ()) -> None:
+    """Refuse a setting whose value is neither of ``kind`` nor one of the allowed names; ValueError with the closest name."""
     if isinstance(value, kind) or (isinstance(value, str) and value in allowed):
         return
-    close = difflib.get_close_matches(str(value), list(allowed), 1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    hint = did_you_mean(str(value), allowed)
     raise ValueError(f"`{name}={value!r}` is unknown; allowed: {', '.join(map(repr, allowed))}{hint}")

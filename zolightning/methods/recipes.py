@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..space import Cycle, LowRank, Sparse
-from .config import ZOConfig, _one_of
+from .config import ZOConfig, one_of
 
 DEFAULT = ZOConfig()
 """Rank-1 directions per example on the middle blocks, normalised steps: what trained best on the demo task.
@@ -204,7 +204,7 @@ RECIPES: dict[str, ZOConfig] = {
 
 def recipe(name: str) -> ZOConfig:
     """The recipe of that name; ValueError with the closest name for an unknown one."""
-    _one_of("recipe", name, RECIPES)
+    one_of("recipe", name, RECIPES)
     return RECIPES[name]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from .._answers import needs
 from ..strategy._lightning import MLFlowLogger, _convert_params, _flatten_dict, rank_zero_only
 from .outbox import Outbox
 
@@ -84,7 +85,8 @@ def prepare_store(store: str) -> None:
     Raises:
         ConnectionError: it cannot.
     """
-    from mlflow import MlflowClient
+    with needs("mlflow", "recording in MLflow"):
+        from mlflow import MlflowClient
 
     path = store.removeprefix("sqlite:///")
     try:

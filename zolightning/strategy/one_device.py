@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._lightning import MisconfigurationException, Strategy
+from ._lightning import MisconfigurationException, Strategy, rank_zero_info
+from .onednn import keep_few_shapes
 
 
 class OneDeviceStrategy(Strategy):
@@ -54,6 +55,11 @@ class OneDeviceStrategy(Strategy):
     @property
     def root_device(self) -> torch.device:
         return self._devices[0] if self._devices else torch.device("cpu")
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        if self.root_device.type == "cpu" and (change := keep_few_shapes()):
+            rank_zero_info(f"ZO: {change}")
 
     def model_to_device(self) -> None:
         assert self.model is not None

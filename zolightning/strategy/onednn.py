@@ -13,7 +13,19 @@ SHAPES = 64
 _CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and that of PyTorch's binding
 
 
-def keep_few_shapes() -> None:
-    """Bound both caches to :data:`SHAPES`, where the user has not: read once, by the first product of a process."""
-    for name in _CAPACITIES:
-        os.environ.setdefault(name, str(SHAPES))
+def keep_few_shapes() -> str:
+    """Bound both caches to :data:`SHAPES` by this process's environment, except where the user has set them.
+
+    oneDNN reads the variables once, when it computes a process's first product; a later change has no effect.
+
+    Returns:
+        A sentence for the log, or "" where nothing was changed.
+    """
+    missing = [name for name in _CAPACITIES if name not in os.environ]
+    os.environ.update(dict.fromkeys(missing, str(SHAPES)))
+    if not missing:
+        return ""
+    return (
+        f"set {' and '.join(missing)} to {SHAPES} in this process, so that oneDNN keeps compiled code for {SHAPES} shapes of "
+        "input only; it has no effect if a model has already run in this process. Set the variables yourself to choose."
+    )

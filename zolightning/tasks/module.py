@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.utils.data import DataLoader
 
+from .._answers import did_you_mean
 from ..data import SimilarLengths
 from ..mixin import ZOMixin
 from ..strategy._lightning import pl
@@ -45,7 +46,10 @@ class TaskModule(ZOMixin, pl.LightningModule):
         super().__init__()
         known = reader.objectives()
         if isinstance(objective, str) and objective not in known:
-            raise ValueError(f"`objective={objective!r}` is unknown for a {type(reader).__name__}; allowed: {', '.join(known)}")
+            raise ValueError(
+                f"`objective={objective!r}` is unknown for a {type(reader).__name__}; allowed: {', '.join(known)}"
+                f"{did_you_mean(objective, known)}"
+            )
         chosen = objective or next(iter(known))
         self.model, self.reader = model, reader
         self.objective: Objective = known[chosen] if isinstance(chosen, str) else chosen

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from .._answers import needs
 from ..data.table import read_records, split_files
 from ..data.text import drawn
 from .item import Item, Row, TextTask
@@ -100,11 +100,9 @@ def _from_hub(task: TextTask) -> dict[str, list[Item]]:
     if not task.source:
         raise ValueError("this task has no source on Hugging Face; give `path`, a folder or file of your own")
     name = "/".join(task.source)
-    if importlib.util.find_spec("datasets") is None:
-        raise ImportError(
-            f"loading {name} needs `pip install datasets`; or give `path`, a folder of .jsonl, .csv or .parquet files"
-        )
-    import datasets
+    advice = ", or give `path`, a folder of .jsonl, .csv or .parquet files"
+    with needs("datasets", f"loading {name}", "zolightning[tasks]", advice):
+        import datasets
 
     try:
         found = datasets.load_dataset(*task.source)

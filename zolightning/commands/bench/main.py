@@ -26,7 +26,7 @@ def bench(
     csv: str | None = None,
     store: str | None = None,
 ) -> None:
-    """Time and memory of a ZO step beside two forwards, MeZO and backprop. Example: zolightning bench --batch 8 --length 64
+    """Measure time and memory of a ZO step, two forwards, MeZO and backprop. Example: zolightning bench --batch 8 --length 64
 
     On a GPU: ``zolightning bench --model opt-13b --batch 1 --device cuda --methods forward,reference-mezo,spsa-rademacher``.
 
@@ -58,6 +58,7 @@ def bench(
     import torch
 
     from ...matmul import fastest_dtype
+    from ...strategy.onednn import keep_few_shapes
     from .report import log_to_mlflow, text_table, write_csv, write_json
     from .run import run
     from .workload import Spec
@@ -67,6 +68,7 @@ def bench(
             raise ValueError(f"`{name}` must be >= {least}, got {value}")
     if threads is not None and threads < 1:
         raise ValueError(f"`threads` must be >= 1, got {threads}")
+    keep_few_shapes()  # for all methods, also in the processes that measure peaks
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if threads is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 from statistics import median
 from typing import Any
@@ -52,7 +52,7 @@ def run(
     seconds = session.time(repeats, say)
     gemm_gflops = session.gemm.gflops(min(seconds[_GEMM]))
     facts = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": asdict(spec) | {"repeats": repeats, "warmup": warmup},
         "machine": machine(session.work.device),
         "versions": versions(),

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
+from ..._answers import needs
 from .run import Result
 
 COLOURS = (
@@ -98,7 +99,8 @@ def write(results: Sequence[Result], folder: Path, settings: dict[str, object]) 
 
 def picture(results: Sequence[Result], path: Path) -> Path:
     """Validation loss against training time, and test accuracy against peak memory."""
-    import matplotlib
+    with needs("matplotlib", "drawing the comparison", "zolightning[demo]"):
+        import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

@@ -21,6 +21,7 @@ from ...records.memory import MemoryMeter
 from ...records.mlflow_logger import DEFAULT_STORE, mlflow_logger
 from ...records.monitor import ZOMonitor
 from ...strategy._lightning import Callback, MLFlowLogger, pl
+from ...strategy.onednn import keep_few_shapes
 from ..bench.machine import cpu_name
 from .methods import Method
 from .module import PromptClassifier, PromptData, intervene_at_ending
@@ -139,6 +140,7 @@ class _History(Callback):
 
 def build(task: Task, method: Method, seed: int) -> tuple[PromptClassifier, PromptData]:
     """The model, made ready for the method, and the task's encoded texts; seeds everything."""
+    keep_few_shapes()  # for backprop too, so that peaks compare methods
     pl.seed_everything(seed, verbose=False)
     model, tokenizer = load_causal_lm(task.model, offline=task.offline)
     texts = splits(task)

@@ -29,7 +29,7 @@ def sweep(
     task: Task = _TASK,
     report_only: bool = False,
 ) -> None:
-    """Methods × learning rates × seeds at equal budgets. Example: zolightning sweep --seconds 300 --methods default,adamw
+    """Compare methods and learning rates over seeds at equal budgets. Example: zolightning sweep --seconds 300
 
     Each run has a process of its own and leaves a file; the same command again does what is not done yet. A sweep of your
     own is a file: ``zolightning sweep --config examples/sweep/ranking.yaml``.

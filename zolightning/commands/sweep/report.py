@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 
+from ..._answers import needs
 from ..demo.report import aligned, look, markdown, spread
 from .run import Outcome
 
@@ -120,7 +121,8 @@ def write(outcomes: Sequence[Outcome], folder: Path, goal: float | None = None) 
 
 def picture(outcomes: Sequence[Outcome], path: Path) -> Path:
     """Validation accuracy against forward passes and seconds, mean and range over seeds; test accuracy against memory."""
-    import matplotlib
+    with needs("matplotlib", "drawing the comparison", "zolightning[demo]"):
+        import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
