@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import PLAIN, PerExampleTask, assert_same, batches, fit, mlp, per_example_mse, weights
 from torch import nn
 
 from zolightning.noise import Rademacher
 from zolightning.probing.inspection import Examples, inspect_step
 from zolightning.probing.isolation import Isolation
-from zolightning.probing.objective import loss_value
+from zolightning.probing.loss_splitter import LossSplitter
+from zolightning.probing.objective import example_losses, loss_value
 from zolightning.probing.runner import Runner
 from zolightning.space import build_view
 from zolightning.types import Shared, SkipStep
@@ -41,6 +43,39 @@ def test_integers_and_truth_values() -> None:
     assert loss_value(torch.tensor(7)) == 7.0
 
 
+@pytest.mark.parametrize(
+    "out",
+    [
+        [1, 2.0, True],
+        (torch.tensor(1.0), torch.tensor([2.0]), np.float32(1.0)),
+        np.array([1, 2, 1], dtype=np.uint16),
+        np.array([1.0, 2.0, 1.0], dtype=np.float16)[::-1],
+    ],
+    ids=["list", "tuple", "integers", "reversed"],
+)
+def test_lists_and_arrays_are_losses_of_examples(out: Any) -> None:
+    assert loss_value(out, 3) == loss_value({"loss": out}) == 4 / 3
+    losses = example_losses(out, 3, LossSplitter(3))
+    assert losses is not None
+    assert (losses.dtype, losses.tolist()) == (torch.float64, [1.0, 2.0, 1.0])
+    with pytest.raises(ValueError, match="3 losses for a batch of 4 examples"):
+        loss_value(out, 4)
+
+
+def test_one_number_in_an_array() -> None:
+    assert loss_value(np.array(0.25)) == loss_value(np.array([0.25])) == loss_value(np.float32(0.25)) == 0.25
+
+
+@pytest.mark.parametrize("make", [lambda t: t.tolist(), lambda t: t.numpy(), list], ids=["list", "array", "tensors"])
+def test_per_example_training_is_the_same_on_a_list(make: Any) -> None:
+    def trained(convert: Any) -> Any:
+        module = PerExampleTask(mlp(), lambda net, batch: convert(per_example_mse(net, batch)))
+        fit(module, batches(3), PLAIN.override(estimator="per_example", structure="rank1"))
+        return weights(module)
+
+    assert_same(trained(make), trained(lambda losses: losses))
+
+
 def test_doubles_are_kept() -> None:
     assert loss_value(torch.tensor(1.0 + 1e-12, dtype=torch.float64)) == 1.0 + 1e-12
 
@@ -54,7 +89,11 @@ def test_mean_of_a_half_precision_vector_is_taken_in_double() -> None:
     ("out", "error", "message"),
     [
         ("0.5", TypeError, "must be a number.*got str"),
-        ([0.5], TypeError, "got list"),
+        ([0.5, "1"], TypeError, "got list"),
+        ([[0.5], [0.5]], TypeError, "got list"),
+        (np.array(["a"]), TypeError, "got ndarray"),
+        (np.ones((2, 2)), ValueError, r"got torch.float64 of shape \(2, 2\)"),
+        (np.array([1j]), ValueError, "real tensor.*complex128"),
         (object(), TypeError, "got object"),
         (1j, TypeError, "got complex"),
         (torch.ones(2, 2), ValueError, r"got torch.float32 of shape \(2, 2\)"),

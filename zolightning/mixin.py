@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,13 +24,13 @@ class ZOMixin:
     mixin's ``training_step`` trains on the mean of ``zo_objective`` by backprop, so one module serves both.
     """
 
-    def zo_objective(self, batch: Any) -> float | Tensor:
+    def zo_objective(self, batch: Any) -> float | Tensor | np.ndarray[Any, Any] | Sequence[float]:
         """What is minimised on a batch. No gradient is needed.
 
         Returns:
             A number or a tensor with one element: the batch's score (a loss, an error rate, 1 − F1, …), or a tensor of
             shape (B,): a score per example, along dimension 0 of the batch's tensors, which lets every example have a
-            direction of its own.
+            direction of its own. NumPy arrays and lists of numbers count as such tensors.
         """
         raise NotImplementedError(f"{type(self).__name__} inherits ZOMixin, so it must define zo_objective(self, batch)")
 

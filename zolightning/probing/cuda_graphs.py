@@ -25,7 +25,7 @@ from ..space import Both, DenseLeaf, Rank1Leaf, RowScaleLeaf, View
 from ..types import Forward, PerExample, Point, Shared
 from .batches import leaves, map_leaves
 from .isolation import Isolation, rng_state, set_rng_state
-from .objective import loss_of
+from .objective import returned_loss
 
 _MOST = 32  # graphs; further shapes run as they are
 _RECORDED = (DenseLeaf, Rank1Leaf, RowScaleLeaf)  # their noise depends on nothing but the key, which a replay is given
@@ -199,7 +199,7 @@ class _Graph:
 
 def _check(out: Any, point: Point | Both) -> None:
     """A mean that is split afterwards, or a number made on the host, is nothing that a replay could give."""
-    loss = loss_of(out)
+    loss = returned_loss(out)
     if not isinstance(loss, Tensor):
         raise Refused(f"the loss is no tensor but {type(loss).__name__}")
     examples = point.examples if isinstance(point, Both) else point.queries.numel() if isinstance(point, PerExample) else None

@@ -6,6 +6,8 @@ import numbers
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
@@ -13,9 +15,26 @@ from ..types import SkipStep, StepOutput
 from .loss_splitter import LossSplitter
 
 
-def loss_of(out: StepOutput) -> Any:
-    """The loss in the output of a training step: itself, or its entry 'loss'."""
+def returned_loss(out: StepOutput) -> Any:
+    """The loss in the output of a training step as it is: the output, or its entry 'loss'."""
     return out.get("loss") if isinstance(out, Mapping) else out
+
+
+def loss_of(out: StepOutput) -> Any:
+    """The loss in the output of a training step, lists of numbers and arrays as a tensor."""
+    loss = returned_loss(out)
+    if isinstance(loss, np.ndarray) and loss.dtype.kind in "biufc":
+        return torch.from_numpy(loss.astype(complex if loss.dtype.kind == "c" else np.float64))
+    if isinstance(loss, (list, tuple)) and all(map(_is_number, loss)):
+        return torch.tensor([float(value) for value in loss], dtype=torch.float64)
+    return loss
+
+
+def _is_number(value: object) -> bool:
+    """Also a tensor or an array with one element."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return isinstance(loss := loss_of(value), Tensor) and loss.numel() == 1 and not loss.is_complex()
+    return isinstance(value, numbers.Real)
 
 
 def loss_value(out: StepOutput, examples: int | None = None) -> float:
@@ -27,29 +46,32 @@ def loss_value(out: StepOutput, examples: int | None = None) -> float:
 
     Raises:
         SkipStep: it is None.
-        TypeError, ValueError: not a number, a one-element tensor, a vector of per-example losses, or a dict with 'loss'.
+        TypeError, ValueError: not a number, one element, a vector of per-example losses (tensor, array or list), or a dict
+            with such a 'loss'.
     """
-    if out is None:
+    if isinstance(out, Mapping) and "loss" not in out:
+        raise ValueError(f"the training step returned a dict without 'loss'; its keys are {sorted(map(str, out))}")
+    loss = loss_of(out)
+    if loss is None:
         raise SkipStep
-    if isinstance(out, Mapping):
-        if "loss" not in out:
-            raise ValueError(f"the training step returned a dict without 'loss'; its keys are {sorted(map(str, out))}")
-        return loss_value(out["loss"], examples)
-    if isinstance(out, Tensor):
-        if out.is_complex() or (out.dim() > 1 and out.numel() != 1) or out.numel() == 0:
+    if isinstance(loss, Tensor):
+        if loss.is_complex() or (loss.dim() > 1 and loss.numel() != 1) or loss.numel() == 0:
             raise ValueError(
-                f"the loss must be a real tensor with one element, or a vector of per-example losses; got {out.dtype} of "
-                f"shape {tuple(out.shape)}"
+                f"the loss must be a real tensor with one element, or a vector of per-example losses; got {loss.dtype} of "
+                f"shape {tuple(loss.shape)}"
             )
-        if examples is not None and out.numel() not in (1, examples):
+        if examples is not None and loss.numel() not in (1, examples):
             raise ValueError(
-                f"the step returned {out.numel()} losses for a batch of {examples} examples; return one loss for each example, "
-                "or their mean"
+                f"the step returned {loss.numel()} losses for a batch of {examples} examples; return one loss for each "
+                "example, or their mean"
             )
-        return out.detach().double().mean().item()
-    if isinstance(out, numbers.Real):
-        return float(out)
-    raise TypeError(f"the loss must be a number, a tensor with one element, or a dict with 'loss'; got {type(out).__name__}")
+        return loss.detach().double().mean().item()
+    if isinstance(loss, numbers.Real):
+        return float(loss)
+    raise TypeError(
+        "the loss must be a number, a tensor or array with one element, a loss for each example (tensor, array or list of "
+        f"numbers), or a dict with such a 'loss'; got {type(loss).__name__}"
+    )
 
 
 def example_losses(out: StepOutput, examples: int, splitter: LossSplitter) -> Tensor | None:
