@@ -8,7 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import PLAIN, PerExampleTask, Task, assert_same, batches, fit, mlp, mse, per_example_mse, quiet_trainer, weights
+from helpers import (
+    PLAIN,
+    PerExampleTask,
+    Task,
+    assert_same,
+    batches,
+    fit,
+    loader,
+    mlp,
+    mse,
+    per_example_mse,
+    quiet_trainer,
+    token_batches,
+    weights,
+)
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, AdamW
@@ -144,6 +158,28 @@ def test_parameter_replaced_between_steps() -> None:
     module.on_train_batch_end = replace  # type: ignore[assignment]
     with pytest.raises(RuntimeError, match=r"'net\.0\.weight' was replaced"):
         run(module)
+
+
+@pytest.mark.parametrize("every", [2, 0])
+def test_model_that_rescales_its_weights_for_evaluation(every: int) -> None:
+    """RWKV divides weights on eval() and multiplies them back in its next training forward; the refusal says how to go on."""
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    class Validated(Task):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("loss", self.loss(self.net, batch))
+
+    torch.manual_seed(0)
+    config = RwkvConfig(vocab_size=32, hidden_size=16, num_hidden_layers=4, rescale_every=every)
+    module = Validated(RwkvForCausalLM(config).train(), lambda net, ids: net(input_ids=ids, labels=ids, use_cache=False).loss)
+    trainer = quiet_trainer(ZOStrategy(PLAIN))
+    before = weights(module)
+    if every:
+        with pytest.raises(RuntimeError, match=r"rescales its weights .*RWKV: config\.rescale_every = 0"):
+            trainer.fit(module, loader(token_batches(2)), loader(token_batches(1)))
+        return
+    trainer.fit(module, loader(token_batches(2)), loader(token_batches(1)))
+    assert not torch.equal(before["net.head.weight"], weights(module)["net.head.weight"])
 
 
 def test_weight_written_in_training_step() -> None:

@@ -136,6 +136,27 @@ def test_a_checkpoint_takes_a_few_bytes_of_the_ledger(tmp_path: Path) -> None:
 # ---- what they give back
 
 
+def scripted(how: str) -> nn.Module:
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh())
+    front = torch.jit.script(net) if how == "script" else torch.jit.trace(net, torch.randn(5, 4))  # type: ignore[no-untyped-call]
+    return nn.Sequential(front, nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("io", [_whole, LedgerCheckpointIO])
+@pytest.mark.parametrize("how", ["script", "trace"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_torchscript_modules(how: str, io: Any, tmp_path: Path) -> None:
+    """Their buffers are not kept as other modules'."""
+    whole = make(net=scripted(how))
+    fit(whole, data(), tmp_path / "a", every_step(tmp_path / "a"), io=io())
+    half = make(net=scripted(how))
+    fit(half, data(), tmp_path / "b", io=io(), ckpt=tmp_path / "a" / "step=3.ckpt")
+    same_module(half, whole)
+    assert read(tmp_path / "b" / "ledger.zo").header.buffers == tuple(
+        f"net.0.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")
+    )
+
+
 class Validated(Task):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val_loss", mse(self.net, batch))

@@ -204,7 +204,9 @@ class Recorder:
 
 
 def _persistent_buffers(module: nn.Module) -> tuple[str, ...]:
-    owners = ((path, part, name) for path, part in module.named_modules() for name in part._buffers)
+    owners = (
+        (path, part, name) for path, part in module.named_modules() for name, _ in part.named_buffers(recurse=False)
+    )  # TorchScript's modules too
     return tuple(f"{path}.{name}".lstrip(".") for path, part, name in owners if name not in part._non_persistent_buffers_set)
 
 

@@ -182,7 +182,8 @@ class Probe(TorchFunctionMode):
             raise RuntimeError(
                 f"`{name}` writes to the trained parameter {names[0]!r} inside the training step; a ZO probe evaluates the "
                 "loss at perturbed weights, which are read-only. Move the write out of training_step, or leave this "
-                "parameter out with ZOStrategy(select=...)."
+                "parameter out with ZOStrategy(select=...). Where the model itself rescales its weights between train() and "
+                "eval(), switch that off in its configuration (RWKV: config.rescale_every = 0)."
             )
 
     def _leaf(self, value: Any) -> Leaf | None:
