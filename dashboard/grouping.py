@@ -8,6 +8,8 @@ from . import text
 from .source.base import Run
 from .transforms import same_value
 
+METHOD = "zo.method"
+
 
 def setting(run: Run, name: str) -> str | None:
     """The run's parameter of that name, else its tag; None: it has neither."""
@@ -28,7 +30,10 @@ def groups_by(runs: Sequence[Run], names: Sequence[str]) -> list[list[Run]]:
 
 
 def group_label(run: Run, names: Sequence[str]) -> str:
-    """How the run's group is set, to show: "lr=1e-3, method=ZO"."""
-    return ", ".join(
-        f"{text.plain(name.removeprefix('zo.'), 40)}={text.plain(setting(run, name) or '–', 40)}" for name in names
-    )
+    """How the run's group is set, to show: "ZO (reft), lr=1e-3"."""
+    return ", ".join(_said(name, text.plain(setting(run, name) or "–", 40)) for name in names)
+
+
+def _said(name: str, value: str) -> str:
+    """A method says that it is one; of other names the last part is enough."""
+    return value if name == METHOD and value != "–" else f"{text.plain(name.split('/')[-1], 40)}={value}"

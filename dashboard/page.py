@@ -12,7 +12,7 @@ from . import session
 from .addresses import shown_address
 from .charts import live
 from .scene import Scene, look, open_store
-from .screens import curves, diff, empty, memory, overview, tradeoffs
+from .screens import curves, diff, empty, health, memory, overview, run, runs, sweep, tradeoffs
 from .serve import DEFAULT_STORE
 from .sidebar import sidebar
 from .source import NoStoreYet, SourceError
@@ -20,10 +20,14 @@ from .source import NoStoreYet, SourceError
 _HERE = Path(__file__).resolve().parent
 SCREENS: dict[str, tuple[str, str, Callable[[Scene], None]]] = {
     "overview": ("Overview", ":material/dashboard:", overview.render),
+    "runs": ("Runs", ":material/table_rows:", runs.render),
     "curves": ("Curves", ":material/show_chart:", curves.render),
     "memory": ("Memory", ":material/memory:", memory.render),
     "tradeoffs": ("Trade-offs", ":material/balance:", tradeoffs.render),
+    "sweep": ("Sweep", ":material/tune:", sweep.render),
+    "health": ("Health", ":material/monitor_heart:", health.render),
     "diff": ("Run diff", ":material/difference:", diff.render),
+    "run": ("Run", ":material/article:", run.render),
 }
 
 
@@ -41,6 +45,7 @@ def main() -> None:
         name: st.Page(drawing(render), title=title, icon=icon, url_path=name, default=name == "overview")
         for name, (title, icon, render) in SCREENS.items()
     }
+    session.keep_pages(pages)
     chosen = st.navigation(list(pages.values()), position="top")
     view = session.open_view(next(name for name, page in pages.items() if page is chosen))
     address = shown_address(store)

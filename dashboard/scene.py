@@ -122,13 +122,22 @@ class Scene:
 
     def members(self, view: View) -> list[Member]:
         """The lines that are drawn of the selected runs: each its own, or one for those that the view takes together."""
-        return self.once(("members", view), lambda: self._best(self._groups(view), view)[: view.most])
 
-    def _groups(self, view: View) -> list[Member]:
+        def draw() -> list[Member]:
+            found = [Member(tuple(group), any(run.status == "RUNNING" for run in group)) for group in self.groups(view)]
+            return self._best(found, view)[: view.most]
+
+        return self.once(("members", view), draw)
+
+    def groups(self, view: View) -> list[list[Run]]:
+        """The selected runs, those together that the view takes together, newest first."""
         shown = self.shown(view)
         taken = seed_groups(shown) if view.group else [[run] for run in shown]
-        groups = groups_by(shown, view.by) if view.by else taken
-        return [Member(tuple(group), any(run.status == "RUNNING" for run in group)) for group in groups]
+        return groups_by(shown, view.by) if view.by else taken
+
+    def group_names(self, groups: Sequence[Sequence[Run]], view: View) -> list[str]:
+        """A name for each of these groups: the run's own where it is one, else what its runs share."""
+        return [group_label(group[0], view.by) for group in groups] if view.by else group_names(groups, self.names)
 
     def _best(self, members: list[Member], view: View) -> list[Member]:
         """The lines, best first, where not all are drawn; else as they are."""
@@ -148,10 +157,7 @@ class Scene:
     def labels(self, view: View) -> dict[str, str]:
         """A legend for each member, by its id: the run's name, or the group's, and how many runs stand behind it."""
         members = self.members(view)
-        if view.by:
-            names = [group_label(member.runs[0], view.by) for member in members]
-        else:
-            names = group_names([member.runs for member in members], self.names)
+        names = self.group_names([member.runs for member in members], view)
         return {
             member.id: name + (f" (n={len(member.runs)})" if len(member.runs) > 1 else "")
             for member, name in zip(members, names, strict=True)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import streamlit as st
+from streamlit.navigation.page import StreamlitPage
 
 from .view import View, read, write
 
 _VIEW, _WRITTEN, _PAGE, _EDITION = "zo.view", "zo.written", "zo.page", "zo.edition"
-_BOARD, _REPLACED = "zo.board", "zo.replaced"
+_BOARD, _REPLACED, _PAGES = "zo.board", "zo.replaced", "zo.pages"
 _LAG_SECONDS = 3.0
 FIRST_BOARD = "board0-1"
 """What :func:`board` says in a session that has just begun."""
@@ -27,7 +29,7 @@ def open_view(page: str) -> View:
     came = _VIEW not in state or (state.get(_PAGE) == page and query != state.get(_WRITTEN) and not _lags(query))
     if came:
         state[_VIEW] = read(query)
-        state[_EDITION] = state.get(_EDITION, 0) + 1
+        new_edition()
     state[_PAGE], state[_WRITTEN] = page, query
     return current()
 
@@ -77,3 +79,22 @@ def new_board() -> None:
 def widget(name: str) -> str:
     """A widget's key: a new one after the view came from an address, so that the widget begins with it."""
     return f"{name}-{st.session_state[_EDITION]}"
+
+
+def new_edition() -> None:
+    """Have all widgets begin anew from the view, which something other than they has changed."""
+    st.session_state[_EDITION] = st.session_state.get(_EDITION, 0) + 1
+
+
+def keep_pages(pages: Mapping[str, StreamlitPage]) -> None:
+    """Remember the pages of this run of the script, for :func:`go_to`."""
+    st.session_state[_PAGES] = pages
+
+
+def go_to(page: str) -> None:
+    """Show another page; the view stays.
+
+    Args:
+        page: its name in the address.
+    """
+    st.switch_page(st.session_state[_PAGES][page])

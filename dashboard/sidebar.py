@@ -7,6 +7,7 @@ import streamlit as st
 from . import text
 from .charts import live
 from .charts.live import Selection
+from .grouping import METHOD
 from .query import QueryError, parse
 from .report import report
 from .scene import Scene
@@ -15,6 +16,7 @@ from .transforms import differing
 from .view import COLORS, MOST_LINES, View
 
 _MOST_PARAMETERS = 200
+_WATCHED = 200  # newest runs whose end is told
 _COLORED = {"run": "run", "method": "method"}
 
 
@@ -38,6 +40,9 @@ def sidebar(scene: Scene, shown_store: str) -> View:
             "Off: the page does not refresh by itself.",
         )
         view = change(live=live_now)
+        live.alerts(
+            [{"id": run.id, "label": scene.names[run.id], "status": scene.states[run.id].kind} for run in scene.runs[:_WATCHED]]
+        )
         st.download_button(
             "Report",
             data=lambda: report(scene, view, shown_store),
@@ -111,12 +116,12 @@ def _lines(scene: Scene) -> None:
     """How the runs become lines: together, coloured, and which of them where there is no room for all."""
     view = current()
     with st.expander("Lines", icon=":material/show_chart:"):
-        names = sorted({"zo.method", *differing(scene.runs)} if len(scene.runs) > 1 else set())[:_MOST_PARAMETERS]
+        names = [METHOD, *differing(scene.runs)][:_MOST_PARAMETERS]
         by = st.multiselect(
             "Mean over runs alike in",
             [*names, *(one for one in view.by if one not in names)],
             list(view.by),
-            format_func=lambda one: text.plain(one.removeprefix("zo."), 60),
+            format_func=lambda one: "method" if one == METHOD else text.plain(one, 60),
             placeholder="Each run by itself",
             key=widget("by"),
             help="Runs that are set to the same values become one line, the mean, with one standard deviation around it.",

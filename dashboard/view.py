@@ -18,7 +18,7 @@ COLORS = ("run", "method")
 MOST_LINES = 50
 _LONGEST_FILTER = 2000
 _IDS = ("runs", "without", "hidden", "pinned")
-_SEVERAL = {"keys": "key", "columns": "column", "by": "by"}
+_SEVERAL = {"keys": "key", "sections": "section", "columns": "column", "by": "by"}
 """Fields whose values stand one by one in the address, and their name there."""
 _SHORT = 10  # characters of a run's id that the address keeps
 _NONE = "none"
@@ -35,6 +35,7 @@ class View:
         runs: of these, ids or their beginnings; None: all.
         without: but not these, ids or their beginnings.
         keys: metrics of the Curves page; empty: the page's own choice.
+        sections: of metrics of that page that are open, by the first part of their names.
         axis: x of curves, a key of :data:`AXES`.
         smoothing: weight of the past in the moving average, 0 <= smoothing <= 0.999.
         log: logarithmic y.
@@ -45,6 +46,8 @@ class View:
         most: how many lines are drawn, 1 to 50.
         columns: of the table of runs; empty: the table's own choice.
         pinned: ids of the runs that come first in it, or their beginnings.
+        run: id of the run that its own page shows, or its beginning; "": the newest.
+        parameter: what the sweep's x is; "": the page's own choice.
         budget: a device's memory in GiB.
         quality: the metric that says how good a model is.
         target: the quality to reach.
@@ -60,6 +63,7 @@ class View:
     runs: tuple[str, ...] | None = None
     without: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
+    sections: tuple[str, ...] = ()
     axis: str = "step"
     smoothing: float = 0.0
     log: bool = False
@@ -70,6 +74,8 @@ class View:
     most: int = MOST_LINES
     columns: tuple[str, ...] = ()
     pinned: tuple[str, ...] = ()
+    run: str = ""
+    parameter: str = ""
     budget: float | None = None
     quality: str = ""
     target: float | None = None
@@ -141,6 +147,7 @@ def read(query: Mapping[str, Sequence[str]]) -> View:
         runs=_list(first.get("runs")),
         without=_list(first.get("without")) or (),
         keys=_several(query, "keys"),
+        sections=_several(query, "sections"),
         axis=axis if axis in AXES else fresh.axis,
         smoothing=smoothing if smoothing is not None and 0 <= smoothing <= 0.999 else fresh.smoothing,
         log=first.get("log") == "1",
@@ -151,6 +158,8 @@ def read(query: Mapping[str, Sequence[str]]) -> View:
         most=min(int(most), fresh.most) if _is_count(most := first.get("most", "")) and int(most) else fresh.most,
         columns=_several(query, "columns"),
         pinned=_list(first.get("pinned")) or (),
+        run=first.get("run", fresh.run),
+        parameter=first.get("parameter", fresh.parameter),
         budget=_positive(first.get("budget")),
         quality=first.get("quality", fresh.quality),
         target=_float(first.get("target")),

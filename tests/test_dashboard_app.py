@@ -34,7 +34,7 @@ from zolightning_dashboard.source import open_source
 from zolightning_dashboard.view import View
 
 ROOT = Path(zolightning_dashboard.__file__).parent
-PAGES = ("overview", "curves", "memory", "tradeoffs", "diff")
+PAGES = ("overview", "runs", "curves", "memory", "tradeoffs", "sweep", "health", "diff", "run")
 START = 1_700_000_000_000
 MARKUP = ("*bold*", "$x$", ":red[x]", "[a](http://b)", ":smile:", "`code`", "<b>x</b>")
 
@@ -341,7 +341,7 @@ def test_a_link_opens_no_other_store(ours: Path) -> None:
     [
         (View(), {"zo-0", "zo-1", "adamw", "going on"}),
         (View(group=True), {"adamw", "ZO (n=2)", "going on"}),
-        (View(by=("seed", "zo.method")), {"seed=1, method=ZO", "seed=0, method=AdamW", "seed=0, method=ZO (n=2)"}),
+        (View(by=("seed", "zo.method")), {"seed=1, ZO", "seed=0, AdamW", "seed=0, ZO (n=2)"}),
         (View(filter="lr>=1e-3"), {"zo-0", "zo-1"}),
         (View(filter="zo lr<1 or adamw", without=("zz",)), {"zo-0", "zo-1", "adamw", "going on"}),
         (View(filter="/(/"), {"zo-0", "zo-1", "adamw", "going on"}),

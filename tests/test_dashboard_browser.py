@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no Chromium found: apt-get install chromium")
 
-PAGES = ("overview", "curves", "memory", "tradeoffs", "diff")
+PAGES = ("overview", "runs", "curves", "memory", "tradeoffs", "sweep", "health", "diff", "run")
 STEPS = 6000  # more than a training takes while these tests run
 START = 1_700_000_000_000
 TICKS = 10

@@ -300,7 +300,10 @@ views = st.builds(
     most=st.integers(1, view.MOST_LINES),
     columns=st.lists(words_, max_size=3).map(tuple),
     pinned=st.lists(hexes, max_size=3).map(tuple),
+    run=words_,
+    parameter=words_,
     keys=st.lists(words_, max_size=3).map(tuple),
+    sections=st.lists(words_, max_size=3).map(tuple),
     axis=st.sampled_from(list(view.AXES)),
     smoothing=st.sampled_from([0.0, 0.5, 0.999]),
     log=st.booleans(),
@@ -322,7 +325,9 @@ def test_a_view_reads_back_from_its_address(shown: View) -> None:
 
 
 @given(
-    st.dictionaries(st.sampled_from([*View.__dataclass_fields__, "key", "column", "other"]), st.lists(st.text(), max_size=3))
+    st.dictionaries(
+        st.sampled_from([*View.__dataclass_fields__, "key", "column", "section", "other"]), st.lists(st.text(), max_size=3)
+    )
 )
 def test_any_address_reads(query: dict[str, list[str]]) -> None:
     found = view.read(query)

@@ -59,5 +59,5 @@ def test_groups_of_one_name_are_told_apart() -> None:
 def test_grouping_by_parameters_and_tags() -> None:
     runs = [run("a", "x", {"lr": "1e-3"}), run("b", "y", {"lr": "0.001"}), run("c", "z", {"lr": "1"}), run("d", "w")]
     assert [[one.id for one in group] for group in groups_by(runs, ("lr", "zo.method"))] == [["a", "b"], ["c"], ["d"]]
-    assert group_label(runs[0], ("lr", "zo.method")) == "lr=1e-3, method=ZO (reft)"
-    assert group_label(runs[3], ("lr",)) == "lr=–"
+    assert group_label(runs[0], ("lr", "zo.method")) == "lr=1e-3, ZO (reft)"
+    assert group_label(runs[3], ("opt/lr",)) == "lr=–"

@@ -216,6 +216,11 @@ globalThis.zo ??= {
     mounted.get(c.parentElement).configure(c.data, themed(c.parentElement).dark, c.setStateValue);
   },
 
+  alerts(c) {
+    if (!mounted.has(c.parentElement)) mounted.set(c.parentElement, new Alerts(c.parentElement));
+    mounted.get(c.parentElement).configure(c.data);
+  },
+
   cards(c) {
     if (!mounted.has(c.parentElement)) mounted.set(c.parentElement, new Cards(c.parentElement));
     mounted.get(c.parentElement).configure(c.data, themed(c.parentElement).dark);

@@ -5,12 +5,12 @@ class Cards {
     this.root.dataset.testid = "zo-cards";
   }
 
-  // {cards: [{title, hover, light, dark, chip: [text, why], progress: [share, text], figures: [[value, label, why, tone]], spark: [y]}]}
+  // {cards: [{title, hover, light, dark, chip: [text, why], progress: [share, text], figures: [[value, label, why, tone]], spark: [y], text}]}
   configure({ cards }, dark) {
     this.root.replaceChildren(...cards.map((card) => this.card(card, dark)));
   }
 
-  card({ title, hover, light, dark: darkColor, chip, progress, figures, spark }, dark) {
+  card({ title, hover, light, dark: darkColor, chip, progress, figures, spark, text }, dark) {
     const root = element("div", "zo-card"), head = element("div", "zo-card-head", root), color = dark ? darkColor : light;
     if (color) element("span", "zo-dot", head).style.background = color;
     const name = element("span", "zo-name", head, title);
@@ -33,6 +33,7 @@ class Cards {
       element("div", `zo-big zo-${tone}`, figure, value);
       element("div", "zo-small", figure, label);
     }
+    if (text) element("div", "zo-card-text", root, text);
     if (spark.length > 1) root.append(sparkline(spark, color));
     return root;
   }

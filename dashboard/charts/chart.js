@@ -29,6 +29,7 @@ class Chart {
     this.save.title = "Save this chart as a picture";
     this.plot = element("div", "zo-plot", this.root);
     this.empty = element("div", "zo-empty", this.plot);
+    chartKeys(this);
     this.tip = element("div", "zo-tip", this.root);
     this.tip.hidden = true;
     this.resizer = new ResizeObserver(() => this.fit());
@@ -43,6 +44,7 @@ class Chart {
     this.title.textContent = options.unit ? `${options.title} (${options.unit})` : options.title;
     this.title.title = options.why || options.title;
     this.title.classList.toggle("zo-explained", !!options.why);
+    this.plot.setAttribute("aria-label", `${this.title.textContent} over ${options.x.label}. ${KEYS_HELP}`);
     this.plot.style.height = `${options.height}px`;
     if (remake) this.signature = null;
     this.refresh();
@@ -179,7 +181,7 @@ class Chart {
   // The values beside the cursor, nearest line first.
   point() {
     const { left, top, idx } = this.u.cursor;
-    const here = this.u.over.matches(":hover"); // other charts follow with their crosshair alone
+    const here = this.u.over.matches(":hover") || this.plot === document.activeElement; // other charts follow with their crosshair alone
     const rows = !here || idx == null || left < 0 ? [] : readings(this, idx, top);
     this.tip.hidden = !rows.length;
     const pointed = rows.length && Math.abs(rows[0].far) < NEAR ? rows[0].id : null;

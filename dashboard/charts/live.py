@@ -17,7 +17,18 @@ import streamlit as st
 Zoom = tuple[float, float] | None
 
 _HERE = Path(__file__).parent
-_SCRIPTS = ("format.js", "unpack.js", "chart.js", "paint.js", "runlist.js", "cards.js", "early.js", "board.js")
+_SCRIPTS = (
+    "format.js",
+    "unpack.js",
+    "chart.js",
+    "keys.js",
+    "paint.js",
+    "runlist.js",
+    "alerts.js",
+    "cards.js",
+    "early.js",
+    "board.js",
+)
 _READY = (
     'const ready = () => globalThis.zo ?? new Promise((done) => addEventListener("zo-ready", () => done(globalThis.zo), '
     "{ once: true }));\nexport default async (c) => (await ready()).%s(c);"
@@ -33,7 +44,7 @@ class Rule(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A number on a card: with what it is, an explanation for the pointer, and ``good``, ``bad`` or ``plain``."""
+    """A number on a card: with what it is, an explanation for the pointer, and ``good``, ``warn``, ``bad`` or ``plain``."""
 
     value: str
     label: str
@@ -53,6 +64,7 @@ class Card(NamedTuple):
         chip: a run's status and the reason for it.
         progress: share that is done, None if nobody knows, and words about it.
         spark: values of a small line.
+        text: a sentence or two below the figures.
     """
 
     title: str
@@ -63,6 +75,7 @@ class Card(NamedTuple):
     chip: tuple[str, str] | None = None
     progress: tuple[float | None, str] | None = None
     spark: Sequence[float] = ()
+    text: str = ""
 
 
 def engine() -> None:
@@ -209,6 +222,15 @@ def run_list(
     if not isinstance(text, str) or not isinstance(selected, Mapping):
         return begin
     return Selection(text, bool(selected.get("all")), tuple(str(one) for one in selected.get("ids", ())))
+
+
+def alerts(runs: Sequence[Mapping[str, str]]) -> None:
+    """Tell the user of runs that end or go wrong while the page is open: in its title, and if asked, by a notification.
+
+    Args:
+        runs: for each ``id``, ``label`` and ``status``.
+    """
+    _component("alerts")(key="zo-alerts", data={"runs": [dict(run) for run in runs]})
 
 
 def cards(name: str, shown: Sequence[Card]) -> None:

@@ -53,20 +53,20 @@ def stacked_memory(names: Sequence[str], parts: Mapping[str, Sequence[float]], b
         series[0]["markLine"] = {
             "symbol": "none",
             "silent": True,
-            "lineStyle": {"type": "dashed", "width": 1.5, "color": _ink(dark)},
-            "label": {"formatter": f"{budget:g} GiB", "color": _ink(dark), "position": "start"},
+            "lineStyle": {"type": "dashed", "width": 1.5, "color": ink(dark)},
+            "label": {"formatter": f"{budget:g} GiB", "color": ink(dark), "position": "start"},
             "data": [{"xAxis": budget}],
         }
     most = max((sum(column) for column in zip(*parts.values(), strict=True)), default=0.0)
     return {
-        **_frame("What the peak is for", dark),
-        "legend": {"bottom": 0, "textStyle": {"color": _ink(dark)}},
+        **frame("What the peak is for", dark),
+        "legend": {"bottom": 0, "textStyle": {"color": ink(dark)}},
         "grid": {"left": 8, "right": 24, "top": 48, "bottom": 56, "containLabel": True},
         "xAxis": {"type": "value", "name": "GiB", "nameLocation": "middle", "nameGap": 26, "max": _above(max(most, budget))},
         "yAxis": {
             "type": "category",
             "inverse": True,
-            "data": [_literal(name) for name in names],
+            "data": [literal(name) for name in names],
             "axisLabel": {"width": 190, "overflow": "truncate"},
         },
         "series": series,
@@ -89,7 +89,7 @@ def trade_off(title: str, x_name: str, y_name: str, dots: Sequence[Dot], dark: b
     middle = math.sqrt(low * high) if log_x else (low + high) / 2
     series: list[dict[str, Any]] = [
         {
-            "name": _literal(dot.name),
+            "name": literal(dot.name),
             "type": "scatter",
             "data": [[dot.x, dot.y]],
             "symbolSize": 13 if dot.front else 9,
@@ -97,8 +97,8 @@ def trade_off(title: str, x_name: str, y_name: str, dots: Sequence[Dot], dark: b
             "label": {
                 "show": True,
                 "position": "left" if dot.x > middle else "right",  # where there is room
-                "formatter": _literal(dot.name if len(dot.name) <= _LABEL else dot.name[: _LABEL - 1] + "…"),
-                "color": _ink(dark),
+                "formatter": literal(dot.name if len(dot.name) <= _LABEL else dot.name[: _LABEL - 1] + "…"),
+                "color": ink(dark),
                 "fontSize": 11,
                 "textBorderColor": _paper(dark),  # the dashed line passes behind it
                 "textBorderWidth": 3,
@@ -114,10 +114,10 @@ def trade_off(title: str, x_name: str, y_name: str, dots: Sequence[Dot], dark: b
         "step": "end",
         "symbol": "none",
         "silent": True,
-        "lineStyle": {"type": "dashed", "width": 1.2, "color": _ink(dark), "opacity": 0.45},
+        "lineStyle": {"type": "dashed", "width": 1.2, "color": ink(dark), "opacity": 0.45},
     }
     return {
-        **_frame(title, dark),
+        **frame(title, dark),
         "grid": {"left": 30, "right": 40, "top": 44, "bottom": 30, "containLabel": True},
         "xAxis": {"type": "log" if log_x else "value", "name": x_name, "nameLocation": "middle", "nameGap": 28, "scale": True},
         "yAxis": {"type": "value", "name": y_name, "nameLocation": "middle", "nameRotate": 90, "nameGap": 38, "scale": True},
@@ -125,9 +125,10 @@ def trade_off(title: str, x_name: str, y_name: str, dots: Sequence[Dot], dark: b
     }
 
 
-def _frame(title: str, dark: bool) -> dict[str, Any]:
+def frame(title: str, dark: bool) -> dict[str, Any]:
+    """What all these charts have: a title, values at the pointer, and a way to save the picture."""
     return {
-        "title": {"text": title, "textStyle": {"fontSize": 14, "fontWeight": 600, "color": _ink(dark)}, "left": 4, "top": 4},
+        "title": {"text": title, "textStyle": {"fontSize": 14, "fontWeight": 600, "color": ink(dark)}, "left": 4, "top": 4},
         # rich text is painted, never parsed as HTML
         "tooltip": {"renderMode": "richText", "trigger": "item"},
         "toolbox": {
@@ -139,12 +140,13 @@ def _frame(title: str, dark: bool) -> dict[str, Any]:
     }
 
 
-def _literal(name: str) -> str:
+def literal(name: str) -> str:
     """A name that ECharts takes for no template: it would put figures in the place of "{c}"."""
     return name.replace("{", "{\u200b")
 
 
-def _ink(dark: bool) -> str:
+def ink(dark: bool) -> str:
+    """The colour of text."""
     return "#e8eaf0" if dark else "#31333f"
 
 

@@ -20,6 +20,8 @@ from .tables import best_and_last
 _FIRST = ("train/loss", "val/loss", "val/accuracy", "test/accuracy", "memory/peak", "zo/projected_grad")
 _TELLING = ("loss", "acc", "f1", "reward", "score", "error", "perplexity")
 _FIRST_COUNT = 4
+_MOST_CHARTS = 12  # of a section
+_ALONE = "others"
 _SMOOTHINGS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 
 
@@ -38,12 +40,43 @@ def render(scene: Scene) -> None:
         st.info("Select runs in the sidebar, and metrics above.")
     else:
         change(at=_at_step(view))
-    follow(scene, lambda fresh: _draw(fresh, keys))
-    _export(scene, keys)
+    opened = _sections(view, [key for key in available if key not in keys])
+    follow(scene, lambda fresh: _draw(fresh, keys, opened))
+    _export(scene, [*keys, *opened])
 
 
-def _draw(scene: Scene, keys: Sequence[str]) -> None:
-    feed(scene, keys)
+def _sections(view: View, others: Sequence[str]) -> list[str]:
+    """The other metrics by the first part of their names, folded up; only those of an open section are read and drawn."""
+    sections: dict[str, list[str]] = {}
+    for key in others:
+        sections.setdefault(key.partition("/")[0] if "/" in key else _ALONE, []).append(key)
+    drawn: list[str] = []
+    opened: list[str] = []
+    for name, keys in sorted(sections.items()):
+        many = "metric" if len(keys) == 1 else "metrics"
+        section = st.expander(
+            f"{text.code(name, 60)} {len(keys):,} {many}",
+            name in view.sections,
+            key=widget(f"section-{name}"),
+            on_change="rerun",
+        )
+        if not section.open:
+            continue
+        opened.append(name)
+        with section:
+            columns = st.columns(2 if len(keys) > 1 else 1)
+            for place, data in enumerate(shells(keys[:_MOST_CHARTS], view, board())):
+                with columns[place % len(columns)]:
+                    live.chart(data)
+            if len(keys) > _MOST_CHARTS:
+                st.caption(f"The first {_MOST_CHARTS} of {len(keys):,}; choose others by name above.")
+        drawn += keys[:_MOST_CHARTS]
+    change(sections=tuple(opened))
+    return drawn
+
+
+def _draw(scene: Scene, keys: Sequence[str], opened: Sequence[str]) -> None:
+    feed(scene, [*keys, *opened])
     view = current()
     if keys:
         for tab, key in zip(st.tabs([text.code(key, 60) for key in keys]), keys, strict=True):
@@ -55,7 +88,15 @@ def chosen(scene: Scene, view: View) -> list[str]:
     """The metrics that are drawn: the view's, else the usual ones."""
     shown = scene.shown(view)
     there = {key for run in shown for key in run.keys}
-    return [key for key in view.keys if key in there] or first_keys(shown)
+    return [key for key in view.keys if key in there] or _lines(scene, shown)
+
+
+def _lines(scene: Scene, runs: Sequence[Run]) -> list[str]:
+    """The usual metrics but for those that are one dot for each run, as a test's result is: the tables have these."""
+    keys = first_keys(runs)
+    scene.read(runs, keys)
+    longest = {key: max(len(scene.store.source.series(run.id, key).step) for run in runs if key in run.keys) for key in keys}
+    return [key for key in keys if longest[key] > 1] or keys
 
 
 def shells(keys: Sequence[str], view: View, board: str) -> list[dict[str, Any]]:

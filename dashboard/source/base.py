@@ -6,10 +6,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .artifacts import Artifact, contents, files, folder
 
 
 class SourceError(Exception):
@@ -42,6 +45,7 @@ class Run:
         params: hyperparameters.
         tags: labels, MLflow's own (``mlflow.*``) among them.
         keys: names of the metrics it has logged so far, sorted.
+        artifacts: address of the folder with its files; "": unknown.
         latest: of each metric the step, the milliseconds and the value of the last point, up to the last poll.
     """
 
@@ -55,6 +59,7 @@ class Run:
     tags: Mapping[str, str] = field(default_factory=dict)
     keys: tuple[str, ...] = ()
     latest: Mapping[str, tuple[int, int, float]] = field(default_factory=dict, compare=False)
+    artifacts: str = ""
 
 
 class Series(NamedTuple):
@@ -98,6 +103,31 @@ class MetricSource(ABC):
     @abstractmethod
     def series(self, run_id: str, key: str) -> Series:
         """All points of a metric, up to the last poll; empty when there are none."""
+
+    def artifacts(self, run: Run) -> Sequence[Artifact]:
+        """The files that the run left, by path.
+
+        Raises:
+            SourceError: they cannot be listed from here.
+        """
+        return files(self._folder(run))
+
+    def artifact(self, run: Run, path: str, most: int) -> bytes:
+        """The beginning of one of these files, at most so many bytes.
+
+        Raises:
+            SourceError: it cannot be read.
+        """
+        try:
+            return contents(self._folder(run), path, most)
+        except OSError as error:
+            raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
+
+    def _folder(self, run: Run) -> Path:
+        there = folder(run.artifacts)
+        if there is None:
+            raise SourceError(f"its files are at {run.artifacts or 'an unknown place'}, which is no folder of this machine")
+        return there
 
     @abstractmethod
     def close(self) -> None:

@@ -22,6 +22,7 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
+from .artifacts import MOST_FILES, Artifact
 from .base import Experiment, MetricSource, Run, Series, SourceError, newest_first
 from .buffer import Points, SeriesBuffer, as_points
 
@@ -177,6 +178,29 @@ class RestSource(MetricSource):
         buffer.replace_from(_FIRST_STEP, as_points(_rows(rows)))
         return len(buffer) > size
 
+    # ---- files -----------------------------------------------------------------------------------------------------------
+
+    def artifacts(self, run: Run) -> Sequence[Artifact]:
+        found: list[Artifact] = []
+        folders = [""]
+        while folders and len(found) < MOST_FILES:
+            here = folders.pop()
+            for one in self._ask("GET", "artifacts/list", params={"run_id": run.id, "path": here}).get("files", []):
+                if one.get("is_dir"):
+                    folders.append(one["path"])
+                else:
+                    found.append(Artifact(one["path"], int(one.get("file_size", 0))))
+        return sorted(found)
+
+    def artifact(self, run: Run, path: str, most: int) -> bytes:
+        query = {"run_uuid": run.id, "path": path}
+        try:
+            with self._session.get(f"{self._url}/get-artifact", params=query, timeout=_TIMEOUT, stream=True) as answer:
+                answer.raise_for_status()
+                return next(answer.iter_content(most), b"")
+        except requests.RequestException as error:
+            raise SourceError(f"{self.name} does not give {path} ({type(error).__name__})") from error
+
     # ---- the server ----------------------------------------------------------------------------------------------------
 
     def _all_experiments(self) -> list[Experiment]:
@@ -240,6 +264,7 @@ def _run(found: dict[str, Any]) -> Run:
         tags=tags,
         keys=tuple(sorted(_latest(found))),
         latest={key: (int(step), int(stamp or 0), float(value)) for key, (step, stamp, value) in _latest(found).items()},
+        artifacts=info.get("artifact_uri", ""),
     )
 
 

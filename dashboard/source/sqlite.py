@@ -25,7 +25,7 @@ from .file import LOG_A_RUN, Look, StoreFile
 
 _COLUMNS = {
     "experiments": {"experiment_id", "name", "lifecycle_stage", "creation_time"},
-    "runs": {"run_uuid", "name", "experiment_id", "status", "start_time", "end_time", "lifecycle_stage"},
+    "runs": {"run_uuid", "name", "experiment_id", "status", "start_time", "end_time", "lifecycle_stage", "artifact_uri"},
     "params": {"run_uuid", "key", "value"},
     "tags": {"run_uuid", "key", "value"},
     "latest_metrics": {"run_uuid", "key", "step", "timestamp", "value", "is_nan"},
@@ -36,7 +36,10 @@ _COLUMNS = {
 _EXPERIMENTS = (
     "SELECT experiment_id, name FROM experiments WHERE lifecycle_stage = 'active' ORDER BY creation_time, experiment_id"
 )
-_RUNS = "SELECT run_uuid, name, experiment_id, status, start_time, end_time FROM runs WHERE lifecycle_stage = 'active'"
+_RUNS = (
+    "SELECT run_uuid, name, experiment_id, status, start_time, end_time, artifact_uri FROM runs "
+    "WHERE lifecycle_stage = 'active'"
+)
 _PARAMS = "SELECT run_uuid, key, value FROM params"
 _TAGS = "SELECT run_uuid, key, value FROM tags"
 
@@ -65,11 +68,11 @@ class _Described(NamedTuple):
 
     def build(self, latest: dict[str, dict[str, Latest]]) -> Iterator[Run]:
         params, tags = _by_run(self.params), _by_run(self.tags)
-        for id_, name, experiment, status, started, ended in self.runs:
+        for id_, name, experiment, status, started, ended, artifacts in self.runs:
             name = name or tags[id_].get("mlflow.runName") or id_
             yield Run(
                 id_, name, str(experiment), status, _seconds(started), _seconds(ended), params[id_], tags[id_],
-                tuple(sorted(latest[id_])), latest[id_],
+                tuple(sorted(latest[id_])), latest[id_], artifacts or "",
             )  # fmt: skip
 
 

@@ -1,0 +1,175 @@
+"""Runs: a table with the columns that one chooses, to sort, select and pin; one row for the runs that are taken together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+
+from .. import text
+from ..columns import Cell, Column, available, column, read, usual
+from ..export import as_csv
+from ..facts import quality_key
+from ..scene import Scene
+from ..session import change, current, go_to, new_edition, widget
+from ..source import Run
+from ..status import watched
+from ..view import View
+from .parts import follow
+from .tables import table_height
+
+_ROUND = "zo.runs-round"
+
+
+def render(scene: Scene) -> None:
+    """The page."""
+    shown = scene.shown(current())
+    if not shown:
+        st.info("No run is selected: the filter and the boxes in the sidebar say which are shown.")
+        return
+    columns = _choose_columns(scene, shown)
+    follow(scene, lambda fresh: _draw(fresh, columns))
+
+
+def _choose_columns(scene: Scene, shown: Sequence[Run]) -> list[Column]:
+    view = current()
+    options = available(shown)
+    there = {one.id for one in options}
+    begin = [one for one in view.columns if one in there]
+    chosen = st.multiselect(
+        "Columns",
+        [one.id for one in options],
+        begin,
+        format_func=lambda id_: found.label if (found := column(id_)) else id_,
+        placeholder="The usual ones: what differs, and what came of it",
+        key=widget("columns"),
+    )
+    change(columns=tuple(chosen))
+    picked = [found for id_ in chosen if (found := column(id_)) is not None]
+    loss = next((key for run in shown if (key := watched(run)) is not None), None)
+    return picked or usual(shown, quality_key(shown, view.quality), loss)
+
+
+def _draw(scene: Scene, columns: Sequence[Column]) -> None:
+    view = current()
+    groups = scene.groups(view)
+    names = scene.group_names(groups, view)
+    cells = read(scene, groups, columns)
+    pinned = [i for i, group in enumerate(groups) if any(view.pins(run.id) for run in group)]
+    others = [i for i in range(len(groups)) if i not in set(pinned)]
+    picked: list[Run] = []
+    if pinned:
+        st.subheader("Pinned")
+        picked += _table(columns, groups, names, cells, pinned, "pinned")
+        st.subheader(f"Others: {len(others):,}")
+    picked += _table(columns, groups, names, cells, others, "others")
+    _actions(scene, view, picked)
+    st.download_button(
+        "CSV of this table",
+        data=lambda: _csv(columns, groups, names, cells, [*pinned, *others]),
+        file_name="runs.csv",
+        mime="text/csv",
+        icon=":material/download:",
+        on_click="ignore",
+    )
+
+
+def _table(
+    columns: Sequence[Column],
+    groups: Sequence[Sequence[Run]],
+    names: Sequence[str],
+    cells: dict[Column, list[Cell]],
+    rows: Sequence[int],
+    name: str,
+) -> list[Run]:
+    """Draw the rows; returns the runs that are picked in it."""
+    grouped = any(len(groups[i]) > 1 for i in rows)
+    table = pd.DataFrame({"run": [names[i] for i in rows]})
+    config: dict[str, Any] = {"run": st.column_config.TextColumn("Run", width="medium", pinned=True)}
+    if grouped:
+        table["n"] = [len(groups[i]) for i in rows]
+        config["n"] = st.column_config.NumberColumn("n", help="How many runs stand behind the row.", format="%d", width="small")
+    for one in columns:
+        found = [cells[one][i] for i in rows]
+        table[one.id] = _typed(one, found)
+        config[one.id] = _config(one, found)
+        if grouped and one.kind != "params" and any(not math.isnan(cell.std) for cell in found):
+            table[f"± {one.id}"] = [cell.std for cell in found]
+            config[f"± {one.id}"] = st.column_config.NumberColumn(
+                f"± {one.label}", help="One standard deviation.", format="%.3g"
+            )
+    turn = st.session_state.get(_ROUND, 0)
+    event = st.dataframe(
+        table,
+        hide_index=True,
+        key=f"runs-{name}-{turn}",
+        height=table_height(len(table), 22 if name == "others" else 8),
+        placeholder="–",
+        column_config=config,
+        on_select="rerun",
+        selection_mode="multi-row",
+    )
+    return [run for row in event.selection.rows if row < len(rows) for run in groups[rows[row]]]
+
+
+def _typed(one: Column, found: Sequence[Cell]) -> list[object]:
+    if one.id == "started":
+        return [pd.NaT if cell.value is None else pd.Timestamp(float(cell.value), unit="s", tz="UTC") for cell in found]
+    return [text.plain(cell.value, 200) if isinstance(cell.value, str) else cell.value for cell in found]
+
+
+def _config(one: Column, found: Sequence[Cell]) -> Any:
+    if one.id == "started":
+        return st.column_config.DatetimeColumn(one.label, format="distance")
+    numbers = [cell.value for cell in found if isinstance(cell.value, float)]
+    if not numbers:
+        return st.column_config.TextColumn(one.label)
+    whole = all(value.is_integer() for value in numbers if math.isfinite(value))
+    small = any(0 < abs(value) < 1e-3 for value in numbers)
+    return st.column_config.NumberColumn(one.label, format="scientific" if small else "localized" if whole else "%.4g")
+
+
+def _actions(scene: Scene, view: View, picked: Sequence[Run]) -> None:
+    """What can be done with the rows that are ticked."""
+    ids = [run.id for run in picked]
+    with st.container(horizontal=True, gap="small"):
+        if not ids:
+            st.caption("Tick rows to pin them, to look at only these, or to take them away.")
+            return
+        if st.button("Only these", help="Select only these runs, on all pages."):
+            _settle(runs=tuple(ids), without=())
+        if st.button("Take away", help="Select all but these runs."):
+            _settle(runs=tuple(run.id for run in scene.shown(view) if run.id not in set(ids)))
+        if all(view.pins(id_) for id_ in ids):
+            if st.button("Unpin"):
+                _settle(pinned=tuple(run.id for run in scene.runs if view.pins(run.id) and run.id not in set(ids)))
+        elif st.button("Pin", help="Keep these rows above the others."):
+            _settle(pinned=(*view.pinned, *(id_ for id_ in ids if not view.pins(id_))))
+        if st.button("Open", help="The page of the first of them."):
+            change(run=ids[0])
+            go_to("run")
+
+
+def _settle(**fields: tuple[str, ...]) -> None:
+    change(**fields)
+    st.session_state[_ROUND] = st.session_state.get(_ROUND, 0) + 1  # no row is ticked in the next table
+    new_edition()
+    st.rerun()
+
+
+def _csv(
+    columns: Sequence[Column],
+    groups: Sequence[Sequence[Run]],
+    names: Sequence[str],
+    cells: dict[Column, list[Cell]],
+    rows: Sequence[int],
+) -> str:
+    heads = ["run", "n", *(part for one in columns for part in (one.label, f"± {one.label}"))]
+    lines = [
+        [names[i], len(groups[i]), *(part for one in columns for part in (cells[one][i].value, cells[one][i].std))]
+        for i in rows
+    ]
+    return as_csv(heads, lines)

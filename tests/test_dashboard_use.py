@@ -1,0 +1,236 @@
+"""The dashboard in daily use: by keyboard, by axe's rules, and between two keystrokes of the filter. In a real Chromium."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+pytest.importorskip("streamlit", reason="the dashboard's packages are not installed")
+pytest.importorskip("playwright", reason="the browser tests need Playwright: pip install playwright")
+
+from browser import Server, charts, find_chromium, open_browser, serve, wait_drawn, wait_settled
+from dashboard_stores import log, make_store
+from test_dashboard_browser import PAGES, START, address, chip, listed, run_id, ticked, uri, visit, wait_until
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no Chromium found: apt-get install chromium")
+
+RATES = ("1e-4", "1e-3", "1e-2")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small sweep of two methods with everything that the pages show, and a run that is going on."""
+    path = tmp_path_factory.mktemp("use") / "sweep.db"
+    client = make_store(path)
+    experiment = client.create_experiment("sweep", artifact_location=(path.parent / "files").as_uri())
+    for i, rate in enumerate((*RATES, *RATES)):
+        zo = i < len(RATES)
+        tags = {"zo.method": "ZO", "zo.recipe": "default", "zo.ledger": "/runs/ledger.zo"} if zo else {"zo.method": "AdamW"}
+        name = f"{'zo' if zo else 'adamw'} {rate}"
+        run = client.create_run(experiment, start_time=START + i, run_name=name, tags=tags).info.run_id
+        for key, value in {"optimizer/lr": rate, "seed": "0", "max_steps": "100", "model": "tiny"}.items():
+            client.log_param(run, key, value)
+        steps = range(1, 101)
+        log(client, run, "train/loss", [(s, START + 100 * s, 1 / s + i / 10) for s in steps])
+        log(client, run, "memory/peak", [(s, START + 100 * s, (1 if zo else 4) * 2.0**30) for s in (1, 100)])
+        log(client, run, "val/accuracy", [(s, START + 100 * s, 0.5 + i / 20) for s in (50, 100)])
+        if zo:
+            log(client, run, "zo/projected_grad", [(s, START + 100 * s, (-1.0) ** s) for s in steps])
+            log(client, run, "zo/tie_rate", [(s, START + 100 * s, 0.5 * (rate == "1e-4")) for s in steps])
+        if i == len(RATES) - 1:
+            client.log_text(run, "the film was great", "samples/step100.txt")
+            client.set_tag(run, "mlflow.note.content", "The **best** so far")
+        if i:
+            client.set_terminated(run, "FINISHED", end_time=START + 10_000)
+        else:
+            client.set_tag(run, "zo.heartbeat", "4000000000")
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(store: Path) -> Iterator[Server]:
+    with serve(uri(store), store.with_suffix(".server")) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with open_browser() as found:
+        yield found
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    with visit(browser) as found:
+        yield found
+
+
+# ---- the filter --------------------------------------------------------------------------------------------------------
+
+
+def shown(page: Page) -> set[str]:
+    return set(page.locator(".zo-run:not([hidden]) .zo-name").all_inner_texts())
+
+
+def test_the_filter_follows_each_key_and_is_kept_in_the_address(page: Page, browser: Browser, server: Server) -> None:
+    page.goto(f"{server.url}/curves?key=train/loss")
+    wait_drawn(page)
+    wait_settled(page)
+    page.locator(".zo-filter").press_sequentially("zo lr<5e-3", delay=30)
+    page.wait_for_function("document.querySelector('.zo-runs').dataset.shown === '2'")
+    assert shown(page) == {"zo 1e-4", "zo 1e-3"}
+    page.wait_for_url(re.compile("filter=zo"))
+    wait_until(lambda: page.locator(".zo-chip").count() == 2)
+    with visit(browser) as other:
+        other.goto(page.url)
+        wait_drawn(other)
+        wait_settled(other)
+        assert shown(other) == shown(page)
+        assert len(charts(other)["train/loss"]["lines"]) == 2
+    page.locator(".zo-filter").fill("/(/")
+    page.get_by_text("is no regular expression").wait_for()
+    page.locator(".zo-filter").fill("")
+    wait_until(lambda: page.locator(".zo-chip").count() == 6)
+
+
+def test_ticks_name_what_is_taken_away_or_what_is_left(page: Page, server: Server, store: Path) -> None:
+    page.goto(f"{server.url}/curves?key=train/loss")
+    wait_drawn(page)
+    listed(page, "zo 1e-3").locator("input").uncheck()
+    page.wait_for_url(re.compile(f"without={run_id(store, 'zo 1e-3')[:10]}"))
+    row = listed(page, "adamw 1e-3")
+    row.hover()
+    row.locator(".zo-only").click()
+    page.wait_for_url(re.compile(f"runs={run_id(store, 'adamw 1e-3')[:10]}"))
+    assert ticked(page) == {"adamw 1e-3"}
+    page.locator(".zo-pick", has_text="all").click()
+    page.wait_for_url(lambda url: "runs=" not in url and "without=" not in url)
+
+
+# ---- one line pointed at ---------------------------------------------------------------------------------------------------
+
+
+def test_a_line_is_highlighted_from_the_list_the_legend_and_the_chart(page: Page, server: Server, store: Path) -> None:
+    run = run_id(store, "zo 1e-3")
+    page.goto(f"{server.url}/curves?key=train/loss")
+    wait_drawn(page)
+    wait_settled(page)
+    listed(page, "zo 1e-3").hover()
+    chip(page, run).and_(page.locator(".zo-lit")).wait_for()
+    chip(page, run_id(store, "adamw 1e-4")).hover()
+    listed(page, "adamw 1e-4").and_(page.locator(".zo-lit")).wait_for()
+    assert chip(page, run).and_(page.locator(".zo-lit")).count() == 0
+    over = page.locator("[data-key='train/loss'] .u-over")
+    low, high = charts(page)["train/loss"]["y"]
+    height, width = over.evaluate("one => [one.clientHeight, one.clientWidth]")
+    over.hover(position={"x": width - 5, "y": height * (high - 0.11) / (high - low)})  # its loss ends at 0.11
+    listed(page, "zo 1e-3").and_(page.locator(".zo-lit")).wait_for()
+    page.locator(".zo-tip-row.zo-lit", has_text="zo 1e-3").wait_for()
+
+
+# ---- by keyboard -------------------------------------------------------------------------------------------------------
+
+_FOCUSED = """() => {
+  const one = document.activeElement;
+  const place = one.closest("[data-testid]")?.dataset.testid;
+  return [one.className, one.getAttribute("aria-label"), one.innerText, one.tagName, place].join(" ");
+}"""
+
+
+def tab_to(page: Page, wanted: str, most: int = 120) -> None:
+    """Press Tab until the element of that description has the focus."""
+    seen = []
+    for _ in range(most):
+        page.keyboard.press("Tab")
+        seen.append(str(page.evaluate(_FOCUSED)))
+        if re.search(wanted, seen[-1]):
+            return
+    raise AssertionError(f"Tab never came to {wanted}, but to\n" + "\n".join(dict.fromkeys(seen)))
+
+
+def test_the_keyboard_reaches_and_operates_everything(page: Page, server: Server, store: Path) -> None:
+    page.goto(f"{server.url}/curves?key=train/loss")
+    wait_drawn(page)
+    wait_settled(page)
+    tab_to(page, "zo-filter")
+    page.keyboard.type("zo")
+    page.wait_for_url(re.compile("filter=zo"))
+    wait_settled(page)
+    tab_to(page, "zo-pick.*none")
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Enter")  # all
+    tab_to(page, "zo-box")
+    page.keyboard.press("Space")
+    page.wait_for_url(re.compile("without="))
+    page.keyboard.press("Space")
+    page.wait_for_url(lambda url: "without=" not in url)
+    tab_to(page, "zo-only")
+    page.keyboard.press("Enter")
+    page.wait_for_url(re.compile("runs="))
+    tab_to(page, "Lines")
+    tab_to(page, "Live|stCheckbox")
+    tab_to(page, "Report")
+    page.evaluate("document.querySelector('.zo-pick').focus()")
+    page.keyboard.press("Enter")
+    page.wait_for_url(lambda url: "runs=" not in url)
+    wait_settled(page)
+    tab_to(page, "zo-chip")
+    page.keyboard.press("Enter")
+    page.wait_for_url(re.compile("hidden="))
+    page.keyboard.press("Enter")
+    page.wait_for_url(lambda url: "hidden=" not in url)
+    page.keyboard.press("Shift+Enter")
+    wait_until(lambda: page.locator(".zo-chip[aria-pressed=false]").count() == 2)
+    page.keyboard.press("Shift+Enter")
+    tab_to(page, "zo-plot")
+    low, high = charts(page)["train/loss"]["range"]
+    page.keyboard.press("+")
+    page.wait_for_url(re.compile("zoom="))
+    near = charts(page)["train/loss"]["range"]
+    assert near[1] - near[0] == pytest.approx((high - low) / 2, rel=0.1)
+    page.keyboard.press("ArrowRight")
+    page.locator(".zo-tip:not([hidden]) .zo-tip-row").first.wait_for()
+    page.keyboard.press("Shift+ArrowRight")
+    wait_until(lambda: charts(page)["train/loss"]["range"][0] > near[0])
+    page.keyboard.press("0")
+    page.wait_for_url(lambda url: "zoom=" not in url)
+    tab_to(page, "zo-save")
+    with page.expect_download():
+        page.keyboard.press("Enter")
+
+
+# ---- by axe's rules ----------------------------------------------------------------------------------------------------
+
+_AXE = """async () => {
+  const found = await axe.run(document, { resultTypes: ["violations"] });
+  const said = (node) => [node.html.slice(0, 300), node.failureSummary];
+  return found.violations.map((one) => [one.id, one.impact, one.nodes.slice(0, 5).map(said)]);
+}"""
+
+
+@pytest.fixture(scope="module")
+def axe() -> str:
+    package = pytest.importorskip("axe_playwright_python", reason="axe's rules: pip install axe-playwright-python")
+    return (resources.files(package) / "axe.min.js").read_text("utf-8")
+
+
+@pytest.mark.parametrize(("size", "dark"), [((1400, 900), False), ((390, 844), True)], ids=["wide, light", "narrow, dark"])
+def test_axe_finds_nothing(size: tuple[int, int], dark: bool, browser: Browser, server: Server, axe: str) -> None:
+    found: dict[str, Any] = {}
+    with visit(browser, size, dark) as page:
+        for which in PAGES:
+            page.goto(address(server, which))
+            wait_settled(page)
+            page.get_by_test_id("stSkeleton").first.wait_for(state="detached")
+            page.wait_for_timeout(500)
+            page.evaluate(axe)
+            found[which] = page.evaluate(_AXE)
+    assert {which: one for which, one in found.items() if one} == {}
