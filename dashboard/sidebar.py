@@ -11,7 +11,7 @@ from .grouping import METHOD
 from .query import QueryError, parse
 from .report import report
 from .scene import Scene
-from .session import change, current, widget
+from .session import change, current, new_edition, widget
 from .transforms import differing
 from .view import COLORS, MOST_LINES, View
 
@@ -76,11 +76,15 @@ def _experiments(scene: Scene) -> None:
     )
     if tuple(chosen) != current().experiments:
         change(experiments=tuple(chosen), runs=None, without=(), hidden=(), zoom=None)
+        new_edition()
         st.rerun()
 
 
 def _runs(scene: Scene) -> None:
-    view, looks, names = current(), scene.styles(current()), scene.names
+    key, view = widget("zo-runs"), current()
+    chosen = live.selection(key, Selection(view.filter, view.runs is None, view.without if view.runs is None else view.runs))
+    view = change(filter=chosen.filter, runs=None if chosen.all else chosen.ids, without=chosen.ids if chosen.all else ())
+    looks, names = scene.styles(view), scene.names
     rows = [
         {
             "id": run.id,
@@ -92,16 +96,9 @@ def _runs(scene: Scene) -> None:
         }
         for run in scene.runs
     ]
-    everything = view.runs is None
-    ticked = [run.id for run in scene.runs if view.shows(run.id)]
-    but = [run.id for run in scene.runs if not view.shows(run.id)]
-    begin = Selection(view.filter, everything, tuple(but if everything else ticked))
+    named = [run.id for run in scene.runs if view.shows(run.id) != chosen.all]
     left = [run.id for run in scene.filtered(view)] if view.filter else None
-    found = live.run_list(widget("zo-runs"), rows, begin, left, _trouble(view.filter))
-    if found.filter != view.filter:
-        change(filter=found.filter)
-        st.rerun()
-    change(runs=None if found.all else found.ids, without=found.ids if found.all else ())
+    live.run_list(key, rows, chosen._replace(ids=tuple(named)), left, _trouble(view.filter))
 
 
 def _trouble(filter_: str) -> str:

@@ -196,32 +196,41 @@ class Selection(NamedTuple):
     ids: tuple[str, ...]
 
 
-def run_list(
-    key: str, runs: Sequence[Mapping[str, Any]], begin: Selection, left: Sequence[str] | None, trouble: str
-) -> Selection:
-    """The list of runs with its filter and with boxes to tick; returns what the user has made of it.
+def selection(key: str, begin: Selection) -> Selection:
+    """What the user has made of the list of runs, before it is drawn again.
+
+    Args:
+        key: of the component.
+        begin: the selection that it began with.
+    """
+    state = st.session_state.get(key)
+    text, selected = (state.get("filter"), state.get("selected")) if isinstance(state, Mapping) else (None, None)
+    ticked = begin
+    if isinstance(selected, Mapping):
+        ticked = begin._replace(all=bool(selected.get("all")), ids=tuple(str(one) for one in selected.get("ids", ())))
+    return ticked._replace(filter=text) if isinstance(text, str) else ticked
+
+
+def run_list(key: str, runs: Sequence[Mapping[str, Any]], chosen: Selection, left: Sequence[str] | None, trouble: str) -> None:
+    """The list of runs with its filter and with boxes to tick; :func:`selection` says what came of it.
 
     Args:
         key: of the component; another one begins anew.
         runs: for each ``id``, ``label``, ``title`` (on hover), ``light``, ``dark``, ``dash``, ``status`` and ``why``.
-        begin: the selection to begin with.
+        chosen: the selection so far.
         left: ids of the runs that its filter leaves; None: all.
         trouble: why its filter makes no sense; "": it does.
     """
     data = {
         "runs": [dict(run) for run in runs],
-        "all": begin.all,
-        "ids": list(begin.ids),
-        "filter": begin.filter,
+        "all": chosen.all,
+        "ids": list(chosen.ids),
+        "filter": chosen.filter,
         "left": None if left is None else list(left),
         "trouble": trouble,
     }
-    state = {"selected": {"all": begin.all, "ids": list(begin.ids)}, "filter": begin.filter}
-    result = _component("runs")(key=key, data=data, default=state, on_selected_change=_nothing, on_filter_change=_nothing)
-    text, selected = result.get("filter"), result.get("selected")
-    if not isinstance(text, str) or not isinstance(selected, Mapping):
-        return begin
-    return Selection(text, bool(selected.get("all")), tuple(str(one) for one in selected.get("ids", ())))
+    state = {"selected": {"all": chosen.all, "ids": list(chosen.ids)}, "filter": chosen.filter}
+    _component("runs")(key=key, data=data, default=state, on_selected_change=_nothing, on_filter_change=_nothing)
 
 
 def alerts(runs: Sequence[Mapping[str, str]]) -> None:
