@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -70,7 +70,7 @@ def _story(run: Run) -> str:
     """When it ran, for how long, and who started it from where."""
     parts = [f"Id {run.id}"]
     if not math.isnan(run.started):
-        parts.append(datetime.fromtimestamp(run.started, timezone.utc).strftime("started %Y-%m-%d %H:%M UTC"))
+        parts.append(datetime.fromtimestamp(run.started, UTC).strftime("started %Y-%m-%d %H:%M UTC"))
     if run.ended >= run.started:
         parts.append(f"took {words.duration(run.ended - run.started)}")
     if (steps := total_steps(run)) is not None:
