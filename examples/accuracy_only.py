@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zolightning import ZOMonitor, ZOStrategy
+from zolightning.adapt.matmul import fastest_dtype
 from zolightning.commands.demo.module import PromptClassifier, PromptData, intervene_at_ending
 from zolightning.data import PromptTemplate, encode, film_snippets, load_causal_lm, verbalizer_ids
-from zolightning.matmul import fastest_dtype
 from zolightning.methods.recipes import RECIPES
 from zolightning.objectives import soft_zero_one, zero_one
 

@@ -23,10 +23,10 @@ import torch
 
 from zolightning import ZOMixin, ZOMonitor, ZOStrategy
 from zolightning.adapt.interventions import at_prompts, idle, interventions
+from zolightning.adapt.matmul import fastest_dtype
 from zolightning.commands.demo.module import PromptData, intervene_at_ending
 from zolightning.data import VADER, Encoded, Example, encode_text, fetch, film_snippets, generate_answers, load_causal_lm
 from zolightning.data.archives import read_tar_member
-from zolightning.matmul import fastest_dtype
 from zolightning.objectives import exact_match, text_errors, token_f1
 
 PROMPT = """Sentence: a dull, unfunny mess.

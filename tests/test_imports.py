@@ -17,7 +17,7 @@ ROOT = Path(zolightning.__file__).parent
 DASHBOARD = ROOT.parent / "dashboard"
 
 LAYERS = [
-    {"types", "cache", "matmul", "_version", "_answers", "_moved"},
+    {"types", "cache", "_version", "_answers", "_moved"},
     {"noise"},
     {"space"},
     {"offload"},

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from .._answers import needs
-from ..matmul import dtype_of_products
 from ..space.adapters import adapter_names
 from ..space.scales.layer import is_a
+from .matmul import dtype_of_products
 
 Kind = Literal["nf4", "fp4", "int8"]
 _DEVICES = ("cpu", "cuda", "xpu")
@@ -41,7 +41,7 @@ def quantize(
             to the embedding), and those that transformers keeps in float32 (T5's ``wo``), always are.
         double: quantise the scales too ('nf4', 'fp4'), 0.4 bits less a weight; training them undoes it.
         compute_dtype: dtype of the products at 4 bits; None: the weight's, or float32 where that is narrower and this machine
-            multiplies it no faster, see :mod:`zolightning.matmul`.
+            multiplies it no faster, see :mod:`zolightning.adapt.matmul`.
         backprop: keep the layers ones that gradients come through, for adapters trained by backprop (QLoRA). On CPUs with
             AVX512-BF16 a 4-bit layer repacks its codes at its first forward in eval mode; it is faster then, but no gradient
             comes through any more, and no error says so. Not kept by a saved model: it is for the layers made here.

@@ -57,7 +57,7 @@ def bench(
     """
     import torch
 
-    from ...matmul import fastest_dtype
+    from ...adapt.matmul import fastest_dtype
     from ...strategy.onednn import keep_few_shapes
     from .report import log_to_mlflow, text_table, write_csv, write_json
     from .run import run

@@ -9,8 +9,8 @@ from typing import Literal
 
 import torch
 
+from ...adapt.matmul import matmul_speed
 from ...data import SMOLLM2, VADER, PromptTemplate, encode, fetch, load_causal_lm, verbalizer_ids
-from ...matmul import matmul_speed
 from ...records.mlflow_logger import DEFAULT_STORE, prepare_store
 from ..console import say
 from .expected import Workload

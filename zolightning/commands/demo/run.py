@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from ...adapt.matmul import matmul_speed
 from ...data import PromptTemplate, Splits, encode, film_snippets, load_causal_lm, model_name, read_table, verbalizer_ids
 from ...data.text import drawn
-from ...matmul import matmul_speed
 from ...records.memory import MemoryMeter
 from ...records.mlflow_logger import DEFAULT_STORE, mlflow_logger
 from ...records.monitor import ZOMonitor

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..strategy.onednn import keep_few_shapes
+
 logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -77,6 +79,8 @@ def _default_device() -> torch.device:
 @cache
 @torch.no_grad()
 def _measured(device: torch.device, threads: int) -> MatmulSpeed:
+    if device.type == "cpu" and (change := keep_few_shapes()):  # these may be the first products of the process
+        logger.info("%s", change)
     tokens, inputs, outputs = _SHAPES.get(device.type, _LARGE_SHAPE)
     generator = torch.Generator().manual_seed(0)  # never the user's
     x, weight = (torch.randn(rows, inputs, generator=generator) for rows in (tokens, outputs))
