@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from zolightning.objectives import CommandScorer, HttpScorer, ScorerError
+from zolightning.objectives import CommandScorer, HttpScorer
+from zolightning.objectives.transport import AnswerError
 
 LENGTHS = """
 import json, sys
@@ -36,13 +37,13 @@ def program(code: str, *arguments: str) -> list[str]:
 def test_command_is_asked_once_for_each_item(tmp_path: Path) -> None:
     scorer = CommandScorer(program(LENGTHS, str(tmp_path / "log")))
     assert scorer(items("ab", "abc", "ab")).tolist() == [2.0, 3.0, 2.0]
-    process = scorer._process
+    process = scorer.transport._process
     assert scorer(items("abc", "ä", "")).tolist() == [3.0, 1.0, 0.0]
-    assert scorer._process is process  # it goes on
+    assert scorer.transport._process is process  # it goes on
     scorer.close()
     assert len((tmp_path / "log").read_text().splitlines()) == 4
     assert scorer(items("ab")).dtype == torch.float64  # from memory, no program needed
-    assert scorer._process is None
+    assert scorer.transport._process is None
 
 
 def test_command_may_answer_all_at_the_end_and_more_than_a_pipe_holds() -> None:
@@ -68,7 +69,7 @@ def test_command_may_answer_all_at_the_end_and_more_than_a_pipe_holds() -> None:
 )
 def test_command_errors_are_clear(code: str, message: str) -> None:
     scorer = CommandScorer(program(code), timeout=0.5 if "sleep" in code else 30)
-    with pytest.raises(ScorerError, match=message):
+    with pytest.raises(AnswerError, match=message):
         _ask_twice(scorer)
     scorer.close()
 
@@ -82,22 +83,22 @@ def _ask_twice(scorer: CommandScorer) -> None:
 def test_command_starts_again_after_an_error(tmp_path: Path) -> None:
     code = "import sys, os\np = sys.argv[1]\nif not os.path.exists(p):\n open(p, 'w')\n sys.exit(1)\n"
     scorer = CommandScorer(program(code + "for line in sys.stdin: print(1, flush=True)", str(tmp_path / "flag")))
-    with pytest.raises(ScorerError, match="exit code 1"):
+    with pytest.raises(AnswerError, match="exit code 1"):
         scorer(items("a"))
     assert scorer(items("a")).tolist() == [1.0]
     copy = pickle.loads(pickle.dumps(scorer))
-    assert copy._process is None
+    assert copy.transport._process is None
     assert copy(items("b")).tolist() == [1.0]
     scorer.close()
     copy.close()
 
 
 def test_command_that_does_not_exist_and_bad_settings() -> None:
-    with pytest.raises(ScorerError, match="cannot be started"):
+    with pytest.raises(AnswerError, match="cannot be started"):
         CommandScorer(["no-such-program-at-all"])(items("a"))
     with pytest.raises(ValueError, match="list of the program and its arguments, got 'wc -l'"):
         CommandScorer("wc -l")
-    with pytest.raises(ValueError, match=r"CommandScorer\(timeout=...\)` must be .* got 0"):
+    with pytest.raises(ValueError, match=r"CommandTransport\(timeout=...\)` must be .* got 0"):
         CommandScorer(["wc"], timeout=0)
     with pytest.raises(ValueError, match=r"HttpScorer\(cache_size=...\)` must be >= 0, got -1"):
         HttpScorer("http://127.0.0.1", cache_size=-1)
@@ -169,7 +170,7 @@ def test_http_tries_again_and_says_when_it_gives_up(server: Server) -> None:
     server.failures = 2
     assert HttpScorer(address(server), retries=2)(items("ab")).tolist() == [2.0]
     server.failures = 2
-    with pytest.raises(ScorerError, match=r"failed, 1 retries included.*503"):
+    with pytest.raises(AnswerError, match=r"failed, 1 retries included.*503"):
         HttpScorer(address(server), retries=1)(items("ab"))
 
 
@@ -178,7 +179,7 @@ def test_http_tries_again_and_says_when_it_gives_up(server: Server) -> None:
 )
 def test_http_answers_are_checked(server: Server, answer: Any, message: str) -> None:
     server.answer = answer
-    with pytest.raises(ScorerError, match=message):
+    with pytest.raises(AnswerError, match=message):
         HttpScorer(address(server))(items("ab"))
 
 
@@ -189,16 +190,16 @@ def test_http_waits_no_longer_than_the_timeout_for_a_busy_server(server: Server)
 
 @pytest.mark.parametrize("url", ["http://localhost:port/x", "http://"])
 def test_http_bad_addresses_are_said_to_be_those(url: str) -> None:
-    with pytest.raises(ScorerError, match="failed, 3 retries included"):
+    with pytest.raises(AnswerError, match="failed, 3 retries included"):
         HttpScorer(url)(items("a"))
 
 
 def test_http_answers_must_be_json(server: Server) -> None:
     server.raw = b"oops"
-    with pytest.raises(ScorerError, match="something that is not JSON"):
+    with pytest.raises(AnswerError, match="something that is not JSON"):
         HttpScorer(address(server))(items("a"))
 
 
 def test_http_nobody_there() -> None:
-    with pytest.raises(ScorerError, match="failed, 0 retries included"):
+    with pytest.raises(AnswerError, match="failed, 0 retries included"):
         HttpScorer("http://127.0.0.1:9/", retries=0)(items("a"))

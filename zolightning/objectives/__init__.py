@@ -1,16 +1,17 @@
 """Anything that can be scored can be trained on: what ``zo_objective`` may return."""
 
 from .classification import f1_error, hinge, margins, soft_zero_one, zero_one
-from .external import CommandScorer, ExternalScorer, HttpScorer, ScorerError
+from .external import CommandScorer, ExternalScorer, HttpScorer
 from .metric import MetricLoss
 from .text import chrf, exact_match, normalize_answer, rouge_l, text_errors, token_f1
+from .transport import AnswerError
 
 __all__ = [
+    "AnswerError",
     "CommandScorer",
     "ExternalScorer",
     "HttpScorer",
     "MetricLoss",
-    "ScorerError",
     "chrf",
     "exact_match",
     "f1_error",
