@@ -142,6 +142,7 @@ def test_masters_full_logits_and_another_architecture(tmp_path: Path, capsys: py
         (["--dtype", "fp32", "--master", "fp32"], "fp32 throughout: leave `master` out"),
         (["--logits", "full", "--length", "1"], "`length=1` has no next token"),
         (["--model", "./no/such/model", "--memory", "false"], "(?s)cannot load model.*--model tiny-llama | "),
+        (["--model", "smolm2-135m"], "is neither a folder nor one of tiny-llama, .*did you mean 'smollm2-135m'"),
         (["--out", "."], "`out=.` is a folder"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,9 @@ def run(folder: Path, task: str, **settings: Any) -> None:
     store = f"sqlite:///{folder}/mlflow.db"
     fit(
         task,
-        data=str(folder / f"{task}.jsonl"),
         model=str(folder / "model"),
         store=store,
-        **{**quick, "out": str(folder), **settings},
+        **{**quick, "out": str(folder), "data": str(folder / f"{task}.jsonl"), **settings},
     )
 
 
@@ -82,6 +82,59 @@ def test_steps_0_is_the_baseline(folder: Path, capsys: pytest.CaptureFixture[str
     assert "after training" not in out
 
 
+PAIRS = [(i, *pair) for i in range(12) for pair in [("dull", 1), ("great", 5)]]
+FILES = {
+    "csv": "review,stars\n" + "".join(f'"A {word}, long film {i}",{stars} stars\n' for i, word, stars in PAIRS),
+    "bom": "\ufefftext,label\n" + "".join(f"{word} film {i},{stars}\n" for i, word, stars in PAIRS),
+}
+
+
+@pytest.mark.parametrize(("kind", "columns"), [("csv", "review, stars"), ("bom", None)])
+def test_own_file_of_labelled_texts(folder: Path, kind: str, columns: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    table = folder / f"{kind}.csv"
+    table.write_text(FILES[kind], encoding="utf-8")
+    run(folder, "classify", data=str(table), columns=columns)
+    out = capsys.readouterr().out
+    assert "classify: 12 to train, 6 to validation, 6 to test" in out
+    assert "best on validation (step=" in out
+
+
+def test_own_file_of_prompts_and_answers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = folder / "answers.csv"
+    table.write_text("prompt,answer\n" + "".join(f"how long is film {i}?,long\n" for i in range(16)))
+    run(folder, "answer", data=str(table), template="film: {prompt}", objective="f1", steps=2, validations=1)
+    assert "as it is: f1 0." in capsys.readouterr().out
+
+
+BROKEN = {
+    "empty": ("", "no rows; columns 'text' and 'label' with at least two labels are needed"),
+    "header": ("text,label\n", "no rows; columns 'text' and 'label'"),
+    "one class": ("text,label\na,x\nb,x\n", "every row has the label 'x'; at least two labels are needed"),
+    "column": ("text,mark\na,x\nb,y\n", "line 2: no column 'label'; found 'text', 'mark'"),
+    "commas": ("text,label\na, b,x\n", "line 2: more fields than the header has"),
+    "quote": ('text,label\n"a,x\nb,y\n', "malformed CSV: unexpected end of data"),
+    "blank": ("text,label\n ,x\nb,y\n", "line 2: blank text in column 'text'"),
+    "few": ("text,label\na,x\nb,y\n", "too few rows"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_file_is_one_line(kind: str, folder: Path) -> None:
+    content, message = BROKEN[kind]
+    (folder / "broken.csv").write_text(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run(folder, "classify", data=str(folder / "broken.csv"))
+
+
+def test_label_that_training_does_not_have(folder: Path) -> None:
+    parts = folder / "parts"
+    parts.mkdir()
+    (parts / "train.csv").write_text("text,label\na,x\nb,y\n")
+    (parts / "validation.csv").write_text("text,label\nc,z\n")
+    with pytest.raises(ValueError, match="label 'z' does not occur in the training rows, which have 'x', 'y'"):
+        run(folder, "classify", data=str(parts))
+
+
 def test_demonstrations_may_not_take_all_of_training(folder: Path) -> None:
     with pytest.raises(ValueError, match="`demonstrations=99` leave no example to train on"):
         run(folder, "sst2", demonstrations=99)
@@ -103,6 +156,13 @@ def test_demonstrations_may_not_take_all_of_training(folder: Path) -> None:
         ({"task": "sst2", "recipe": "forward-gradient", "objective": "f1"}, "forward-gradient needs a gradient"),
         ({"task": "sst2", "steps": -3}, "`steps` must be >= 0, got -3"),
         ({"task": "sst2", "validations": 0}, "`validations` must be >= 1, got 0"),
+        ({"task": "sst2", "train": 0}, "`train` must be >= 1, got 0"),
+        ({"task": "sst2", "max_length": 1}, "`max_length` must be >= 2, got 1"),
+        ({"task": "sst2", "eps": -1.0}, "eps=...\\)` must be a finite number > 0, got -1"),
+        ({"task": "sst2", "objective": "acuracy"}, "`objective='acuracy'` is unknown; .*; did you mean 'accuracy'"),
+        ({"task": "classify"}, "`fit classify` trains on your own file; give it with `--data FILE`"),
+        ({"task": "classify", "data": "x.csv", "columns": "a"}, "`columns` must be two names"),
+        ({"task": "sst2", "columns": "a,b"}, "`columns` and `template` are for classify and answer; sst2 has its own"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_loaded(settings: dict[str, Any], message: str) -> None:

@@ -12,7 +12,7 @@ from ._version import __version__
 
 VERBS = {
     "demo": ("commands.demo.main:demo", "Fine-tune one model by ZO and by backprop, and compare them."),
-    "fit": ("commands.fit:fit", "Train a model on a task of MeZO's paper."),
+    "fit": ("commands.fit:fit", "Train a model on a task of MeZO's paper, or on your own file."),
     "sweep": ("commands.sweep.main:sweep", "Compare methods and learning rates over seeds at equal budgets."),
     "dash": ("commands.dash:dash", "Watch and compare runs live in the browser."),
     "bench": ("commands.bench.main:bench", "Measure time and memory of a ZO step, two forwards, MeZO and backprop."),

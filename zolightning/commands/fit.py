@@ -18,8 +18,9 @@ from ..records.monitor import ZOMonitor
 from ..strategy._lightning import ModelCheckpoint, pl
 from ..strategy.ledger_io import LedgerCheckpointIO
 from ..strategy.strategy import ZOStrategy
-from ..tasks.item import few_shot, in_context
+from ..tasks.item import TextTask, few_shot, in_context
 from ..tasks.module import TaskData, TaskModule
+from ..tasks.own import COLUMNS, own_task
 from ..tasks.presets import TASKS
 from ..tasks.reader import reader_for
 from ..tasks.rows import load_task
@@ -31,12 +32,15 @@ _NOT_HERE = {
     "reft": "vectors that `zolightning.adapt.interventions.intervene` puts into the model",
     "zeroqat": "layers that `zolightning.adapt.fakequant.fake_quantize` makes",
 }
+_WITH_GRADIENT = ("cross_entropy", "likelihood", "soft_accuracy")
 _NO_GRADIENT = ("accuracy", "f1", "exact_match")
 
 
 def fit(
     task: str,
     data: str | None = None,
+    columns: str | None = None,
+    template: str | None = None,
     model: str | None = None,
     recipe: str = "default",
     objective: str | None = None,
@@ -60,12 +64,18 @@ def fit(
     out: str = "zolightning-fit",
     offline: bool = False,
 ) -> None:
-    """Train a model on a task of MeZO's paper. Example: zolightning fit sst2 --model facebook/opt-1.3b --recipe mezo --lr 1e-7
+    """Train a model on a task of MeZO's paper, or on your own file. Example: zolightning fit classify --data reviews.csv
+
+    On a task of the paper: ``zolightning fit sst2 --model facebook/opt-1.3b --recipe mezo --lr 1e-7``.
 
     Args:
-        task: sst2, rte, cb, boolq, wsc, wic, multirc, copa, record, squad or drop.
+        task: sst2, rte, cb, boolq, wsc, wic, multirc, copa, record, squad or drop; or, for your own file, classify (a text and
+            its label in each row) or answer (a prompt and its answer).
         data: a folder with train, validation and perhaps test files (.jsonl, .csv, .parquet) with the task's columns, or one
             file. Default: Hugging Face datasets.
+        columns: for classify and answer: the two columns' names, separated by a comma. Default: text,label or prompt,answer.
+        template: for classify and answer: what the model reads before its answer, with '{text}' or '{prompt}' in it and
+            perhaps other columns. Default: the text and "Label:" on a line of its own; the prompt.
         model: a Hugging Face id or a local folder of a causal language model. Default: SmolLM2-135M.
         recipe: a recipe of ZOStrategy, or adamw for backprop.
         objective: cross_entropy, likelihood, accuracy, soft_accuracy, f1 or exact_match, as the task has them. Default: its
@@ -91,24 +101,20 @@ def fit(
         out: folder of the checkpoints.
         offline: fetch no model.
     """
-    one_of("task", task, TASKS)
-    one_of("recipe", recipe, ("adamw", *RECIPES))
-    if recipe in _NOT_HERE:
-        raise ValueError(f"recipe {recipe!r} trains {_NOT_HERE[recipe]}; do that in Python, or choose another recipe here")
-    if recipe == "adamw" and (eps is not None or select is not None):
-        raise ValueError("`eps` and `select` are of ZOStrategy's recipes; leave them out with adamw")
-    if recipe in ("adamw", "forward-gradient") and objective in _NO_GRADIENT:
-        raise ValueError(
-            f"{recipe} needs a gradient, and `objective={objective}` has none; choose another one, or another recipe"
-        )
+    _check_names(task, data, columns or template, recipe, objective, eps is not None or select is not None)
     for name, value, least in (
         ("steps", steps, 0), ("shots", shots, 0), ("demonstrations", demonstrations, 0),
-        ("batch_size", batch_size, 1), ("validations", validations, 1),
+        ("batch_size", batch_size, 1), ("validations", validations, 1), ("max_length", max_length, 2),
+        ("train", train, 1), ("validation", validation, 1), ("test", test, 1),
     ):  # fmt: skip
         if value < least:
             raise ValueError(f"`{name}` must be >= {least}, got {value}")
+    view = view or _OWN_VIEW.get(recipe)
+    own = _given(lr=lr, eps=eps, select=select or (view and "all"))
+    strategy = "auto" if recipe == "adamw" else ZOStrategy(recipe, **own)
     pl.seed_everything(seed, verbose=False)
-    splits = load_task(TASKS[task], data, train=train, validation=validation, test=test, seed=seed)
+    asked = _task(task, data, columns, template)
+    splits = load_task(asked, data, train=train, validation=validation, test=test, seed=seed)
     shown = splits.train[:demonstrations]
     if shown:
         splits = type(splits)(*(in_context(part, shown) for part in (splits.train[demonstrations:], *splits[1:])))
@@ -117,17 +123,15 @@ def fit(
     if shots:
         splits = splits._replace(train=few_shot(splits.train, shots, seed))
     network, tokenizer = load_causal_lm(model, offline=offline)
-    reader = reader_for(TASKS[task], tokenizer, max_length)
+    reader = reader_for(asked, tokenizer, max_length)
     decay = steps if recipe in RECIPES and RECIPES[recipe].normalize else 0
-    view = view or _OWN_VIEW.get(recipe)
     tuned: nn.Module = network if view is None else VIEWS[view](network)
     module = TaskModule(tuned.train(), reader, objective, lambda ps: _optimizer(ps, recipe, lr), decay)
     questions = TaskData(splits, reader, min(batch_size, len(splits.train)), seed)
 
     best = ModelCheckpoint(monitor=f"val/{reader.main}", mode="max", filename="{step}")
-    own = _given(lr=lr, eps=eps, select=select or (view and "all"))
     trainer = pl.Trainer(
-        strategy="auto" if recipe == "adamw" else ZOStrategy(recipe, **own),
+        strategy=strategy,
         max_steps=max(1, steps),
         precision=precision,  # type: ignore[arg-type]
         devices=1,
@@ -149,6 +153,33 @@ def fit(
         chosen = Path(best.best_model_path).stem
         tested = trainer.test(module, questions, ckpt_path="best", verbose=False)[0]
         say(f"after training, at the step that was best on validation ({chosen}): {_scores(tested)}")
+
+
+def _check_names(task: str, data: str | None, own: str | None, recipe: str, objective: str | None, probing: bool) -> None:
+    """Refuse what contradicts itself before anything is read; ``own``: columns or template, ``probing``: eps or select."""
+    one_of("task", task, (*TASKS, *COLUMNS))
+    one_of("recipe", recipe, ("adamw", *RECIPES))
+    if objective is not None:
+        one_of("objective", objective, (*_WITH_GRADIENT, *_NO_GRADIENT))
+    if task in COLUMNS and data is None:
+        raise ValueError(f"`fit {task}` trains on your own file; give it with `--data FILE`")
+    if task not in COLUMNS and own:
+        raise ValueError(f"`columns` and `template` are for {' and '.join(COLUMNS)}; {task} has its own")
+    if recipe in _NOT_HERE:
+        raise ValueError(f"recipe {recipe!r} trains {_NOT_HERE[recipe]}; do that in Python, or choose another recipe here")
+    if recipe == "adamw" and probing:
+        raise ValueError("`eps` and `select` are of ZOStrategy's recipes; leave them out with adamw")
+    if recipe in ("adamw", "forward-gradient") and objective in _NO_GRADIENT:
+        raise ValueError(
+            f"{recipe} needs a gradient, and `objective={objective}` has none; choose another one, or another recipe"
+        )
+
+
+def _task(name: str, data: str | None, columns: str | None, template: str | None) -> TextTask:
+    if data is None or name in TASKS:
+        return TASKS[name]
+    names = None if columns is None else [column.strip() for column in columns.split(",")]
+    return own_task("classify" if name == "classify" else "answer", data, names, template)
 
 
 def _optimizer(parameters: list[nn.Parameter], recipe: str, lr: float | None) -> torch.optim.Optimizer:

@@ -26,6 +26,7 @@ def replay_run(
     step: int | None = None,
     out: str | None = None,
     base: str | None = None,
+    buffers: str | None = None,
     store: str = "sqlite:///mlflow.db",
     device: str | None = None,
     verify: bool = False,
@@ -33,7 +34,8 @@ def replay_run(
     """Rebuild a run's weights at any step from its ledger. Example: zolightning replay ledger.zo --step 740 --out model740
 
     Writes ``model.safetensors``, with ``config.json`` and the tokenizer where the run trained a Hugging Face model, so that
-    ``from_pretrained`` reads the folder. The ledger itself is never changed.
+    ``from_pretrained`` reads the folder. A ledger has no buffers, such as BatchNorm's statistics; they come from the run's last
+    checkpoint up to that step. The ledger itself is never changed.
 
     Args:
         run: a ledger file, a folder with ``ledger.zo`` in it, or the id of an MLflow run.
@@ -41,16 +43,18 @@ def replay_run(
         out: folder to write, which must not hold a model yet.
         base: the weights that the run started from: a safetensors file, a Lightning checkpoint, a Hugging Face folder or id.
             Default: the base file beside the ledger, else the pretrained model that the ledger names.
+        buffers: a Lightning checkpoint of the run to take the buffers from. Default: in the ledger's folder the last one
+            up to the step.
         store: MLflow store to look for a run id in.
         device: where to compute. Default: the run's kind of device, where it is at hand.
         verify: replay and compare the weights' fingerprints with the run's, and write nothing unless `out` says where.
     """
+    ledger = find_run(run, store)
     if out is None and not verify:
         raise ValueError("give `--out FOLDER` for the weights, or `--verify` to compare fingerprints only")
     folder = None if out is None else Path(out)
     if folder is not None and (folder / "model.safetensors").exists():
         raise ValueError(f"`--out {out}` holds a model already; give another folder")
-    ledger = find_run(run, store)
     if ledger.torn:
         say(f"{ledger.path} ends with {ledger.torn} bytes that are no whole record (the run was cut off there): left out")
     if ledger.damage:
@@ -65,7 +69,8 @@ def replay_run(
     if verify and done.checked is None:
         raise LedgerError(f"nothing to compare: the run noted no fingerprint up to step {done.step}")
     if folder is not None:
-        write_model(folder, ledger.header, parameters, source=base)
+        found = find_buffers(ledger, buffers, done.step)
+        write_model(folder, ledger.header, {**parameters, **found}, source=base)
         say(f"wrote {folder}")
 
 
@@ -157,13 +162,55 @@ def _is_model(kind: object, base: type) -> bool:
     return isinstance(kind, type) and issubclass(kind, base)
 
 
+def find_buffers(ledger: Ledger, given: str | None, step: int) -> dict[str, Tensor]:
+    """The buffers of the run's module as a checkpoint has them; {} where there is none, and then says how to do without.
+
+    Args:
+        ledger: of the run.
+        given: the checkpoint. None: of those in the ledger's folder the last one up to the step.
+        step: that the weights are of.
+
+    Raises:
+        LedgerError: the given file is no checkpoint of such a run.
+    """
+    names = ledger.header.buffers
+    if not names:
+        return {}
+    places = [Path(given)] if given else sorted(ledger.path.parent.rglob("*.ckpt"))
+    found = [(state["zolightning"]["zo_step"], path, state) for path in places if (state := _of_run(path, ledger.header))]
+    if given and not found:
+        raise LedgerError(f"`--buffers {given}` is no checkpoint of the run of {ledger.path}")
+    until = [entry for entry in found if given or entry[0] <= step]
+    if not until:
+        say(
+            f"not written: {len(names)} buffers ({', '.join(names[:3])} …), which a ledger does not have, and no checkpoint in "
+            f"{ledger.path.parent} is of a step up to {step}; give one with `--buffers`, or load the weights into a module "
+            "that has its own buffers (load_state_dict(..., strict=False))"
+        )
+        return {}
+    at, path, state = max(until, key=lambda entry: entry[0])
+    say(f"{len(names)} buffers of step {at}, from {path}")
+    return {name: state["state_dict"][name] for name in names}
+
+
+def _of_run(path: Path, header: Header) -> dict[str, Any] | None:
+    """The checkpoint, when it is one of the run and has its buffers."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        same = state["zolightning"]["seed"] == header.seed and set(header.buffers) <= state["state_dict"].keys()
+    except Exception:  # another kind of file, or one that is being written
+        return None
+    return state if same else None
+
+
 def write_model(folder: Path, header: Header, parameters: Mapping[str, Tensor], source: str | None = None) -> None:
     """The weights in a folder: Hugging Face's layout where the run trained such a model.
 
     Args:
         folder: made when it is not there.
         header: of the ledger.
-        parameters: by their names in the run's module; those outside the Hugging Face model go to ``others.safetensors``.
+        parameters: and buffers, by their names in the run's module; those outside the Hugging Face model go to
+            ``others.safetensors``.
         source: folder to take tokenizer and generation settings from. Default: where the pretrained model came from.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -173,8 +220,6 @@ def write_model(folder: Path, header: Header, parameters: Mapping[str, Tensor], 
     others = {n: p.detach().cpu().contiguous() for n, p in parameters.items() if not n.startswith(prefix)}
     if others:
         save_file(others, folder / "others.safetensors", {"format": "pt"})
-    if header.buffers:
-        say(f"not in a ledger, so not written: {len(header.buffers)} buffers ({', '.join(header.buffers[:3])} …)")
     if known:
         config: dict[str, Any] = {**known["config"], "architectures": [known["class"]]}
         (folder / "config.json").write_text(json.dumps(config, indent=2, default=list) + "\n")

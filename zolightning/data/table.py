@@ -56,6 +56,16 @@ def read_table(
     return split_classes(by_class, held, names, seed)
 
 
+def table_labels(path: str | Path, *, text: str = "text", label: str = "label") -> tuple[str, ...]:
+    """Return the names of a table's labels in the order of their numbers; of a folder, those of its train file.
+
+    Raises as :func:`read_table`.
+    """
+    path = Path(path)
+    file = split_files(path, needed=("train",))["train"] if path.is_dir() else path
+    return _label_names(file, _read_rows(file, text, label))
+
+
 def _held(path: Path, name: str, rows: int, validation: float, test: float) -> tuple[int, int]:
     """Return how many of a label's rows go to validation and test: at least one of each that is wanted."""
     held = [max(1, round(share * rows)) if share else 0 for share in (validation, test)]

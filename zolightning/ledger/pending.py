@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,6 +11,8 @@ from torch import nn
 
 from .recorder import Position, Recorder
 from .writer import Claim
+
+_log = logging.getLogger("zolightning")
 
 
 class PendingLedger:
@@ -21,6 +24,7 @@ class PendingLedger:
         keep_base: have the base's weights beside the ledger.
         optional: go on without a ledger, with a warning, where it cannot be written.
         warn: gets that warning.
+        inform: gets what a replay will need, where that is not beside the ledger.
     """
 
     def __init__(
@@ -31,8 +35,9 @@ class PendingLedger:
         keep_base: bool = False,
         optional: bool = False,
         warn: Callable[[str], None] = warnings.warn,
+        inform: Callable[[str], None] = _log.info,
     ) -> None:
-        self.claim = claim
+        self.claim, self._inform = claim, inform
         self._settings, self._keep_base, self._optional, self._warn = settings, keep_base, optional, warn
         self.recorder: Recorder | None = None
         """None before the first step, and when there is no ledger."""
@@ -57,6 +62,13 @@ class PendingLedger:
                     raise
                 self._warn(f"this run keeps no replay ledger: {error}")
                 self.close()
+            else:
+                if not self.recorder.base_at_hand:
+                    self._inform(
+                        f"{self.recorder.path} records the updates of this run, not the weights that it starts from. "
+                        "`zolightning replay` will need those as --base: save them before training, or let "
+                        "LedgerCheckpointIO (a plugin of the Trainer) keep them beside the ledger."
+                    )
         return self.recorder
 
     def skipped(self, step: int) -> None:

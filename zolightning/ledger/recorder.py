@@ -87,6 +87,8 @@ class Recorder:
         now = combined(self._found)
         before = _continued(resumed, now, seed, keep_base) if resumed is not None else None
         self._continues = before is not None
+        self.base_at_hand = True
+        """Whether a replay finds the weights that the ledger starts from: beside it, or where a pretrained model came from."""
         if before is None:
             header = Header(
                 seed=seed,
@@ -101,6 +103,7 @@ class Recorder:
             )
             if keep_base:
                 save_base(self.path.parent, now, self._parameters)
+            self.base_at_hand = keep_base or bool(header.pretrained and header.pretrained["source"])
             self._writer = LedgerWriter(claim, seed, opening(header))
         else:
             share_base(before.path.parent, self.path.parent, before.header.base)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..ledger import PendingLedger
-from ._lightning import Callback, pl, rank_zero_warn
+from ._lightning import Callback, pl, rank_zero_info, rank_zero_warn
 from .ledger_io import claim_ledger
 
 
@@ -24,7 +24,9 @@ class RunLedger(Callback):
     def __init__(self, trainer: pl.Trainer, choice: bool | str | Path, settings: Mapping[str, Any], keep_base: bool) -> None:
         self._choice = choice
         claim = claim_ledger(trainer, choice)
-        self.pending = PendingLedger(claim, settings, keep_base=keep_base, optional=choice is True, warn=rank_zero_warn)
+        self.pending = PendingLedger(
+            claim, settings, keep_base=keep_base, optional=choice is True, warn=rank_zero_warn, inform=rank_zero_info
+        )
 
     @property
     def path(self) -> Path | None:

@@ -2,6 +2,7 @@
 
 from .item import Item, TextTask, few_shot, in_context
 from .module import TaskData, TaskModule
+from .own import own_task
 from .presets import TASKS
 from .reader import ChoiceReader, MaskReader, OptionReader, Reader, TextReader, WordReader, reader_for
 from .rows import TaskSplits, load_task
@@ -22,5 +23,6 @@ __all__ = [
     "few_shot",
     "in_context",
     "load_task",
+    "own_task",
     "reader_for",
 ]

@@ -98,16 +98,18 @@ def _items(task: TextTask, rows: Iterable[tuple[int, Row]], where: object) -> li
 
 def _from_hub(task: TextTask) -> dict[str, list[Item]]:
     if not task.source:
-        raise ValueError("this task has no source on Hugging Face; give `path`, a folder or file of your own")
+        raise ValueError("this task has no source on Hugging Face; give files of your own (`--data` on the command line)")
     name = "/".join(task.source)
-    advice = ", or give `path`, a folder of .jsonl, .csv or .parquet files"
+    advice = ", or give a folder of .jsonl, .csv or .parquet files (`--data` on the command line)"
     with needs("datasets", f"loading {name}", "zolightning[tasks]", advice):
         import datasets
 
     try:
         found = datasets.load_dataset(*task.source)
     except Exception as error:  # of many kinds, from many libraries
-        raise OSError(f"cannot load {name} from Hugging Face ({error}); give `path`, a folder of local files") from error
+        raise OSError(
+            f"cannot load {name} from Hugging Face ({error}); give a folder of local files (`--data` on the command line)"
+        ) from error
     return {
         part: _items(task, enumerate(found[part]), f"{name}, {part}")
         for part in ("train", "validation", "test")

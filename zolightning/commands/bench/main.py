@@ -59,6 +59,7 @@ def bench(
 
     from ...adapt.matmul import fastest_dtype
     from ...strategy.onednn import keep_few_shapes
+    from .models import check_name
     from .report import log_to_mlflow, text_table, write_csv, write_json
     from .run import run
     from .workload import Spec
@@ -68,6 +69,7 @@ def bench(
             raise ValueError(f"`{name}` must be >= {least}, got {value}")
     if threads is not None and threads < 1:
         raise ValueError(f"`threads` must be >= 1, got {threads}")
+    check_name(model)
     keep_few_shapes()  # for all methods, also in the processes that measure peaks
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..._answers import did_you_mean
+
 
 class Shape(NamedTuple):
     """A decoder-only transformer's size. ``kv_heads`` 0 stands for OPT, whose heads have keys of their own."""
@@ -60,6 +62,7 @@ def build_model(name: str, dtype: torch.dtype, device: torch.device, length: int
     """
     if name in ARCHITECTURES:
         return random_model(ARCHITECTURES[name], dtype, device, length, seed)
+    check_name(name)
     from ...data import load_causal_lm
 
     try:
@@ -70,6 +73,21 @@ def build_model(name: str, dtype: torch.dtype, device: torch.device, length: int
     if longest is not None and length > longest:
         raise ValueError(f"`length={length}` is more than {name} takes; allowed: 1 to {longest}")
     return model.to(device).eval()
+
+
+def check_name(name: str) -> None:
+    """Refuse a misspelled architecture before a hub is asked for it, which takes long to say no.
+
+    Raises:
+        ValueError: it is neither an architecture nor a folder, and close to an architecture's name.
+    """
+    known = name in ARCHITECTURES or "/" in name or Path(name).exists()
+    hint = "" if known else did_you_mean(name, ARCHITECTURES)
+    if hint:
+        raise ValueError(
+            f"`--model {name}` is neither a folder nor one of {', '.join(ARCHITECTURES)}{hint} A model of Hugging Face's hub "
+            "is given with its owner, as owner/name"
+        )
 
 
 def random_model(shape: Shape, dtype: torch.dtype, device: torch.device, length: int = 1, seed: int = 0) -> nn.Module:
