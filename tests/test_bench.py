@@ -25,6 +25,8 @@ from zolightning.commands.bench.report import Row, make_row, text_table
 from zolightning.commands.bench.run import Session
 from zolightning.commands.bench.workload import Spec, Workload
 
+pytestmark = pytest.mark.integration
+
 
 def spec(**changes: object) -> Spec:
     values = {"model": "tiny-llama", "batch": 2, "length": 8, "dtype": "bf16", "master": None, "logits": "last"}

@@ -33,6 +33,8 @@ from zolightning_dashboard.scene import Store, look
 from zolightning_dashboard.source import open_source
 from zolightning_dashboard.view import View
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(zolightning_dashboard.__file__).parent
 PAGES = ("overview", "runs", "curves", "memory", "tradeoffs", "sweep", "health", "diff", "run")
 START = 1_700_000_000_000

@@ -32,7 +32,10 @@ from PIL import Image
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page
 
-pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no Chromium found: apt-get install chromium")
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(find_chromium() is None, reason="no Chromium found: apt-get install chromium"),
+]
 
 PAGES = ("overview", "runs", "curves", "memory", "tradeoffs", "sweep", "health", "diff", "run")
 STEPS = 6000  # more than a training takes while these tests run

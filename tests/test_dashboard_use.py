@@ -20,7 +20,10 @@ from test_dashboard_browser import PAGES, START, address, chip, listed, run_id, 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no Chromium found: apt-get install chromium")
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.skipif(find_chromium() is None, reason="no Chromium found: apt-get install chromium"),
+]
 
 RATES = ("1e-4", "1e-3", "1e-2")
 

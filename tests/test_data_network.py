@@ -21,7 +21,7 @@ from zolightning.data.archives import extract_zip_member
 from zolightning.data.model import read_gguf
 from zolightning.data.text import distinct, rated_snippets
 
-pytestmark = pytest.mark.network
+pytestmark = [pytest.mark.integration, pytest.mark.network]
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 

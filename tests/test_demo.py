@@ -29,6 +29,8 @@ from zolightning.commands.demo.run import Result, Task, splits
 from zolightning.data import Example, PromptTemplate, encode, load_causal_lm
 from zolightning.methods.recipes import RECIPES
 
+pytestmark = pytest.mark.integration
+
 PNG = b"\x89PNG\r\n\x1a\n"
 
 

@@ -15,6 +15,8 @@ pytest.importorskip("bitsandbytes", reason="pip install 'bitsandbytes>=0.50' 'ac
 
 from zolightning.adapt.interventions import intervene
 
+pytestmark = pytest.mark.integration
+
 FILE = Path(__file__).parents[1] / "examples" / "quantized.py"
 
 

@@ -25,6 +25,8 @@ from helpers import exact_epochs
 
 from zolightning.ledger import Ledger, base_path, fingerprint, load_base, read, replay
 
+pytestmark = pytest.mark.integration
+
 WORKER = Path(__file__).with_name("fault_worker.py")
 
 

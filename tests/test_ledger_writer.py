@@ -321,7 +321,11 @@ def test_second_run_in_a_folder_takes_the_next_name(holder: tuple[Path, int]) ->
 def test_a_killed_run_leaves_its_path_free(holder: tuple[Path, int]) -> None:
     path, process = holder
     _kill(process)
-    claim(path).release()
+    again = claim(path)
+    assert again.path == path
+    with pytest.raises(LedgerError, match="another run writes"):
+        claim(path)
+    again.release()
 
 
 def test_two_runs_in_one_process(tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ from zolightning.records import outbox
 from zolightning.records.mlflow_logger import prepare_store
 from zolightning.records.outbox import Entry, Outbox, PendingFile, send_pending
 
+pytestmark = pytest.mark.integration
+
 STEPS = 60
 
 

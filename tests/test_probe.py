@@ -324,11 +324,17 @@ def test_writing_to_a_weight_is_refused(write: str) -> None:
 
 def test_gradient_bookkeeping_is_not_a_write() -> None:
     net = mlp()
+    before = weights(net)
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
     with build_view(net, net.parameters(), Rademacher()).along(Key(0, 0), 0.1):
         net[0].weight.grad = None
         net[0].weight.requires_grad_(True)
         net[0].weight.requires_grad = True
+        net[2].bias.requires_grad_(False)
         net.zero_grad()
+    assert [name for name, p in net.named_parameters() if p.grad is not None or not p.requires_grad] == ["2.bias"]
+    assert_same(weights(net), before)
 
 
 def test_only_selected_weights_are_perturbed() -> None:

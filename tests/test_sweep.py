@@ -34,6 +34,8 @@ from zolightning.data import Example, PromptTemplate, encode, load_causal_lm
 from zolightning.ledger import read
 from zolightning.ledger.format import Step
 
+pytestmark = pytest.mark.integration
+
 EXAMPLES = Path(__file__).parent.parent / "examples" / "sweep"
 ZO = Method("zo", "ZO", recipe="default", lr=1e-3, batch_size=4, decay=True)
 ADAMW = Method("adamw", "AdamW", lr=1e-3, batch_size=4)

@@ -15,6 +15,8 @@ from zolightning.commands.fit import fit
 from zolightning.ledger import read
 from zolightning.ledger.format import Method
 
+pytestmark = pytest.mark.integration
+
 ROWS: dict[str, list[dict[str, Any]]] = {
     "sst2": [{"sentence": f"{word} film {i}", "label": i % 2} for i, word in enumerate(["dull", "great"] * 12)],
     "drop": [
