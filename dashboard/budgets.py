@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from .comparison import PEAKS
-from .source.base import Run, Series
+from .source.base import Run
+from .spent import ReadSeries, Spent
 from .transforms import summarise
 from .words import GIB
 
-SIZES = (1, 2, 4, 6, 8, 10, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192, 288)
-"""Memories of common devices in GiB."""
+SIZES = (*(2.0**k for k in range(-20, 0)), 1, 2, 4, 6, 8, 10, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192, 288)
+"""Memories of common devices in GiB, and what models smaller than any of these may need."""
 
+_UNITS = ((1.0, "GiB"), (2.0**-10, "MiB"), (2.0**-20, "KiB"))
 _WHOLE = ("peak", "rss")
 _DEVICE = "zo.device_memory"
-ReadSeries = Callable[[str, str], Series]
 
 
 def peak(run: Run, series: ReadSeries) -> float:
     """Peak memory of training in GiB; nan when the run has not logged it."""
-    key = next((key for key in PEAKS if key in run.keys), None)
-    return summarise(series(run.id, key), "max").best / GIB if key is not None else math.nan
+    return Spent(series).peak(run) / GIB
+
+
+def unit(largest: float) -> tuple[float, str]:
+    """The unit in which a budget is chosen: how many GiB it is, and its name.
+
+    Args:
+        largest: the upper end of the slider, in GiB.
+    """
+    return next((size, name) for size, name in _UNITS if largest >= size or size == _UNITS[-1][0])
+
+
+def named(size: float) -> str:
+    """A budget in words: "12 GiB", "64 MiB".
+
+    Args:
+        size: in GiB.
+    """
+    whole, name = unit(size)
+    return f"{size / whole:.4g} {name}"
 
 
 def parts(runs: Sequence[Run], series: ReadSeries) -> dict[str, list[float]]:
@@ -33,8 +51,9 @@ def parts(runs: Sequence[Run], series: ReadSeries) -> dict[str, list[float]]:
     """
     names = sorted({key.removeprefix("memory/") for run in runs for key in run.keys if key.startswith("memory/")} - {*_WHOLE})
     found = {name: [_last(run, f"memory/{name}", series) for run in runs] for name in names}
-    rest = [max(0.0, peak(run, series) - sum(values[i] for values in found.values())) for i, run in enumerate(runs)]
-    return found | ({"other": rest} if any(value > 0.005 for value in rest) else {})
+    peaks = [peak(run, series) for run in runs]
+    rest = [max(0.0, whole - sum(values[i] for values in found.values())) for i, whole in enumerate(peaks)]
+    return found | ({"other": rest} if any(value > 0.005 * one for value, one in zip(rest, peaks, strict=True)) else {})
 
 
 def devices(runs: Sequence[Run]) -> dict[float, str]:
@@ -44,7 +63,7 @@ def devices(runs: Sequence[Run]) -> dict[float, str]:
         text = run.tags.get(_DEVICE, "")
         if text.isascii() and text.isdigit() and 0 < int(text) < 2**60:
             found.add(int(text) / GIB)
-    return {size: f"device: {size:.3g} GiB" for size in sorted(found)}
+    return {size: f"device: {named(size)}" for size in sorted(found)}
 
 
 def suggested(peaks: Sequence[float]) -> float:
@@ -54,14 +73,14 @@ def suggested(peaks: Sequence[float]) -> float:
         peaks: in GiB, finite.
     """
     if not peaks:
-        return float(SIZES[0])
-    middle = math.sqrt(max(min(peaks), 1e-3) * max(peaks))
+        return 1.0
+    middle = math.sqrt(max(min(peaks), SIZES[0]) * max(*peaks, SIZES[0]))
     return float(min(SIZES, key=lambda size: abs(math.log(size / middle))))
 
 
 def largest(peaks: Sequence[float], budget: float) -> float:
     """The upper end of a budget's slider: a common size above everything that is shown."""
-    most = max([*peaks, budget, 1.0])
+    most = max([*peaks, budget])
     return float(next((size for size in SIZES if size > 1.2 * most), math.ceil(2 * most)))
 
 

@@ -1,51 +1,57 @@
-"""What zeroth-order training saved against backprop, and what that cost."""
+"""What zeroth-order training saved against backprop, or any method against a pinned run, and what that cost."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from . import words
-from .source.base import Run, Series
-from .transforms import goal, seed_groups, summarise
+from .source.base import Run
+from .spent import UNITS, Keep, ReadSeries, Spent
+from .transforms import TASK, goal, seed_groups
 
 Method = Literal["zo", "backprop"]
-ReadSeries = Callable[[str, str], Series]
 
-PEAKS = ("memory/peak", "summary/peak_memory")
-SECONDS = ("speed/train_seconds", "summary/train_seconds")
 QUALITIES = (
     "test/accuracy", "val/accuracy", "test_accuracy", "val_accuracy", "test_acc", "val_acc", "test/acc", "val/acc",
     "test/f1", "val/f1", "test/loss", "val/loss", "test_loss", "val_loss", "eval_loss",
 )  # fmt: skip
 """How good a model is, by the first of these that both sides logged: the test's figure before one used to choose by."""
 
-_TASK = ("model", "model_name", "data", "dataset", "task")
-
 
 class Cost(NamedTuple):
-    """What a method took and gave, as the mean over the runs that differ in their seed; nan where it was not logged.
+    """What a method took and gave by some point, as the mean over the runs that differ in their seed; nan where not logged.
 
     Args:
-        runs: the seeds.
+        runs: the seeds that count: those that ended, or all when none has.
+        going: how many more have not ended, and do not count.
         name: of the method.
-        peak: memory in bytes, the largest over the seeds.
+        peak: memory in bytes, the largest over the seeds and their whole length.
         seconds: of training.
         quality: the quality metric's best value.
     """
 
     runs: tuple[Run, ...]
+    going: int
     name: str
     peak: float
     seconds: float
     quality: float
 
 
+class Difference(NamedTuple):
+    """One of a saving's figures: "−74 %", "memory", and whether that is ``good``, ``bad`` or ``plain``."""
+
+    value: str
+    of: str
+    tone: str
+
+
 class Saving(NamedTuple):
-    """A zeroth-order method beside the backprop baseline of the same task.
+    """A method beside the baseline of the same task, both as they were when they had done the same.
 
     Args:
         method: what is compared.
@@ -55,6 +61,8 @@ class Saving(NamedTuple):
         time: seconds of training over the baseline's.
         quality: the method's value less the baseline's.
         ended: all its runs have; else the figures are of what was logged so far.
+        axis: what was equal, a key of :data:`dashboard.spent.EQUAL`.
+        limit: how much of it; infinity for whole runs.
     """
 
     method: Cost
@@ -64,33 +72,55 @@ class Saving(NamedTuple):
     time: float
     quality: float
     ended: bool
+    axis: str
+    limit: float
+
+    @property
+    def at(self) -> str:
+        """What both had done: "at 6,400 examples"."""
+        if self.axis == "whole":
+            return "over the whole runs"
+        if self.axis == "step":
+            return f"at step {self.limit:,.0f}"
+        done = words.duration(self.limit) if self.axis == "elapsed" else f"{self.limit:,.0f}"
+        return f"at {done} {UNITS[self.axis]}"
+
+    @property
+    def differences(self) -> list[Difference]:
+        """The figures that are known."""
+        found = []
+        if not math.isnan(self.memory):
+            found.append(Difference(words.change_in_percent(self.memory), "memory", _tone(-self.memory)))
+        if not math.isnan(self.time) and self.axis != "elapsed":
+            found.append(Difference(words.times(self.time), "the time", "plain"))
+        key = self.quality_key
+        if key is not None and not math.isnan(self.quality):
+            better = self.quality if goal(key) == "max" else -self.quality
+            value = words.change(self.quality, key)
+            found.append(Difference(value, key, _tone(better) if value.strip("+−±0. pts") else "plain"))
+        return found
 
     @property
     def text(self) -> str:
-        """One line: "−74 % memory, 2.1× the time, −1.8 points of val/accuracy"."""
-        parts = []
-        if not math.isnan(self.memory):
-            parts.append(f"{_signed(f'{100 * self.memory:+.0f}')} % memory")
-        if not math.isnan(self.time):
-            parts.append(f"{self.time:.2g}× the time" if self.time < 10 else f"{self.time:.0f}× the time")
-        if self.quality_key is not None and not math.isnan(self.quality):
-            share = words.is_share(self.quality_key)
-            change = f"{100 * self.quality:+.1f} points of" if share else f"{self.quality:+.3g}"
-            parts.append(f"{_signed(change)} {self.quality_key}")
-        return ", ".join(parts) + ("" if self.ended else ", so far")
+        """One line: "−74 % memory, 2.1× the time, −1.8 points of val/accuracy at 6,400 examples"."""
+        parts = [f"{one.value.replace('pts', 'points of')} {one.of}" for one in self.differences]
+        at = "" if [one.of for one in self.differences] == ["memory"] else f" {self.at}"  # the peak is of the whole run
+        return ", ".join(parts) + at + ("" if self.ended else ", so far")
 
     @property
     def detail(self) -> str:
-        """The figures behind the line, in a sentence or two."""
+        """The figures behind the line, in a few sentences."""
         method, base = self.method, self.baseline
-        found = [f"{_several(method)} against {_several(base)}."]
+        found = [f"{_several(method)} against {_several(base)}, {self.at}."]
         if not math.isnan(self.memory):
             found.append(f"Peak memory {words.memory(method.peak)} instead of {words.memory(base.peak)}.")
-        if not math.isnan(self.time):
+        if not math.isnan(self.time) and self.axis != "elapsed":
             found.append(f"Training took {words.duration(method.seconds)} instead of {words.duration(base.seconds)}.")
         if self.quality_key is not None and not math.isnan(self.quality):
             ours, theirs = words.number(method.quality), words.number(base.quality)
             found.append(f"{self.quality_key} {ours} instead of {theirs}.")
+        if method.going:
+            found.append(f"{words.several(method.going, 'more seed')} not ended: not counted.")
         return " ".join(found)
 
 
@@ -101,107 +131,157 @@ def method_of(run: Run) -> Method | None:
     return "backprop" if "zo.method" in run.tags else None
 
 
-def compare(runs: Sequence[Run], series: ReadSeries, quality: str | None = None) -> list[Saving]:
+def method_name(run: Run) -> str:
+    """The run's method as people call it."""
+    return run.tags.get("zo.method") or run.name
+
+
+def compare(
+    runs: Sequence[Run],
+    series: ReadSeries,
+    quality: str | None = None,
+    equal: str = "",
+    baseline: Run | None = None,
+    keep: Keep[float] | None = None,
+) -> list[Saving]:
     """Each zeroth-order method beside the backprop baseline of its task, best quality first.
 
     A task is an experiment, and within it the same model and data where the runs logged them. The baseline is the backprop
     method that came to the best quality there, so the one that somebody with memory enough would take; of equal ones, the
-    one that needs least memory. Only runs that ended are baselines; failed and killed runs are left out on both sides, and
-    so is a method of which there is no figure yet.
+    one that needs least memory. Both count up to where the shorter of them came, in examples, steps, forward passes or
+    seconds. Only runs that ended are baselines; failed and killed runs are left out on both sides, and so is a method of
+    which there is no figure yet.
 
     Args:
         runs: of any kind; those that are neither zeroth-order nor backprop are passed over.
         series: the points of a run's metric: a source's ``series``.
         quality: the metric that says how good a model is; None: the first of :data:`QUALITIES` that both sides logged.
+        equal: what both sides have done when they are compared, a key of :data:`dashboard.spent.EQUAL`.
+        baseline: a run to compare all other methods with, whatever they are; its seeds count with it.
+        keep: remembers a run's figures.
     """
-    ours = [run for run in runs if method_of(run) == "zo" and run.status in ("RUNNING", "FINISHED")]
-    theirs = [run for run in runs if method_of(run) == "backprop" and run.status == "FINISHED"]
-    found = []
-    for group in seed_groups(ours):
-        rivals = seed_groups([run for run in theirs if _same_task(run, group[0])])
-        key = _common_quality(group, [run for rival in rivals for run in rival]) if quality is None else quality
-        costs = [cost(rival, series, key) for rival in rivals]
-        if costs:
-            found.append(_saving(cost(group, series, key), min(costs, key=lambda c: (_loss(c, key), c.peak)), key))
-    telling = [one for one in found if not all(map(math.isnan, (one.memory, one.time, one.quality)))]
-    return sorted(telling, key=lambda saving: _loss(saving.method, saving.quality_key))
+    pairs = _Pairs(Spent(series, keep), quality, equal)
+    sound = [run for run in runs if run.status in ("RUNNING", "FINISHED")]
+    if baseline is not None:
+        groups = seed_groups([*(run for run in sound if run.id != baseline.id), baseline])
+        pinned = next(group for group in groups if baseline in group)
+        found = [pairs.saving(group, [pinned]) for group in groups if group is not pinned]
+    else:
+        rivals = _Rivals([run for run in sound if method_of(run) == "backprop" and run.status == "FINISHED"])
+        ours = seed_groups([run for run in sound if method_of(run) == "zo"])
+        found = [pairs.saving(group, rivals.of(group[0])) for group in ours]
+    telling = [one for one in found if one is not None and one.differences]
+    return sorted(telling, key=lambda saving: _loss(saving.method.quality, saving.quality_key))
 
 
-def cost(runs: Sequence[Run], series: ReadSeries, quality: str | None) -> Cost:
-    """What runs that differ in their seed took and gave.
+class _Rivals:
+    """Groups of backprop runs, found by what is learned: looked through once for each task, and not for each run."""
 
-    Args:
-        runs: at least one.
-        series: the points of a run's metric.
-        quality: the metric that says how good a model is; None: unknown.
-    """
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self._by_task: dict[tuple[str | None, ...], list[Run]] = {}
+        self._groups: dict[tuple[str | None, ...], list[list[Run]]] = {}
+        for run in runs:
+            self._by_task.setdefault(_task(run), []).append(run)
 
-    def best(run: Run, key: str | None) -> float:
-        return summarise(series(run.id, key), goal(key)).best if key is not None else math.nan
-
-    def largest(run: Run, keys: Iterable[str]) -> float:
-        key = next((key for key in keys if key in run.keys), None)
-        return summarise(series(run.id, key), "max").best if key is not None else math.nan
-
-    return Cost(
-        tuple(runs),
-        runs[0].tags.get("zo.method") or runs[0].name,
-        max((largest(run, PEAKS) for run in runs), key=lambda peak: (not math.isnan(peak), peak)),
-        _mean(last(run, SECONDS, series) for run in runs),
-        _mean(best(run, quality) for run in runs),
-    )
+    def of(self, run: Run) -> list[list[Run]]:
+        task = _task(run)
+        if task not in self._groups:
+            some = [run for other, runs in self._by_task.items() if _same(task, other) for run in runs]
+            self._groups[task] = seed_groups(some)
+        return self._groups[task]
 
 
-def last(run: Run, keys: Sequence[str], series: ReadSeries) -> float:
-    """What a counter has come to: the last value of the first of these metrics that the run has; nan when it has none.
+class _Pairs:
+    """Puts groups of runs beside their rivals; of the same rivals it chooses the best once."""
 
-    Args:
-        run: says the last value, or else the points do.
-        keys: metrics that only grow.
-        series: the points of a run's metric.
-    """
-    key = next((key for key in keys if key in run.keys), None)
-    if key is None:
-        return math.nan
-    return run.latest[key][2] if key in run.latest else summarise(series(run.id, key), "max").last
+    def __init__(self, spent: Spent, quality: str | None, equal: str) -> None:
+        self._spent, self._quality, self._equal = spent, quality, equal
+        self._best: dict[tuple[int, str | None], list[Run]] = {}
+
+    def saving(self, group: list[Run], rivals: list[list[Run]]) -> Saving | None:
+        """The group beside the best of the rivals; None when there is none, or nothing that both have done."""
+        if not rivals:
+            return None
+        theirs = [run for rival in rivals for run in rival]
+        for key in [self._quality] if self._quality is not None else _common(counted(group), theirs):
+            found = self._beside(group, self._strongest(rivals, key), key)
+            if found is not None and not math.isnan(found.quality):
+                return found
+        return self._beside(group, self._strongest(rivals, None), None)
+
+    def _beside(self, group: list[Run], baseline: list[Run], key: str | None) -> Saving | None:
+        ours, theirs = counted(group), counted(baseline)
+        axis = self._equal or ("examples" if all("examples_seen" in run.keys for run in (*ours, *theirs)) else "step")
+        limit = min(self._spent.reach(run, axis) for run in (*ours, *theirs))
+        if math.isnan(sum(self._spent.reach(run, axis) for run in (*ours, *theirs))):
+            return None
+        method, base = self._cost(group, key, axis, limit), self._cost(baseline, key, axis, limit)
+        return Saving(
+            method,
+            base,
+            key,
+            method.peak / base.peak - 1 if base.peak > 0 else math.nan,
+            method.seconds / base.seconds if base.seconds > 0 else math.nan,
+            method.quality - base.quality,
+            all(run.status == "FINISHED" for run in ours),
+            axis,
+            limit,
+        )
+
+    def _strongest(self, rivals: list[list[Run]], key: str | None) -> list[Run]:
+        name = (id(rivals), key)
+        if name not in self._best:
+            costs = [self._cost(rival, key, "whole", math.inf) for rival in rivals]
+            best = min(range(len(rivals)), key=lambda i: (_loss(costs[i].quality, key), costs[i].peak))
+            self._best[name] = rivals[best]
+        return self._best[name]
+
+    def _cost(self, group: list[Run], key: str | None, axis: str, limit: float) -> Cost:
+        runs, spent = counted(group), self._spent
+        return Cost(
+            tuple(runs),
+            len(group) - len(runs),
+            method_name(group[0]),
+            max((spent.peak(run) for run in runs), key=lambda peak: (not math.isnan(peak), peak)),
+            mean(spent.seconds(run, axis, limit) for run in runs),
+            mean(spent.quality(run, key, axis, limit) for run in runs) if key is not None else math.nan,
+        )
 
 
-def _saving(method: Cost, baseline: Cost, key: str | None) -> Saving:
-    return Saving(
-        method,
-        baseline,
-        key,
-        method.peak / baseline.peak - 1 if baseline.peak > 0 else math.nan,
-        method.seconds / baseline.seconds if baseline.seconds > 0 else math.nan,
-        method.quality - baseline.quality,
-        all(run.status == "FINISHED" for run in method.runs),
-    )
+def counted(group: Sequence[Run]) -> list[Run]:
+    """The runs that ended; all while none has. One that is going on is never averaged with those that ended."""
+    return [run for run in group if run.status == "FINISHED"] or list(group)
 
 
-def _same_task(a: Run, b: Run) -> bool:
-    both = (name for name in _TASK if name in a.params and name in b.params)
-    return a.experiment_id == b.experiment_id and all(a.params[name] == b.params[name] for name in both)
+def _task(run: Run) -> tuple[str | None, ...]:
+    return (run.experiment_id, *(run.params.get(name, run.tags.get(name)) for name in TASK))
 
 
-def _common_quality(ours: Sequence[Run], theirs: Sequence[Run]) -> str | None:
-    return next((key for key in QUALITIES if all(key in r.keys for r in ours) and any(key in r.keys for r in theirs)), None)
+def _same(a: tuple[str | None, ...], b: tuple[str | None, ...]) -> bool:
+    return all(one is None or other is None or one == other for one, other in zip(a, b, strict=True))
 
 
-def _loss(cost: Cost, key: str | None) -> float:
+def _common(ours: Sequence[Run], theirs: Sequence[Run]) -> list[str]:
+    there = {key for run in theirs for key in run.keys}
+    return [key for key in QUALITIES if key in there and all(key in run.keys for run in ours)]
+
+
+def _loss(quality: float, key: str | None) -> float:
     """The quality as something to make small; unknown is worst."""
-    if key is None or math.isnan(cost.quality):
+    if key is None or math.isnan(quality):
         return math.inf
-    return cost.quality if goal(key) == "min" else -cost.quality
+    return quality if goal(key) == "min" else -quality
 
 
-def _mean(values: Iterable[float]) -> float:
+def mean(values: Iterable[float]) -> float:
+    """Of the values that are known; nan when none is."""
     known = [value for value in values if not math.isnan(value)]
     return float(np.mean(known)) if known else math.nan
 
 
 def _several(cost: Cost) -> str:
-    return cost.name if len(cost.runs) == 1 else f"{cost.name}, {len(cost.runs)} seeds,"
+    return cost.name if len(cost.runs) == 1 else f"{cost.name} ({len(cost.runs)} seeds)"
 
 
-def _signed(text: str) -> str:
-    return text.replace("-", "−")
+def _tone(better: float) -> str:
+    return "good" if better > 0 else "bad" if better < 0 else "plain"

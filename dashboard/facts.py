@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .comparison import PEAKS, QUALITIES, SECONDS, last
+from .comparison import QUALITIES
 from .source.base import Run, Series
+from .spent import PEAKS, SECONDS, Spent
 from .status import watched
-from .transforms import goal, summarise
+from .transforms import goal, summarise, total_steps
 
-_TOTALS = ("max_steps", "trainer/max_steps", "total_steps", "num_steps", "steps", "num_training_steps", "zo.max_steps")
 _SPARKS = 40
 ReadSeries = Callable[[str, str], Series]
 
@@ -68,9 +68,11 @@ def facts(run: Run, series: ReadSeries, quality: str | None) -> Facts:
     step = int(loss.step[-1]) if loss is not None and known else None
     total = total_steps(run)
     pace = _pace(loss) if loss is not None else math.nan
-    seconds = last(run, SECONDS, series)
+    spent = Spent(series)
+    seconds = spent.last(run, SECONDS)
     if math.isnan(seconds) and known and loss is not None:
         seconds = float(loss.time.max() - (loss.time.min() if math.isnan(run.started) else run.started))
+        seconds = seconds if seconds >= 0 else math.nan  # an imported log's times need not be after its run's start
     return Facts(
         step=step,
         total=total,
@@ -79,9 +81,9 @@ def facts(run: Run, series: ReadSeries, quality: str | None) -> Facts:
         loss=float(loss.value[-1]) if loss is not None and known else math.nan,
         spark=_spark(loss) if loss is not None else (),
         quality=summarise(series(run.id, quality), goal(quality)).best if quality in run.keys and quality else math.nan,
-        peak=_largest(run, series, PEAKS),
+        peak=spent.peak(run),
         seconds=seconds,
-        forwards=last(run, ("forward_passes",), series),
+        forwards=spent.last(run, ("forward_passes",)),
         pace=pace,
         heard=float(loss.time.max()) if loss is not None and known else math.nan,
     )
@@ -94,20 +96,6 @@ def quality_key(runs: Sequence[Run], wanted: str = "") -> str | None:
         return wanted
     best = max(QUALITIES, key=lambda key: counts[key])
     return best if counts[best] else None
-
-
-def total_steps(run: Run) -> int | None:
-    """How many steps the run is to take, if it said so in its parameters or tags."""
-    for name in _TOTALS:
-        text = run.params.get(name) or run.tags.get(name) or ""
-        if text.isascii() and text.isdigit() and 0 < int(text) < 10**15:
-            return int(text)
-    return None
-
-
-def _largest(run: Run, series: ReadSeries, keys: Sequence[str]) -> float:
-    key = next((key for key in keys if key in run.keys), None)
-    return summarise(series(run.id, key), "max").best if key is not None else math.nan
 
 
 def _pace(points: Series) -> float:

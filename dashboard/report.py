@@ -13,7 +13,6 @@ import numpy as np
 
 from . import text, words
 from .budgets import peak
-from .comparison import compare
 from .facts import READ, facts, quality_key
 from .palette import Style
 from .scene import Scene
@@ -51,7 +50,7 @@ def report(scene: Scene, view: View, store: str) -> str:
     body = [
         "<h1>Comparison of training runs</h1>",
         f'<p class="faint">{_text(store, 300)}, {when}, {len(runs)} runs</p>',
-        _savings(scene, view, runs),
+        _savings(scene, view),
         "<h2>Runs</h2>",
         _runs(scene, view, runs),
         "<h2>Curves</h2>",
@@ -69,15 +68,15 @@ def report(scene: Scene, view: View, store: str) -> str:
     )
 
 
-def _savings(scene: Scene, view: View, runs: Sequence[Run]) -> str:
-    key = quality_key(runs, view.quality)
-    found = compare(scene.sound(view), scene.store.source.series, key if key == view.quality else None)
+def _savings(scene: Scene, view: View) -> str:
+    pinned = scene.baseline(view)
+    title = "Zeroth-order training against backprop" if pinned is None else f"Against {_text(pinned.name)}"
     items = "".join(
-        f"<li><b>{_text(one.method.name)}</b> against {_text(one.baseline.name)}: {_text(one.text, 200)}.<br>"
+        f"<li><b>{_text(one.method.name)}</b> against {_text(one.baseline.name)}: {_text(one.text, 240)}.<br>"
         f'<span class="faint">{_text(one.detail, 600)}</span></li>'
-        for one in found
+        for one in scene.savings(view)
     )
-    return f"<h2>Zeroth-order training against backprop</h2><ul>{items}</ul>" if items else ""
+    return f"<h2>{title}</h2><ul>{items}</ul>" if items else ""
 
 
 def _runs(scene: Scene, view: View, runs: Sequence[Run]) -> str:

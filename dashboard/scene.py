@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import socket
 import time
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,16 +15,20 @@ import streamlit as st
 
 from .charts.lines import Member, Plotter
 from .charts.memo import Memo
+from .comparison import Saving, compare
+from .facts import READ, Facts, facts, quality_key
 from .grouping import group_label, groups_by
 from .names import group_names, run_names
 from .palette import Style, styles
 from .query import QueryError, pick
 from .source import Experiment, MetricSource, Run, Series, open_source
+from .spent import Spent
 from .status import Status, status, watched
 from .transforms import goal, seed_groups, summarise
 from .view import View
 
 FAST_SECONDS, SLOW_SECONDS = 2.0, 15.0
+_ONCE, _CHOICES = 64, 8
 _NOTHING = Series(np.empty(0, np.int64), np.empty(0), np.empty(0))
 
 T = TypeVar("T")
@@ -31,10 +36,23 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Store:
-    """A source, and what is kept of its drawings; one for all sessions of the server."""
+    """A source, and what is kept of its drawings and of each run's figures; one for all sessions of the server."""
 
     source: MetricSource
     plotter: Plotter
+    runs: Memo[Any] = field(default_factory=lambda: Memo(50_000))
+    looks: dict[tuple[str, ...], Scene] = field(default_factory=dict)
+
+    def of_run(self, run: Run, what: Hashable, make: Callable[[], T]) -> T:
+        """Something that depends on one run and its points alone: made anew when these change.
+
+        Args:
+            run: which.
+            what: its name, and whatever else it depends on.
+            make: works it out.
+        """
+        found: T = self.runs.get((run.id, self.source.edition(run.id), what), make)
+        return found
 
 
 @st.cache_resource(show_spinner=False, max_entries=4)
@@ -57,25 +75,42 @@ class Scene:
         experiments: all of them.
         runs: of the chosen experiments, newest first.
         states: how each is doing, by run id.
+        version: of the source, when this was seen.
     """
 
     store: Store
     experiments: Sequence[Experiment]
     runs: Sequence[Run]
     states: Mapping[str, Status]
-    _once: Memo[Any] = field(default_factory=lambda: Memo(64), compare=False)
+    version: int = 0
+    _once: Memo[Any] = field(default_factory=lambda: Memo(_ONCE), compare=False)
 
     def once(self, what: Hashable, make: Callable[[], T]) -> T:
         """Something that depends on this look at the store and on ``what`` alone: the ticks that see the same share it."""
         found: T = self._once.get(what, make)
         return found
 
-    @property
+    def facts(self, runs: Sequence[Run], quality: str | None) -> dict[str, Facts]:
+        """The runs' figures by id.
+
+        Args:
+            runs: which.
+            quality: the metric that says how good a model is; None: unknown.
+        """
+        series, of_run = self.store.source.series, self.store.of_run
+        return {run.id: of_run(run, ("facts", quality), partial(facts, run, series, quality)) for run in runs}
+
+    @cached_property
+    def spent(self) -> Spent:
+        """What the runs had taken and given by some point."""
+        return Spent(self.store.source.series, self.store.of_run)
+
+    @cached_property
     def live(self) -> bool:
         """Something is running."""
         return any(run.status == "RUNNING" and self.states[run.id].kind in ("live", "diverged") for run in self.runs)
 
-    @property
+    @cached_property
     def outline(self) -> object:
         """Changes when a page must be built anew, and not only fed."""
         return tuple((run.id, run.keys, self.states[run.id].kind) for run in self.runs)
@@ -119,6 +154,22 @@ class Scene:
     def sound(self, view: View) -> list[Run]:
         """The selected runs that neither failed nor were killed."""
         return [run for run in self.shown(view) if self.states[run.id].kind not in ("failed", "killed")]
+
+    def baseline(self, view: View) -> Run | None:
+        """The run that the user pinned; None: the best backprop run of each task."""
+        return next((run for run in self.runs if view.baseline and run.id.startswith(view.baseline)), None)
+
+    def savings(self, view: View) -> list[Saving]:
+        """The selected methods beside their baseline, best quality first."""
+
+        def find() -> list[Saving]:
+            key = quality_key(self.runs, view.quality)
+            runs, baseline, store = self.sound(view), self.baseline(view), self.store
+            self.read(runs if baseline is None else [*runs, baseline], [*READ, *([key] if key is not None else [])])
+            chosen = key if key == view.quality else None
+            return compare(runs, store.source.series, chosen, view.equal, baseline, store.of_run)
+
+        return self.once(("savings", view.selection, view.quality, view.equal, view.baseline), find)
 
     def members(self, view: View) -> list[Member]:
         """The lines that are drawn of the selected runs: each its own, or one for those that the view takes together."""
@@ -175,20 +226,40 @@ def look(store: Store, chosen: Sequence[str]) -> Scene:
         SourceError: it cannot be read.
     """
     source = store.source
-    source.poll()
+    version = source.poll()
     experiments = source.experiments()
     ids = [one.id for one in experiments if one.id in chosen] or [one.id for one in experiments]
-    runs = source.runs(ids)
-    telling = {run.id: watched(run) for run in runs}
-    for key in {key for key in telling.values() if key is not None}:
-        source.load([run_id for run_id, one in telling.items() if one == key], key)
-    now, host = time.time(), socket.gethostname()
-    states = {}
+    last = store.looks.get(tuple(ids))
+    if last is None or last.version != version:
+        last = _look(store, experiments, ids, version)
+    states = {**last.states, **_states(store, [run for run in last.runs if run.status == "RUNNING"])}
+    if states != last.states:
+        last = replace(last, states=states, _once=Memo(_ONCE))
+    if len(store.looks) > _CHOICES:
+        store.looks.clear()
+    store.looks[tuple(ids)] = last  # whoever looks next and finds the same shares what was worked out of it
+    return last
+
+
+def _look(store: Store, experiments: Sequence[Experiment], ids: Sequence[str], version: int) -> Scene:
+    runs = store.source.runs(ids)
+    telling = defaultdict(list)
     for run in runs:
-        loss = telling[run.id]
-        points = source.series(run.id, loss) if loss is not None else _NOTHING
-        states[run.id] = status(run, points, now, host)
-    return Scene(store, experiments, runs, states)
+        telling[watched(run)].append(run.id)
+    for key, having in telling.items():
+        if key is not None:
+            store.source.load(having, key)
+    return Scene(store, experiments, runs, _states(store, runs), version)
+
+
+def _states(store: Store, runs: Sequence[Run]) -> dict[str, Status]:
+    now, host = time.time(), socket.gethostname()
+
+    def judge(run: Run) -> Status:
+        key = watched(run)
+        return status(run, store.source.series(run.id, key) if key is not None else _NOTHING, now, host)
+
+    return {run.id: judge(run) if run.status == "RUNNING" else store.of_run(run, "status", partial(judge, run)) for run in runs}
 
 
 def every(scene: Scene, view: View) -> float | None:

@@ -89,10 +89,16 @@ async def _open_browser(_: object) -> AsyncIterator[None]:
 
 
 def _read_ahead(store: str) -> None:
-    """Open the store while the browser starts: the first page then finds it read."""
+    """Open the store while the browser starts: the first page then finds it read, and its figures worked out."""
     # Streamlit would note that nobody is looking yet
     logging.getLogger("streamlit.runtime.scriptrunner_utils.script_run_context").setLevel(logging.ERROR)
     with contextlib.suppress(Exception):  # the page will say what is wrong
+        from .facts import READ, quality_key
         from .scene import look, open_store
+        from .view import View
 
-        look(open_store(store), ())
+        scene = look(open_store(store), ())
+        key = quality_key(scene.runs)
+        scene.read(scene.runs, [*READ, *([key] if key is not None else [])])
+        scene.facts(scene.runs, key)
+        scene.savings(View())

@@ -16,12 +16,17 @@ def plain(text: str, limit: int = 80) -> str:
         text: anything.
         limit: longest result in characters, isolating marks not counted, >= 1.
     """
+    if text.isascii() and text.isprintable():  # nearly all names: nothing to look at but spaces
+        return _short(" ".join(text.split()), limit)
     line = "".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp", "Cs") else c for c in text.translate(_DIRECTING))
     line = re.sub(r"\s+", " ", line).strip()
-    if len(line) > limit:
-        line = line[: limit - 1].rstrip() + "…"
+    line = _short(line, limit)
     turned = any(unicodedata.bidirectional(c) in ("R", "AL", "AN") for c in line)
     return f"{_ISOLATE}{line}{_END}" if turned else line
+
+
+def _short(line: str, limit: int) -> str:
+    return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
 
 
 def code(text: str, limit: int = 300) -> str:

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
+from .spent import EQUAL
+from .transforms import MOST_SMOOTHING
+
 AXES = {
     "step": "step",
     "elapsed": "elapsed time",
@@ -48,6 +51,8 @@ class View:
         pinned: ids of the runs that come first in it, or their beginnings.
         run: id of the run that its own page shows, or its beginning; "": the newest.
         parameter: what the sweep's x is; "": the page's own choice.
+        equal: what runs have in common when they are compared, a key of :data:`dashboard.spent.EQUAL`.
+        baseline: id of the run that others are compared with, or its beginning; "": the best backprop run of their task.
         budget: a device's memory in GiB.
         quality: the metric that says how good a model is.
         target: the quality to reach.
@@ -76,6 +81,8 @@ class View:
     pinned: tuple[str, ...] = ()
     run: str = ""
     parameter: str = ""
+    equal: str = ""
+    baseline: str = ""
     budget: float | None = None
     quality: str = ""
     target: float | None = None
@@ -83,6 +90,11 @@ class View:
     zoom: tuple[float, float] | None = None
     hidden: tuple[str, ...] = ()
     live: bool = True
+
+    @property
+    def selection(self) -> tuple[object, ...]:
+        """What says which runs are selected."""
+        return self.filter, self.runs, self.without
 
     def shows(self, run_id: str) -> bool:
         """The run is selected, if the filter leaves it."""
@@ -149,7 +161,7 @@ def read(query: Mapping[str, Sequence[str]]) -> View:
         keys=_several(query, "keys"),
         sections=_several(query, "sections"),
         axis=axis if axis in AXES else fresh.axis,
-        smoothing=smoothing if smoothing is not None and 0 <= smoothing <= 0.999 else fresh.smoothing,
+        smoothing=min(smoothing, MOST_SMOOTHING) if smoothing is not None and 0 <= smoothing < 1 else fresh.smoothing,
         log=first.get("log") == "1",
         group=first.get("group") == "1",
         by=_several(query, "by"),
@@ -160,6 +172,8 @@ def read(query: Mapping[str, Sequence[str]]) -> View:
         pinned=_list(first.get("pinned")) or (),
         run=first.get("run", fresh.run),
         parameter=first.get("parameter", fresh.parameter),
+        equal=(equal := first.get("equal", fresh.equal)) * (equal in EQUAL),
+        baseline=first.get("baseline", fresh.baseline),
         budget=_positive(first.get("budget")),
         quality=first.get("quality", fresh.quality),
         target=_float(first.get("target")),
@@ -182,6 +196,8 @@ def write(view: View) -> dict[str, str | list[str]]:
             found[_SEVERAL[field.name]] = list(value)
         elif field.name in _IDS:
             found[field.name] = ",".join(one[:_SHORT] for one in value) or _NONE
+        elif field.name == "baseline":
+            found[field.name] = value[:_SHORT]
         elif field.name == "experiments":
             found[field.name] = ",".join(value)
         elif field.name == "zoom":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 
 GIB = 2**30
 _COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
-_PERCENTS = re.compile(r"accuracy|\bacc\b|\bf1\b|exact_match|auc", re.IGNORECASE)
+_BYTES = ((2.0**40, "TiB"), (2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B"))
+_PERCENTS = re.compile(r"accuracy|(?<![a-z])(acc|f1|auc|auroc|auprc)(?![a-z])|exact_match", re.IGNORECASE)
 
 
 def number(value: float) -> str:
@@ -34,11 +36,47 @@ def count(value: float) -> str:
     return _minus(f"{value:.3g}")
 
 
+def byte_unit(sizes: Iterable[float]) -> tuple[float, str]:
+    """The unit for a column or an axis of bytes, from its largest value: how many bytes it has, and its name.
+
+    Args:
+        sizes: in bytes; those that are not finite do not count.
+    """
+    most = max((size for size in sizes if math.isfinite(size)), default=GIB)
+    return next(((unit, name) for unit, name in _BYTES if most >= 0.1 * unit), _BYTES[-1]) if most else _BYTES[1]
+
+
 def memory(size: float) -> str:
-    """Bytes in GiB, small ones in MiB."""
+    """Bytes in the unit that suits them."""
     if not math.isfinite(size):
         return "–"
-    return f"{size / GIB:.2f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.0f} MiB"
+    unit, name = byte_unit([size])
+    return f"{size / unit:.0f} {name}" if unit < GIB and size >= 10 * unit else f"{size / unit:.2f} {name}"
+
+
+def percent(share: float, places: int = 1) -> str:
+    """A share of 1 in percent; "–" for nan."""
+    return "–" if math.isnan(share) else _minus(f"{100 * share:.{places}f} %")
+
+
+def change_in_percent(share: float) -> str:
+    """How much more or less, in whole percent: "−74 %"."""
+    return f"{_signed(100 * share, '.0f')} %"
+
+
+def times(ratio: float) -> str:
+    """How many times as much: "2.1×"."""
+    return f"{ratio:.0f}×" if ratio >= 10 else f"{ratio:.2g}×"
+
+
+def change(difference: float, key: str) -> str:
+    """One value of a metric less another: shares in points, which are hundredths; no sign before zero."""
+    return f"{_signed(100 * difference, '.1f')} pts" if is_share(key) else _signed(difference, ".3g")
+
+
+def several(count: int, thing: str) -> str:
+    """ "1 more seed has", "3 more seeds have"."""
+    return f"{count} {thing} has" if count == 1 else f"{count:,} {thing}s have"
 
 
 def duration(seconds: float) -> str:
@@ -68,6 +106,11 @@ def is_share(key: str) -> bool:
 def is_bytes(key: str) -> bool:
     """The metric is in bytes by our convention."""
     return key.startswith("memory/") or key == "summary/peak_memory"
+
+
+def _signed(value: float, form: str) -> str:
+    text = f"{value:+{form}}"
+    return _minus(text) if float(text) else text[1:]
 
 
 def _minus(text: str) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from mlflow import MlflowClient
-from mlflow.entities import Metric, RunTag
+from mlflow.entities import Metric, Param, RunTag
 from numpy.typing import NDArray
 
 GIB = 2.0**30
@@ -76,16 +76,18 @@ def values(run: int, steps: NDArray[np.int64], metrics: int) -> NDArray[np.float
     return noise
 
 
-def describe(client: MlflowClient, experiment: str, run: int, started: int) -> str:
-    """A run with the params and tags that zolightning logs; its id."""
+def describe(client: MlflowClient, experiment: str, run: int, started: int, sweep: bool = False) -> str:
+    """A run with the params and tags that zolightning logs; its id. In a sweep most runs differ in more than their seed."""
     recipe = None if run % 5 == 4 else ("default", "mezo", "spsa")[run % 3]
     tags = {"zo.method": f"ZO ({recipe})" if recipe else "backprop AdamW", "seed": str(run // 5)}
     if recipe:
         tags["zo.recipe"] = recipe
     created = client.create_run(experiment, started, tags, run_name=f"{recipe or 'adamw'}-seed{run // 5}")
     params = {"model": "made up", "lr": "1e-3" if recipe else "2e-5", "seed": run // 5, "batch_size": 16}
-    for name, value in params.items():
-        client.log_param(created.info.run_id, name, value)
+    if sweep:
+        params["lr"] = f"{1e-5 * 1.2 ** (run % 40):.2e}"
+        params["eps"] = f"{1e-4 * 2 ** (run % 7):.1e}"
+    client.log_batch(created.info.run_id, params=[Param(name, str(value)) for name, value in params.items()])
     return created.info.run_id
 
 
@@ -153,6 +155,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=50, help="finished runs (default 50)")
     parser.add_argument("--points", type=int, default=10_000, help="points of each metric of a finished run (default 10000)")
     parser.add_argument("--metrics", type=int, default=12, help="metrics of each run (default 12)")
+    parser.add_argument("--sweep", action="store_true", help="vary learning rate and eps: few runs are seeds of each other")
     parser.add_argument("--live", type=int, default=0, help="more runs, that keep logging until interrupted (default 0)")
     parser.add_argument("--rate", type=int, default=1000, help="points a second that the live runs log in all (default 1000)")
     args = parser.parse_args()
@@ -163,7 +166,7 @@ def main() -> None:
     client = MlflowClient(f"sqlite:///{args.path.resolve()}")
     experiment = client.create_experiment("made up")
     started = int(time.time() * 1000) - round(1000 * SECONDS_A_STEP * args.points)
-    ids = [describe(client, experiment, run, started + run) for run in range(args.runs)]
+    ids = [describe(client, experiment, run, started + run, args.sweep) for run in range(args.runs)]
     fill(args.path, ids, args.points, args.metrics, started)
     rows = args.runs * args.points * args.metrics
     size = args.path.stat().st_size / GIB

@@ -443,7 +443,7 @@ def test_the_server_takes_no_foreign_host_or_origin(command: str, ours: Path, tm
             stderr=out,
         )
     try:
-        patience = time.monotonic() + 60
+        patience = time.monotonic() + 180
         while time.monotonic() < patience:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=5).close()

@@ -419,3 +419,15 @@ def test_runs_that_differ_in_their_seed_go_together() -> None:
         run("g", params={"lr": "1e-03", "seed": "2"}, tags=zo),
     ]
     assert [[one.id for one in group] for group in seed_groups(runs)] == [["a", "b", "g"], ["c"], ["d"], ["e"], ["f"]]
+
+
+def test_runs_of_different_length_are_no_seeds_of_each_other() -> None:
+    def one(id_: str, steps: int, status: str = "FINISHED", **tags: str) -> Run:
+        return Run(id_, id_, "0", status, 0.0, 1.0, {"lr": "1", "seed": id_}, tags, ("loss",), {"loss": (steps, 0, 1.0)})
+
+    runs = [one("a", 1000), one("b", 60), one("c", 980), one("d", 62), one("e", 40, "RUNNING"), one("f", 500, "KILLED")]
+    assert [[run.id for run in group] for group in seed_groups(runs)] == [["a", "c", "f"], ["b", "d", "e"]]
+    said = [one("g", 60, max_steps="100"), one("h", 100, max_steps="100"), one("i", 60, max_steps="60")]
+    assert [[run.id for run in group] for group in seed_groups(said)] == [["g", "h"], ["i"]], "where they say how long they are"
+    data = [one("j", 60, data="films"), one("k", 60, data="news")]
+    assert len(seed_groups(data)) == 2

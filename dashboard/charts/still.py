@@ -16,17 +16,30 @@ PARTS = {
 }
 """What memory is for, and its colour on a light and on a dark page."""
 
-_LABEL = 28
+_LABEL, _MOST_LABELS = 28, 12
+_APART_X, _APART_Y = 0.35, 0.07  # of the chart, between two labels
 
 
 class Dot(NamedTuple):
-    """A run or a group on a chart of two quantities."""
+    """A run or a group on a chart of two quantities.
+
+    Args:
+        name: a label.
+        x: one quantity.
+        y: the other.
+        color: of the page's theme.
+        front: no other beats it.
+        ended: else it is hollow.
+        spread: of y, over the runs behind the dot; nan for one.
+    """
 
     name: str
     x: float
     y: float
     color: str
     front: bool
+    ended: bool = True
+    spread: float = math.nan
 
 
 def stacked_memory(names: Sequence[str], parts: Mapping[str, Sequence[float]], budget: float, dark: bool) -> dict[str, Any]:
@@ -87,26 +100,8 @@ def trade_off(title: str, x_name: str, y_name: str, dots: Sequence[Dot], dark: b
     front = sorted((dot.x, dot.y) for dot in dots if dot.front)
     low, high = min(dot.x for dot in dots), max(dot.x for dot in dots)
     middle = math.sqrt(low * high) if log_x else (low + high) / 2
-    series: list[dict[str, Any]] = [
-        {
-            "name": literal(dot.name),
-            "type": "scatter",
-            "data": [[dot.x, dot.y]],
-            "symbolSize": 13 if dot.front else 9,
-            "itemStyle": {"color": dot.color, "opacity": 1 if dot.front else 0.75},
-            "label": {
-                "show": True,
-                "position": "left" if dot.x > middle else "right",  # where there is room
-                "formatter": literal(dot.name if len(dot.name) <= _LABEL else dot.name[: _LABEL - 1] + "…"),
-                "color": ink(dark),
-                "fontSize": 11,
-                "textBorderColor": _paper(dark),  # the dashed line passes behind it
-                "textBorderWidth": 3,
-            },
-            "labelLayout": {"hideOverlap": True},
-        }
-        for dot in dots
-    ]
+    labelled = {id(dot) for dot in _spaced([dot for dot in dots if dot.front], low, high, log_x)}
+    data = [_point(dot, dark, id(dot) in labelled, dot.x > middle) for dot in sorted(dots, key=lambda dot: dot.front)]
     line = {
         "name": "not beaten by any other",
         "type": "line",
@@ -121,8 +116,43 @@ def trade_off(title: str, x_name: str, y_name: str, dots: Sequence[Dot], dark: b
         "grid": {"left": 30, "right": 40, "top": 44, "bottom": 30, "containLabel": True},
         "xAxis": {"type": "log" if log_x else "value", "name": x_name, "nameLocation": "middle", "nameGap": 28, "scale": True},
         "yAxis": {"type": "value", "name": y_name, "nameLocation": "middle", "nameRotate": 90, "nameGap": 38, "scale": True},
-        "series": [line, *series],
+        "series": [line, {"type": "scatter", "data": data, "labelLayout": {"hideOverlap": True}, "cursor": "default"}],
     }
+
+
+def _point(dot: Dot, dark: bool, labelled: bool, on_the_right: bool) -> dict[str, Any]:
+    name = literal(dot.name)
+    spread = "" if math.isnan(dot.spread) else f" ± {dot.spread:.3g}"
+    point: dict[str, Any] = {
+        "name": f"{name}{spread}" + ("" if dot.ended else ", not ended"),
+        "value": [dot.x, dot.y],
+        "symbol": "circle" if dot.ended else "emptyCircle",
+        "symbolSize": 13 if dot.front else 9,
+        "itemStyle": {"color": dot.color, "opacity": 1 if dot.front else 0.6},
+    }
+    if labelled:
+        point["label"] = {
+            "show": True,
+            "position": "left" if on_the_right else "right",  # where there is room
+            "formatter": name if len(name) <= _LABEL else name[: _LABEL - 1] + "…",
+            "color": ink(dark),
+            "fontSize": 11,
+            "textBorderColor": _paper(dark),  # the dashed line passes behind it
+            "textBorderWidth": 3,
+        }
+    return point
+
+
+def _spaced(dots: Sequence[Dot], low: float, high: float, log_x: bool) -> list[Dot]:
+    """Dots far enough from each other for their labels; the others say their names to the pointer."""
+    least, most = min((dot.y for dot in dots), default=0.0), max((dot.y for dot in dots), default=0.0)
+    found: list[tuple[float, float, Dot]] = []
+    for dot in dots:
+        x = math.log(dot.x / low) / math.log(high / low) if log_x else (dot.x - low) / ((high - low) or 1.0)
+        y = (dot.y - least) / ((most - least) or 1.0)
+        if all(abs(x - a) > _APART_X or abs(y - b) > _APART_Y for a, b, _ in found) and len(found) < _MOST_LABELS:
+            found.append((x, y, dot))
+    return [dot for _, _, dot in found]
 
 
 def frame(title: str, dark: bool) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ..scene import Scene
 from ..session import board, change, current, widget
 from ..source import Run
 from ..view import View
-from .parts import choose_axis, feed, follow, legend, shell
+from .parts import choose_axis, choose_grouping, feed, follow, legend, shell
 from .tables import best_and_last
 
 _FIRST = ("train/loss", "val/loss", "val/accuracy", "test/accuracy", "memory/peak", "zo/projected_grad")
@@ -144,14 +144,8 @@ def _controls(available: Sequence[str]) -> View:
             key=widget("log"),
             help="Values of zero and below have no place on a logarithmic axis: they are marked at its lower edge.",
         )
-        group = st.toggle(
-            "Mean over seeds",
-            view.group,
-            key=widget("group"),
-            help="Runs that differ in nothing but the seed as one line, the mean, with one standard deviation around it; n is "
-            "how many runs stand behind it.",
-        )
-    return change(smoothing=smoothing, log=log, group=group)
+        choose_grouping()
+    return change(smoothing=smoothing, log=log)
 
 
 def _at_step(view: View) -> int | None:

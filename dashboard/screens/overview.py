@@ -4,27 +4,39 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import pandas as pd
 import streamlit as st
 
 from .. import text, words
 from ..charts.live import Card, Figure, cards
-from ..comparison import Saving, compare
-from ..facts import READ, Facts, facts, quality_key
+from ..comparison import Saving
+from ..facts import READ, Facts, quality_key
 from ..scene import Scene
 from ..session import current
 from ..source import Run
-from ..transforms import goal
-from .parts import follow
+from ..spent import EQUAL
+from .parts import choose_comparison, follow
 from .tables import number, table_height
 
 _MOST_CARDS = 6
+_GOING = ("live", "diverged", "stale")
+_AGAINST_BACKPROP = (
+    "Zeroth-order (ZO) training learns from the loss of forward passes alone. It keeps no gradients, no activations and no "
+    "optimizer state, so it needs little more memory than inference; it pays with time, and often with quality. Each method "
+    "stands beside the backprop run of the same task that came to the best quality, up to where the shorter of them came."
+)
+_EXPLAINED = {
+    "memory": "Peak memory of training against the baseline's.",
+    "the time": "Seconds of training against the baseline's, validation not counted.",
+}
 
 
 def render(scene: Scene) -> None:
     """The page."""
+    if len(scene.runs) > 1:
+        choose_comparison(scene)
     follow(scene, _draw)
 
 
@@ -32,23 +44,19 @@ def _draw(scene: Scene) -> None:
     view = current()
     shown = scene.shown(view)
     key = quality_key(scene.runs, view.quality)
+    going = [run for run in scene.runs if scene.states[run.id].kind in _GOING and run.status == "RUNNING"]
     scene.read(scene.runs, [*READ, *([key] if key is not None else [])])
-    series = scene.store.source.series
-    found = {run.id: facts(run, series, key) for run in scene.runs}
-    savings = compare(scene.sound(view), series, key if key == view.quality else None)
-    _running(scene, found)
-    _savings(savings)
+    _running(scene, going, key)
+    savings = scene.savings(view)
+    _savings(savings, scene.baseline(view))
     if shown:
         st.subheader("Runs")
-        _table(scene, shown, found, key, savings)
+        _table(scene, shown, key)
     else:
         st.info("Select runs in the sidebar.")
 
 
-def _running(scene: Scene, found: Mapping[str, Facts]) -> None:
-    going = [
-        run for run in scene.runs if run.status == "RUNNING" and scene.states[run.id].kind in ("live", "diverged", "stale")
-    ]
+def _running(scene: Scene, going: Sequence[Run], key: str | None) -> None:
     silent = sum(scene.states[run.id].kind == "stale" for run in going)
     running = f"Running now: {len(going) - silent}" if len(going) > silent else "Nothing is running"
     st.subheader(running + (f", {silent} silent" if silent else ""))
@@ -57,22 +65,20 @@ def _running(scene: Scene, found: Mapping[str, Facts]) -> None:
         if not math.isnan(last.ended):
             st.text(f"{text.plain(last.name)} ended {words.ago(max(0.0, time.time() - last.ended))}.")
         return
-    looks = scene.styles()
-    cards(
-        "running",
-        [_run_card(scene, run, found[run.id], looks[run.id].light, looks[run.id].dark) for run in going[:_MOST_CARDS]],
-    )
+    first = sorted(going, key=lambda run: scene.states[run.id].kind == "stale")[:_MOST_CARDS]
+    found = scene.facts(first, key)
+    cards("running", [_run_card(scene, run, found[run.id], key) for run in first])
     if len(going) > _MOST_CARDS:
-        st.caption(f"and {len(going) - _MOST_CARDS} more, in the table below")
+        st.caption(f"and {len(going) - _MOST_CARDS:,} more, in the table below")
 
 
-def _run_card(scene: Scene, run: Run, fact: Facts, light: str, dark: str) -> Card:
-    state = scene.states[run.id]
+def _run_card(scene: Scene, run: Run, fact: Facts, key: str | None) -> Card:
+    state, look = scene.states[run.id], scene.styles()[run.id]
     figures = []
     if fact.loss_key is not None:
         figures.append(Figure(words.number(fact.loss), text.plain(fact.loss_key, 30), "Its last value. It should fall."))
     if not math.isnan(fact.quality):
-        figures.append(Figure(_quality(fact.quality, scene), "best quality", "The best value of the quality metric so far."))
+        figures.append(Figure(_quality(fact.quality, key), "best quality", "The best value of the quality metric so far."))
     if not math.isnan(fact.peak):
         figures.append(
             Figure(words.memory(fact.peak), "peak memory", "The most memory training has needed at any moment so far.")
@@ -83,17 +89,16 @@ def _run_card(scene: Scene, run: Run, fact: Facts, light: str, dark: str) -> Car
         text.plain(run.name, 60),
         text.plain(run.name, 500),
         figures,
-        light,
-        dark,
+        look.light,
+        look.dark,
         (state.kind, text.plain(state.text, 300)),
         _progress(fact),
         fact.spark,
     )
 
 
-def _quality(value: float, scene: Scene) -> str:
-    key = quality_key(scene.runs, current().quality)
-    return f"{100 * value:.1f} %" if key is not None and words.is_share(key) else words.number(value)
+def _quality(value: float, key: str | None) -> str:
+    return words.percent(value) if key is not None and words.is_share(key) else words.number(value)
 
 
 def _progress(fact: Facts) -> tuple[float | None, str]:
@@ -106,70 +111,46 @@ def _progress(fact: Facts) -> tuple[float | None, str]:
     return share, f"{100 * share:.0f} %{left}"
 
 
-def _savings(savings: Sequence[Saving]) -> None:
+def _savings(savings: Sequence[Saving], baseline: Run | None) -> None:
     if not savings:
         return
-    st.subheader(
-        "Zeroth-order training against backprop",
-        help="Zeroth-order (ZO) training learns from the loss of forward passes alone. It keeps no gradients, no activations "
-        "and no optimizer state, so it needs little more memory than inference; it pays with time, and often with quality. "
-        "Each method stands beside the backprop run of the same task that came to the best quality.",
-    )
-    cards("savings", [_saving_card(saving) for saving in savings])
+    if baseline is None:
+        st.subheader("Zeroth-order training against backprop", help=_AGAINST_BACKPROP)
+    else:
+        st.subheader(f"Against {text.code(baseline.name, 60)}")
+    by_method: dict[str, list[Saving]] = {}
+    for saving in savings:
+        by_method.setdefault(saving.method.name, []).append(saving)
+    cards("savings", [_saving_card(*some) for some in list(by_method.values())[:_MOST_CARDS]])
+    if len(by_method) > _MOST_CARDS:
+        st.caption(f"and {len(by_method) - _MOST_CARDS:,} more methods, in the table below")
 
 
-def _saving_card(saving: Saving) -> Card:
-    figures = []
-    if not math.isnan(saving.memory):
-        share = f"{100 * saving.memory:+.0f} %".replace("-", "−")
-        figures.append(
-            Figure(share, "memory", "Peak memory of training against the baseline's.", "good" if saving.memory < 0 else "bad")
-        )
-    if not math.isnan(saving.time):
-        times = f"{saving.time:.2g}×" if saving.time < 10 else f"{saving.time:.0f}×"
-        figures.append(Figure(times, "the time", "Seconds of training against the baseline's, validation not counted."))
-    if saving.quality_key is not None and not math.isnan(saving.quality):
-        shares = words.is_share(saving.quality_key)
-        change = f"{100 * saving.quality:+.1f} pts" if shares else f"{saving.quality:+.3g}"
-        better = (saving.quality > 0) == (goal(saving.quality_key) == "max")
-        figures.append(
-            Figure(
-                change.replace("-", "−"),
-                text.plain(saving.quality_key, 24),
-                "The best value less the baseline's; points are hundredths.",
-                "good" if better else "bad",
-            )
-        )
-    seeds = f", {len(saving.method.runs)} seeds" if len(saving.method.runs) > 1 else ""
-    title = f"{text.plain(saving.method.name, 50)}{seeds}"
-    state = "" if saving.ended else " (so far)"
+def _saving_card(best: Saving, *others: Saving) -> Card:
+    """A method by the best of its settings."""
+    figures = [
+        Figure(one.value, text.plain(one.of, 24), _EXPLAINED.get(one.of, "The best value less the baseline's."), one.tone)
+        for one in best.differences
+    ]
+    notes = [
+        f"{len(best.method.runs)} seeds" if len(best.method.runs) > 1 else "",
+        f"best of {len(others) + 1:,} settings" if others else "",
+        "" if best.ended else "so far",
+    ]
+    note = ", ".join(filter(None, notes))
     return Card(
-        f"{title}{state}",
-        text.plain(saving.detail, 600),
+        text.plain(best.method.name, 50) + (f" ({note})" if note else ""),
+        text.plain(best.detail, 600),
         figures,
-        progress=(None, f"against {text.plain(saving.baseline.name, 50)}"),
+        progress=(None, f"against {text.plain(best.baseline.name, 50)}, {best.at}"),
     )
 
 
-def _table(scene: Scene, shown: Sequence[Run], found: Mapping[str, Facts], key: str | None, savings: Sequence[Saving]) -> None:
-    saved = {run.id: saving for saving in savings for run in saving.method.runs}
+def _table(scene: Scene, shown: Sequence[Run], key: str | None) -> None:
+    view = current()
+    table, unit = scene.once(("overview", view.selection, view.equal, view.baseline, key), lambda: _columns(scene, shown, key))
     share = key is not None and words.is_share(key)
-    names = scene.names
-    columns: dict[str, list[object]] = {
-        "run": [names[run.id] for run in shown],
-        "status": [scene.states[run.id].kind for run in shown],
-        "done": [_share_done(found[run.id]) for run in shown],
-        "shape": [list(found[run.id].spark) or None for run in shown],
-        "loss": [found[run.id].loss for run in shown],
-        "quality": [found[run.id].quality * (100 if share else 1) for run in shown],
-        "peak": [found[run.id].peak / words.GIB for run in shown],
-        "saved": [100 * saved[run.id].memory if run.id in saved else math.nan for run in shown],
-        "seconds": [found[run.id].seconds for run in shown],
-        "forwards": [found[run.id].forwards for run in shown],
-        "started": [pd.Timestamp(run.started, unit="s", tz="UTC") if not math.isnan(run.started) else pd.NaT for run in shown],
-    }
-    table = pd.DataFrame(columns)
-    table = table.drop(columns=[name for name in ("done", "quality", "peak", "saved", "forwards") if table[name].isna().all()])
+    against = "the pinned run" if scene.baseline(view) is not None else "the best backprop run of the same task"
     st.dataframe(
         table,
         hide_index=True,
@@ -194,15 +175,53 @@ def _table(scene: Scene, shown: Sequence[Run], found: Mapping[str, Facts], key: 
                 (text.plain(key, 30) if key else "Quality") + (" %" if share else ""),
                 "How good the model is: the best value. Another metric can be chosen on the page Trade-offs.",
             ),
-            "peak": number("Peak GiB", "The most memory that training needed at any moment, in GiB (2³⁰ bytes)."),
+            "peak": number(f"Peak {unit}", "The most memory that training needed at any moment."),
             "saved": st.column_config.NumberColumn(
-                "vs backprop", help="Peak memory against the best backprop run of the same task.", format="%+.0f %%"
+                "Δ memory", help=f"Peak memory against {against}; seeds count together.", format="%+.0f %%"
+            ),
+            "change": st.column_config.NumberColumn(
+                "Δ quality", help=f"Against {against}, {EQUAL[view.equal]}; seeds count together.", format="%+.3g"
+            ),
+            "times": st.column_config.NumberColumn(
+                "× time", help=f"Seconds of training against {against}, {EQUAL[view.equal]}.", format="%.3g"
             ),
             "seconds": number("Train s", "Seconds of training; validation not counted where the run logged that."),
             "forwards": number("Forwards", "Forward passes of training. A backprop step counts as one.", whole=True),
             "started": st.column_config.DatetimeColumn("Started", format="distance"),
         },
     )
+
+
+def _columns(scene: Scene, shown: Sequence[Run], key: str | None) -> tuple[pd.DataFrame, str]:
+    """The table, and the unit of its memory."""
+    found = scene.facts(shown, key)
+    saved = {run.id: saving for saving in scene.savings(current()) for run in saving.method.runs}
+    share = key is not None and words.is_share(key)
+    names = scene.names
+    unit, unit_name = words.byte_unit([found[run.id].peak for run in shown])
+
+    def compared(figure: Callable[[Saving], float]) -> list[float]:
+        return [figure(saved[run.id]) if run.id in saved else math.nan for run in shown]
+
+    table = pd.DataFrame(
+        {
+            "run": [names[run.id] for run in shown],
+            "status": [scene.states[run.id].kind for run in shown],
+            "done": [_share_done(found[run.id]) for run in shown],
+            "shape": [list(found[run.id].spark) or None for run in shown],
+            "loss": [found[run.id].loss for run in shown],
+            "quality": [found[run.id].quality * (100 if share else 1) for run in shown],
+            "peak": [found[run.id].peak / unit for run in shown],
+            "saved": compared(lambda saving: 100 * saving.memory),
+            "change": compared(lambda saving: saving.quality * (100 if share else 1)),
+            "times": compared(lambda saving: saving.time if saving.axis != "elapsed" else math.nan),
+            "seconds": [found[run.id].seconds for run in shown],
+            "forwards": [found[run.id].forwards for run in shown],
+            "started": pd.to_datetime([run.started for run in shown], unit="s", utc=True),
+        }
+    )
+    empty = [name for name in ("done", "quality", "peak", "saved", "change", "times", "forwards") if table[name].isna().all()]
+    return table.drop(columns=empty), unit_name
 
 
 def _share_done(fact: Facts) -> float:

@@ -15,6 +15,7 @@ from ..glossary import meaning
 from ..scene import Scene, every, look
 from ..session import board, change, current, keep, new_board, widget
 from ..source import SourceError
+from ..spent import EQUAL
 from ..view import AXES, View
 from ..words import is_bytes
 
@@ -127,3 +128,43 @@ def choose_axis() -> View:
         change(axis=axis)
         new_board()
     return current()
+
+
+def choose_comparison(scene: Scene) -> View:
+    """The choice of what methods are compared with, and at what."""
+    view, names = current(), scene.names
+    pinned = scene.baseline(view)
+    with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
+        equal = st.selectbox(
+            "Compare at",
+            list(EQUAL),
+            list(EQUAL).index(view.equal),
+            format_func=EQUAL.__getitem__,
+            key=widget("equal"),
+            width=260,
+            help="Methods are compared as they were when both had done the same: as much as the shorter of the two runs did. "
+            "A backprop step counts as one forward pass and costs about three.",
+        )
+        baseline = st.selectbox(
+            "Against",
+            ["", *(run.id for run in scene.runs)],
+            0 if pinned is None else 1 + scene.runs.index(pinned),
+            format_func=lambda run_id: names.get(run_id, "the best backprop run"),
+            key=widget("baseline"),
+            width=300,
+            help="Pin a run, and all other methods are compared with it and its seeds: in the cards, in the tables and in the "
+            "legends.",
+        )
+    return change(equal=equal, baseline=baseline or "")
+
+
+def choose_grouping() -> View:
+    """Whether runs that differ in their seed alone are one line, one dot, one row."""
+    group = st.toggle(
+        "Mean over seeds",
+        current().group,
+        key=widget("group"),
+        help="Runs that differ in nothing but the seed as one: their mean, with one standard deviation. n is how many runs "
+        "stand behind it. Those that have not ended count on curves as far as they came, and not in final figures.",
+    )
+    return change(group=group)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,28 +11,42 @@ import pandas as pd
 import streamlit as st
 
 from .. import text
-from ..budgets import peak
 from ..charts.still import Dot, trade_off
-from ..comparison import QUALITIES
-from ..facts import READ, facts, quality_key
+from ..comparison import QUALITIES, counted, mean, method_name
+from ..facts import READ, Facts, quality_key
 from ..scene import Scene
 from ..session import change, current, widget
 from ..source import Run
-from ..transforms import Goal, at_step, by_step, first_reaching, goal, pareto
-from ..words import GIB, is_share
-from .parts import follow, is_dark
+from ..transforms import COUNTERS, Goal, at_step, by_step, first_reaching, goal, pareto, seed_groups
+from ..view import View
+from ..words import byte_unit, is_share
+from .parts import choose_grouping, follow, is_dark
 from .tables import number, table_height
 
+_SPENT = ("elapsed", "forwards", "examples")
 _QUALITY_WORDS = ("val", "test", "eval", "acc", "f1", "loss", "score", "reward")
 
 
 class Result(NamedTuple):
-    """What a run came to: quality (shares in percent), peak memory in GiB, seconds of training; nan where not logged."""
+    """What a run came to, or the mean over the runs that differ in their seed; nan where that was not logged.
 
-    run: Run
+    Args:
+        runs: it, or those of them that ended, if any has.
+        name: a label.
+        quality: the best value; shares in percent.
+        spread: its standard deviation over the runs; nan for one.
+        peak: memory in bytes; the largest of the runs.
+        seconds: of training.
+        ended: the runs have; else the figures are of what was logged so far.
+    """
+
+    runs: tuple[Run, ...]
+    name: str
     quality: float
+    spread: float
     peak: float
     seconds: float
+    ended: bool
 
 
 def render(scene: Scene) -> None:
@@ -44,26 +58,44 @@ def render(scene: Scene) -> None:
         return
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         key = _choose_quality(shown, available)
-        target = _choose_target(results(scene, shown, key), key)
+        choose_grouping()
+        target = _choose_target(results(scene, current(), key), key)
     follow(scene, lambda fresh: _draw(fresh, key, target))
 
 
-def results(scene: Scene, runs: Sequence[Run], key: str) -> list[Result]:
-    """What the runs that logged the metric came to.
+def results(scene: Scene, view: View, key: str) -> list[Result]:
+    """What the selected runs that logged the metric came to.
 
     Args:
         scene: the store.
-        runs: which.
+        view: which runs, and whether those that differ in their seed go together.
         key: the quality metric.
     """
-    scene.read(runs, [*READ, key])
-    series = scene.store.source.series
-    found = []
-    for run in runs:
-        if key in run.keys:
-            fact = facts(run, series, key)
-            found.append(Result(run, fact.quality * (100 if is_share(key) else 1), peak(run, series), fact.seconds))
-    return [one for one in found if not math.isnan(one.quality)]
+
+    def find() -> list[Result]:
+        shown = [run for run in scene.shown(view) if key in run.keys]
+        scene.read(shown, [*READ, key])
+        found = scene.facts(shown, key)
+        groups = seed_groups(shown) if view.group else [[run] for run in shown]
+        some = [_result(scene, group, found, 100 if is_share(key) else 1) for group in groups]
+        return [one for one in some if not math.isnan(one.quality)]
+
+    return scene.once(("results", view.selection, view.group, key), find)
+
+
+def _result(scene: Scene, group: Sequence[Run], found: Mapping[str, Facts], scale: int) -> Result:
+    runs = counted(group)
+    best = [scale * found[run.id].quality for run in runs]
+    known = [value for value in best if not math.isnan(value)]
+    return Result(
+        tuple(runs),
+        scene.names[runs[-1].id] if len(runs) == 1 else f"{text.plain(method_name(runs[-1]), 40)} (n={len(runs)})",
+        mean(best),
+        float(np.std(known, ddof=1)) if len(known) > 1 else math.nan,
+        max((found[run.id].peak for run in runs), key=lambda peak: (not math.isnan(peak), peak)),
+        mean(found[run.id].seconds for run in runs),
+        all(run.status == "FINISHED" for run in runs),
+    )
 
 
 def _choose_quality(shown: Sequence[Run], available: Sequence[str]) -> str:
@@ -108,77 +140,116 @@ def _choose_target(found: Sequence[Result], key: str) -> float:
 
 
 def _draw(scene: Scene, key: str, target: float) -> None:
-    found = results(scene, scene.shown(current()), key)
+    found = results(scene, current(), key)
     name = f"{text.plain(key, 40)}{' in %' if is_share(key) else ''}"
+    size, unit = byte_unit([one.peak for one in found])
     left, right = st.columns(2)
     with left:
-        _scatter(scene, found, "peak", "Memory against quality", "peak memory in GiB", name, goal(key))
+        places = [one.peak / size for one in found]
+        _scatter(scene, found, places, "Memory against quality", f"peak memory in {unit}", name, goal(key))
     with right:
-        _scatter(scene, found, "seconds", "Time against quality", "seconds of training", name, goal(key))
+        places = [one.seconds for one in found]
+        _scatter(scene, found, places, "Time against quality", "seconds of training", name, goal(key))
     st.caption(
-        "Larger dots on the dashed line are beaten by no other run: none is better in one quantity and no worse in the other."
+        "Larger dots on the dashed line are beaten by no other run: none is better in one quantity and no worse in the other. "
+        "Hollow dots are runs that have not ended: they are not judged yet."
     )
-    _to_target(scene, found, key, target)
+    _to_target(scene, found, key, target, size, unit)
 
 
-def _scatter(scene: Scene, found: Sequence[Result], field: str, title: str, x_name: str, y_name: str, better: Goal) -> None:
-    x = np.array([getattr(one, field) for one in found], float)
-    y = np.array([one.quality for one in found], float)
-    front = pareto(x, y, "min", better)
-    looks, names, dark = scene.styles(), scene.names, is_dark()
+def _scatter(
+    scene: Scene, found: Sequence[Result], places: Sequence[float], title: str, x_name: str, y_name: str, better: Goal
+) -> None:
+    x, y = np.array(places, float), np.array([one.quality for one in found], float)
+    ended = np.array([one.ended for one in found], bool)
+    front = pareto(np.where(ended, x, np.nan), y, "min", better)
+    looks, dark = scene.styles(), is_dark()
+    colors = [looks[one.runs[-1].id] for one in found]
     dots = [
-        Dot(names[one.run.id], float(a), float(b), looks[one.run.id].dark if dark else looks[one.run.id].light, bool(f))
-        for one, a, b, f in zip(found, x, y, front, strict=True)
-        if not math.isnan(a)
+        Dot(one.name, float(a), float(b), look.dark if dark else look.light, bool(f), one.ended, one.spread)
+        for one, look, a, b, f in zip(found, colors, x, y, front, strict=True)
+        if math.isfinite(a)
     ]
     if not dots:
         st.info(f"No selected run has logged its {x_name.split(' in ')[0]} and this metric.")
         return
-    places = [dot.x for dot in dots]
-    wide = min(places) > 0 and max(places) > 8 * min(places)
+    xs = [dot.x for dot in dots]
+    wide = min(xs) > 0 and max(xs) > 8 * min(xs)
     st.echarts_chart(
         trade_off(title, x_name, y_name, dots, dark, wide),
         height=380,
-        key=f"trade-off-{field}",
+        key=f"trade-off-{title.split()[0].lower()}",
         alt=f"{title}, a dot for each run",
     )
 
 
-def _to_target(scene: Scene, found: Sequence[Result], key: str, target: float) -> None:
-    better, share = goal(key), is_share(key)
-    wanted = target / 100 if share else target
-    names, plotter, source = scene.names, scene.store.plotter, scene.store.source
-    rows = []
-    for one in found:
-        step = first_reaching(by_step(source.series(one.run.id, key)), wanted, better)
-        memory = math.nan
-        if step is not None and "memory/peak" in one.run.keys:
-            memory = at_step(source.series(one.run.id, "memory/peak"), int(step))[0] / GIB
-        reach = [
-            first_reaching(plotter.curve(one.run, key, axis), wanted, better) for axis in ("elapsed", "forwards", "examples")
-        ]
-        rows.append([names[one.run.id], step is not None, step, reach[0], memory, reach[1], reach[2], one.quality])
-    rows.sort(key=lambda row: (not row[1], row[3] if isinstance(row[3], float) else math.inf))
-    columns = ["run", "reached", "step", "seconds", "memory", "forwards", "examples", "best"]
+class Reach(NamedTuple):
+    """What a run had spent when it first reached the target; nan where that is not known."""
+
+    step: float
+    seconds: float
+    memory: float
+    forwards: float
+    examples: float
+
+
+def reach(scene: Scene, run: Run, key: str, wanted: float) -> Reach | None:
+    """When the run first reached the target; None: it has not."""
+    better, source = goal(key), scene.store.source
+
+    def find() -> Reach | None:
+        step = first_reaching(by_step(source.series(run.id, key)), wanted, better)
+        if step is None:
+            return None
+        memory = at_step(source.series(run.id, "memory/peak"), int(step))[0] if "memory/peak" in run.keys else math.nan
+        spent = [first_reaching(scene.store.plotter.curve(run, key, axis), wanted, better) for axis in _SPENT]
+        seconds, forwards, examples = (math.nan if one is None else one for one in spent)
+        return Reach(step, seconds if seconds >= 0 else math.nan, memory, forwards, examples)
+
+    return scene.store.of_run(run, ("reach", key, wanted), find)
+
+
+def _to_target(scene: Scene, found: Sequence[Result], key: str, target: float, size: float, unit: str) -> None:
+    share, grouped = is_share(key), current().group
+
+    def columns() -> pd.DataFrame:
+        scene.read([run for one in found for run in one.runs], COUNTERS.values())
+        rows: list[tuple[str, bool, str, list[float]]] = []
+        for one in found:
+            there = [at for run in one.runs if (at := reach(scene, run, key, target / 100 if share else target)) is not None]
+            spent = [mean(column) for column in zip(*there, strict=True)] if there else [math.nan] * len(Reach._fields)
+            spent[2] /= size
+            seeds = f"{len(there)} of {len(one.runs)}"
+            rows.append((one.name, len(there) == len(one.runs), seeds, [*spent, one.quality, one.spread]))
+        rows.sort(key=lambda row: (not row[1], math.inf if math.isnan(row[3][1]) else row[3][1]))
+        names = ["run", "reached", "seeds", *Reach._fields, "best", "spread"]
+        cells = [(*words, *numbers) for *words, numbers in rows]
+        table = pd.DataFrame(cells, columns=names).astype(dict.fromkeys(names[3:], float))
+        return table if grouped else table.drop(columns=["seeds", "spread"])
+
+    view = current()
     st.subheader("To the target")
+    table = scene.once(("to target", view.selection, grouped, key, target), columns)
     st.dataframe(
-        pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(columns[2:], float)),
+        table,
         hide_index=True,
         key="to-target",
-        height=table_height(len(rows)),
+        height=table_height(len(table)),
         placeholder="–",
         column_config={
-            "run": st.column_config.TextColumn("Run", width="medium"),
+            "run": st.column_config.TextColumn("Method" if grouped else "Run", width="medium"),
             "reached": st.column_config.CheckboxColumn(
                 "Reached", help="It has logged the target or better. Nothing is interpolated."
             ),
+            "seeds": st.column_config.TextColumn("Seeds", help="Those that reached it; the figures are their means."),
             "step": number("Step", "The first step at which it had.", whole=True),
             "seconds": number("Seconds", "Since the run started, validation included."),
-            "memory": number("Peak GiB until then", "The most memory that it had needed up to that step."),
+            "memory": number(f"Peak {unit} until then", "The most memory that it had needed up to that step."),
             "forwards": number(
                 "Forward passes", "Up to that step. A backprop step counts as one and costs about three.", whole=True
             ),
             "examples": number("Examples", "Seen up to that step.", whole=True),
             "best": number("Best" + (" %" if share else ""), "The best value of the metric."),
+            "spread": number("±", "One standard deviation over the seeds."),
         },
     )

@@ -97,6 +97,10 @@ class MetricSource(ABC):
         """Look for news; a number that grows when any run, tag, parameter or point was added or changed."""
 
     @abstractmethod
+    def edition(self, run_id: str) -> int:
+        """A number that grows when this run, or a point of it, was added or changed, as of the last poll."""
+
+    @abstractmethod
     def load(self, run_ids: Sequence[str], key: str) -> None:
         """Fetch one metric of many runs at once, so that :meth:`series` has it. Never needed, only faster."""
 

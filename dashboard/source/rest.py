@@ -60,6 +60,7 @@ class RestSource(MetricSource):
         self._experiments: list[Experiment] = []
         self._found: dict[str, dict[str, Any]] = {}  # each run of the experiments asked for, as the server describes it
         self._asked: list[str] = []
+        self._editions: dict[str, int] = {}
         self._buffers: dict[Name, SeriesBuffer] = {}
         self._turn = 0
         self._pages = True  # the server goes by page tokens; MLflow 2 does not
@@ -91,11 +92,18 @@ class RestSource(MetricSource):
             after = [_latest(found[run_id]).get(key) for run_id, key in loaded]
             changed = [name for name, old, new in zip(loaded, before, after, strict=True) if old != new]
             self._each(self._catch_up, changed)
-            late = self._each(self._find_late, self._suspects(found))
-            if any(late) or experiments != self._experiments or found != self._found:
+            suspects = self._suspects(found)
+            late = {name[0] for name, some in zip(suspects, self._each(self._find_late, suspects), strict=True) if some}
+            different = late | {run_id for run_id, one in found.items() if one != self._found.get(run_id)}
+            if different or experiments != self._experiments or found.keys() != self._found.keys():
                 self._version += 1
+                self._editions.update(dict.fromkeys(different, self._version))
             self._experiments, self._found = experiments, found
             return self._version
+
+    def edition(self, run_id: str) -> int:
+        with self._lock:
+            return self._editions.get(run_id, self._version)
 
     def load(self, run_ids: Sequence[str], key: str) -> None:
         with self._lock:

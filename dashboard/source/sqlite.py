@@ -135,6 +135,7 @@ class SqliteSource(MetricSource):
         self._buffers: dict[tuple[str, str], SeriesBuffer] = {}
         self._described = _Described()
         self._runs: list[Run] = []
+        self._editions: defaultdict[str, int] = defaultdict(lambda: self._version)
 
     # ---- the contract --------------------------------------------------------------------------------------------------
 
@@ -158,12 +159,16 @@ class SqliteSource(MetricSource):
             self._look = look
             return self._version
 
+    def edition(self, run_id: str) -> int:
+        with self._lock:
+            return self._editions[run_id]
+
     def load(self, run_ids: Sequence[str], key: str) -> None:
         with self._lock:
-            having = {run_id for run_id, keys in self._latest.items() if key in keys}
-            missing = [id_ for id_ in run_ids if id_ in having and (id_, key) not in self._buffers]
+            missing = [id_ for id_ in run_ids if (id_, key) not in self._buffers and key in self._latest.get(id_, ())]
             if not missing:
                 return
+            having = [run_id for run_id, keys in self._latest.items() if key in keys]
             ask = self._ask_all if len(missing) > 1 and 2 * len(missing) >= len(having) else self._ask_each
             for run_id, points in self._file.read(lambda store: ask(store, missing, key)).items():
                 self._buffers[run_id, key] = buffer = SeriesBuffer()
@@ -233,7 +238,9 @@ class SqliteSource(MetricSource):
         self._version += 1
         more_keys = self._append(news.points)
         if news.afresh or more_keys or news.described != self._described:
+            before = {run.id: run for run in self._runs}
             self._runs = newest_first(news.described.build(self._latest))
+            self._editions.update((run.id, self._version) for run in self._runs if run != before.get(run.id))
             there = {run.id for run in self._runs}
             self._buffers = {name: buffer for name, buffer in self._buffers.items() if name[0] in there}
         self._layout, self._newest, self._described = news.layout, news.newest, news.described
@@ -245,6 +252,7 @@ class SqliteSource(MetricSource):
             latest, point = self._latest[run_id], _latest(step, stamp, value)
             if key not in latest or point > latest[key]:  # as MLflow compares them
                 latest[key] = point
+            self._editions[run_id] = self._version
             buffer = self._buffers.get((run_id, key))
             if buffer is not None:
                 buffer.add((step, stamp, value))

@@ -5,14 +5,16 @@ from __future__ import annotations
 from .axes import COUNTERS, by_counter, by_elapsed, by_step
 from .curve import Curve, Floats
 from .groups import Band, band
-from .params import differing, legends, same_value, seed_groups
-from .smoothing import smooth
+from .params import TASK, differing, legends, reached, same_value, seed_groups, total_steps
+from .smoothing import MOST_SMOOTHING, smooth
 from .summaries import Goal, Row, Summary, at_step, goal, rows, summarise
 from .thinning import Grid, Marks, grid, log_axis, marks, thin
 from .tradeoffs import first_reaching, pareto
 
 __all__ = [
     "COUNTERS",
+    "MOST_SMOOTHING",
+    "TASK",
     "Band",
     "Curve",
     "Floats",
@@ -34,10 +36,12 @@ __all__ = [
     "log_axis",
     "marks",
     "pareto",
+    "reached",
     "rows",
     "same_value",
     "seed_groups",
     "smooth",
     "summarise",
     "thin",
+    "total_steps",
 ]

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
 from ..source.base import Run
 
 _SEEDS = frozenset({"seed", "zo/seed", "random_seed", "seed_everything"})
+TASK = ("model", "model_name", "data", "dataset", "task")
+"""Parameters or tags that say what is learned."""
+_TOTALS = ("max_steps", "trainer/max_steps", "total_steps", "num_steps", "steps", "num_training_steps", "zo.max_steps")
+_GROUPED_BY = ("zo.method", "zo.recipe", *TASK, "budget", *_TOTALS)
+_SAME_LENGTH = 1.1
 _SHORT = 24
 
 
@@ -73,7 +79,10 @@ def _cut(text: str) -> str:
 
 
 def seed_groups(runs: Sequence[Run]) -> list[list[Run]]:
-    """The runs, those together that differ in nothing but the seed: the same experiment, method and other parameters.
+    """The runs, those together that differ in nothing but the seed: the same experiment, method, data, length and parameters.
+
+    Where the runs do not say how many steps they are to take, those are of one length that ended within 10 % of each other; one
+    that has not ended belongs to the shortest of these that it may still come to.
 
     Args:
         runs: in the order in which the groups come. A run that logged no parameters stays alone.
@@ -81,7 +90,37 @@ def seed_groups(runs: Sequence[Run]) -> list[list[Run]]:
     groups: dict[object, list[Run]] = {}
     for run in runs:
         same = {(name, same_value(text)) for name, text in run.params.items() if name not in _SEEDS}
-        method = (run.tags.get("zo.method"), run.tags.get("zo.recipe"))
-        key = (run.experiment_id, method, frozenset(same)) if run.params else run.id
+        tags = tuple(run.tags.get(name) for name in _GROUPED_BY)
+        key = (run.experiment_id, tags, frozenset(same)) if run.params else run.id
         groups.setdefault(key, []).append(run)
-    return list(groups.values())
+    split = [[group] if total_steps(group[0]) is not None else _by_length(group) for group in groups.values()]
+    place = {run.id: i for i, run in enumerate(runs)}
+    return sorted((group for some in split for group in some), key=lambda group: place[group[0].id])
+
+
+def total_steps(run: Run) -> int | None:
+    """How many steps the run is to take, if it said so in its parameters or tags."""
+    for name in _TOTALS:
+        text = run.params.get(name) or run.tags.get(name) or ""
+        if text.isascii() and text.isdigit() and 0 < int(text) < 10**15:
+            return int(text)
+    return None
+
+
+def reached(run: Run) -> int | None:
+    """The last step at which the run logged anything; None while it logged nothing. MLflow counts its own metrics otherwise."""
+    return max((step for key, (step, _, _) in run.latest.items() if not key.startswith("system/")), default=None)
+
+
+def _by_length(group: list[Run]) -> list[list[Run]]:
+    if len(group) == 1:
+        return [group]
+    length = {run.id: reached(run) or 0 for run in group}
+    limits: list[float] = []  # the longest run of each group may be so long
+    for run in sorted((run for run in group if run.status == "FINISHED"), key=lambda run: length[run.id]):
+        if not limits or length[run.id] > limits[-1]:
+            limits.append(length[run.id] * _SAME_LENGTH)
+    found: list[list[Run]] = [[] for _ in (*limits, None)]
+    for run in group:
+        found[bisect_left(limits, length[run.id])].append(run)
+    return [some for some in found if some]

@@ -6,6 +6,7 @@ import numpy as np
 
 from .curve import Curve, Floats
 
+MOST_SMOOTHING = 0.999
 _BLOCK = 128
 
 
@@ -23,7 +24,7 @@ def smooth(curve: Curve, weight: float) -> Curve:
     Raises:
         ValueError: another weight.
     """
-    if not 0 <= weight <= 0.999:
+    if not 0 <= weight <= MOST_SMOOTHING:
         raise ValueError(f"`smooth(weight=...)` must lie between 0 and 0.999, got {weight}")
     if weight == 0:
         return curve

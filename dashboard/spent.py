@@ -1,0 +1,124 @@
+"""What a run had taken and given by the time it had done so much work, so that runs of different length can be compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from .source.base import Run, Series
+from .transforms import COUNTERS, Curve, by_counter, by_step, goal, reached, summarise
+
+ReadSeries = Callable[[str, str], Series]
+T = TypeVar("T")
+Keep = Callable[[Run, Hashable, Callable[[], T]], T]
+"""Gives what ``make`` makes, from memory while neither the run nor its points changed."""
+
+PEAKS = ("memory/peak", "summary/peak_memory")
+SECONDS = ("speed/train_seconds", "summary/train_seconds")
+
+EQUAL = {
+    "": "equal examples, else equal steps",
+    "examples": "equal examples",
+    "step": "equal steps",
+    "forwards": "equal forward passes",
+    "elapsed": "equal seconds of training",
+    "whole": "whole runs, whatever their length",
+}
+"""What two runs that are compared have in common."""
+
+UNITS = {"examples": "examples", "forwards": "forward passes", "elapsed": "of training"}
+_NEARLY = 1e-6
+_NOTHING = Curve(np.empty(0), np.empty(0))
+
+
+class Spent:
+    """Looks runs up.
+
+    Args:
+        series: the points of a run's metric: a source's ``series``.
+        keep: remembers what was worked out of a run; None: nothing is remembered.
+    """
+
+    def __init__(self, series: ReadSeries, keep: Keep[float] | None = None) -> None:
+        self._series = series
+        self._keep: Keep[float] = keep if keep is not None else lambda run, what, make: make()
+
+    def reach(self, run: Run, axis: str) -> float:
+        """How far the run came; infinity for ``whole``, nan when it has not logged what the axis counts.
+
+        Args:
+            run: which.
+            axis: a key of :data:`EQUAL` but "".
+        """
+        if axis == "whole":
+            return math.inf
+        if axis == "step":
+            steps = reached(run)
+            return self._keep(run, "steps", lambda: self._last_step(run)) if steps is None else float(steps)
+        return self._keep(run, ("reach", axis), lambda: self.last(run, self._counters(axis)))
+
+    def quality(self, run: Run, key: str, axis: str, limit: float) -> float:
+        """The best finite value of the metric up to the limit; nan when there is none."""
+
+        def best() -> float:
+            if self._is_whole(run, axis, limit):
+                return summarise(self._series(run.id, key), goal(key)).best
+            curve = self._over(run, key, axis)
+            y = curve.y[: np.searchsorted(curve.x, limit * (1 + _NEARLY), "right")]
+            y = y[np.isfinite(y)]
+            return float(y.min() if goal(key) == "min" else y.max()) if len(y) else math.nan
+
+        return self._keep(run, ("quality", key, axis, limit), best) if key in run.keys else math.nan
+
+    def seconds(self, run: Run, axis: str, limit: float) -> float:
+        """Seconds of training up to the limit, read off a straight line between two points; nan where they were not logged."""
+
+        def spent() -> float:
+            if self._is_whole(run, axis, limit):
+                return self.last(run, SECONDS)
+            key = next((key for key in SECONDS if key in run.keys), None)
+            curve = self._over(run, key, axis).finite if key is not None else _NOTHING
+            if not len(curve.x) or not curve.x[0] <= limit <= curve.x[-1] * (1 + _NEARLY):
+                return math.nan
+            return _not_negative(float(np.interp(limit, curve.x, curve.y)))
+
+        return limit if axis == "elapsed" else self._keep(run, ("seconds", axis, limit), spent)
+
+    def peak(self, run: Run) -> float:
+        """The most memory in bytes, of the whole run: it comes early and does not grow with the length."""
+        key = next((key for key in PEAKS if key in run.keys), None)
+        if key is None:
+            return math.nan
+        return self._keep(run, "peak", lambda: _not_negative(summarise(self._series(run.id, key), "max").best))
+
+    def last(self, run: Run, keys: Sequence[str]) -> float:
+        """What a counter has come to: the last value of the first of these metrics that the run has; nan when it has none."""
+        key = next((key for key in keys if key in run.keys), None)
+        if key is None:
+            return math.nan
+        return _not_negative(run.latest[key][2] if key in run.latest else summarise(self._series(run.id, key), "max").last)
+
+    def _is_whole(self, run: Run, axis: str, limit: float) -> bool:
+        return limit >= self.reach(run, axis) * (1 - _NEARLY)
+
+    def _over(self, run: Run, key: str, axis: str) -> Curve:
+        series = self._series(run.id, key)
+        if axis == "step":
+            return by_step(series)
+        counter = next((one for one in self._counters(axis) if one in run.keys), None)
+        return by_counter(series, self._series(run.id, counter)) if counter is not None else _NOTHING
+
+    def _counters(self, axis: str) -> Sequence[str]:
+        return SECONDS if axis == "elapsed" else (COUNTERS[axis],)
+
+    def _last_step(self, run: Run) -> float:
+        ends = [series.step[-1] for key in run.keys if len((series := self._series(run.id, key)).step)]
+        return float(max(ends, default=math.nan))
+
+
+def _not_negative(value: float) -> float:
+    """Imported logs hold all kinds of numbers: one below 0 measures nothing."""
+    return value if value >= 0 else math.nan
