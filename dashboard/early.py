@@ -16,6 +16,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from streamlit import config, file_util
 
+from . import downloads
 from .charts.live import code
 from .source.base import SourceError
 
@@ -60,6 +61,7 @@ def routes(store: str) -> list[Route]:
         Route(f"/{name}", script),
         Route("/zo/charts", answer(lambda query: charts(store, query))),
         Route("/zo/match", answer(lambda query: matches(store, query))),
+        *downloads.routes(store, _from_here),
     ]
 
 

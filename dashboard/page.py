@@ -58,7 +58,7 @@ def main() -> None:
         empty.no_runs(store)
         return
     except SourceError as error:
-        empty.unreadable(str(error))
+        empty.unreadable(str(error), store)
         return
     if not scene.runs and not view.experiments:
         empty.no_runs(store)

@@ -63,11 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
     try:
+        from starlette.middleware import Middleware
         from streamlit import App
 
         from .early import routes
+        from .headers import Headers
 
-        app = App(APP, routes=routes(given.store), lifespan=_open_browser)
+        app = App(APP, routes=routes(given.store), middleware=[Middleware(Headers)], lifespan=_open_browser)
     except ImportError:
         print("The dashboard needs Streamlit and uPlot: pip install streamlit uplot-python", file=sys.stderr)
         return 1

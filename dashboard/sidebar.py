@@ -7,10 +7,11 @@ import streamlit as st
 from . import text
 from .charts import live
 from .charts.live import Selection
+from .downloads import REPORT
 from .grouping import METHOD
 from .query import QueryError, parse
-from .report import report
 from .scene import Scene
+from .screens.parts import download
 from .session import change, current, new_edition, widget
 from .transforms import differing
 from .view import COLORS, MOST_LINES, View
@@ -43,16 +44,14 @@ def sidebar(scene: Scene, shown_store: str) -> View:
         live.alerts(
             [{"id": run.id, "label": scene.names[run.id], "status": scene.states[run.id].kind} for run in scene.runs[:_WATCHED]]
         )
-        st.download_button(
+        download(
+            scene,
+            view,
+            REPORT,
             "Report",
-            data=lambda: report(scene, view, shown_store),
-            file_name="comparison.html",
-            mime="text/html",
-            icon=":material/download:",
-            on_click="ignore",
-            width="stretch",
-            help="One HTML file with the selected runs: what they cost and gave, their parameters and their curves. "
-            "It needs no server and no network.",
+            shown_store,
+            "One HTML file with the selected runs: what they cost and gave, their parameters and their curves. It needs no "
+            "server and no network.",
         )
     return view
 

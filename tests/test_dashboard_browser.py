@@ -409,7 +409,7 @@ def test_what_is_taken_away_is_what_is_shown(page: Page, busy_server: Server, bu
     wait_settled(page)
 
     with page.expect_download() as found:
-        page.get_by_role("button", name="CSV of these curves").click()
+        page.get_by_role("link", name="CSV of these curves").click()
     found.value.save_as(tmp_path / "curves.csv")
     with (tmp_path / "curves.csv").open(newline="") as lines:
         rows = list(csv.DictReader(lines))
@@ -431,7 +431,7 @@ def test_what_is_taken_away_is_what_is_shown(page: Page, busy_server: Server, bu
         assert (picture == rgb).all(-1).sum() > 100, f"no line of {rgb}"
 
     with page.expect_download() as found:
-        page.get_by_role("button", name="Report").click()
+        page.get_by_role("link", name="Report").click()
     found.value.save_as(tmp_path / "report.html")
     assert "<script" not in (tmp_path / "report.html").read_text().lower()
     page.goto((tmp_path / "report.html").as_uri())

@@ -436,7 +436,7 @@ def test_the_report_stands_alone_and_runs_nothing(scene: Scene) -> None:
 
 
 def test_still_charts_never_read_names_as_html() -> None:
-    bars = still.stacked_memory(["<b>"], {"weights": [1.0], "other": [0.5]}, 2.0, dark=False)
+    bars = still.stacked_memory(["<b>"], {"weights": [1.0], "other": [0.5]}, 2.0, "GiB", dark=False)
     dots = still.trade_off("t", "x", "y", [still.Dot("<b>", 1.0, 2.0, "#fff", True)], dark=True, log_x=False)
     assert bars["tooltip"]["renderMode"] == dots["tooltip"]["renderMode"] == "richText"
     json.dumps([bars, dots])

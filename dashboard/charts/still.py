@@ -42,13 +42,16 @@ class Dot(NamedTuple):
     spread: float = math.nan
 
 
-def stacked_memory(names: Sequence[str], parts: Mapping[str, Sequence[float]], budget: float, dark: bool) -> dict[str, Any]:
+def stacked_memory(
+    names: Sequence[str], parts: Mapping[str, Sequence[float]], budget: float, unit: str, dark: bool
+) -> dict[str, Any]:
     """Bars of what each run's peak memory is for, and the budget across them.
 
     Args:
         names: a label for each bar, the first one on top.
-        parts: GiB by part, in the order of ``names``; parts that are not in :data:`PARTS` are grey.
-        budget: GiB.
+        parts: memory by part, in the order of ``names``; parts that are not in :data:`PARTS` are grey.
+        budget: in the same unit.
+        unit: its name.
         dark: the page is.
     """
     series: list[dict[str, Any]] = [
@@ -56,7 +59,7 @@ def stacked_memory(names: Sequence[str], parts: Mapping[str, Sequence[float]], b
             "name": part.replace("_", " "),
             "type": "bar",
             "stack": "peak",
-            "data": [round(value, 4) for value in values],
+            "data": [float(f"{value:.4g}") for value in values],
             "itemStyle": {"color": PARTS.get(part, PARTS["other"])[dark]},
             "barMaxWidth": 26,
         }
@@ -67,7 +70,7 @@ def stacked_memory(names: Sequence[str], parts: Mapping[str, Sequence[float]], b
             "symbol": "none",
             "silent": True,
             "lineStyle": {"type": "dashed", "width": 1.5, "color": ink(dark)},
-            "label": {"formatter": f"{budget:g} GiB", "color": ink(dark), "position": "start"},
+            "label": {"formatter": f"{budget:.4g} {unit}", "color": ink(dark), "position": "start"},
             "data": [{"xAxis": budget}],
         }
     most = max((sum(column) for column in zip(*parts.values(), strict=True)), default=0.0)
@@ -75,7 +78,7 @@ def stacked_memory(names: Sequence[str], parts: Mapping[str, Sequence[float]], b
         **frame("What the peak is for", dark),
         "legend": {"bottom": 0, "textStyle": {"color": ink(dark)}},
         "grid": {"left": 8, "right": 24, "top": 48, "bottom": 56, "containLabel": True},
-        "xAxis": {"type": "value", "name": "GiB", "nameLocation": "middle", "nameGap": 26, "max": _above(max(most, budget))},
+        "xAxis": {"type": "value", "name": unit, "nameLocation": "middle", "nameGap": 26, "max": _above(max(most, budget))},
         "yAxis": {
             "type": "category",
             "inverse": True,

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import streamlit as st
 
 from .. import text
 from ..charts import live
-from ..export import curves_csv
+from ..downloads import CURVES
 from ..scene import Scene
 from ..session import board, change, current, widget
 from ..source import Run
 from ..view import View
-from .parts import choose_axis, choose_grouping, feed, follow, legend, shell
+from .parts import choose_axis, choose_grouping, download, feed, follow, legend, shell
 from .tables import best_and_last
 
 _FIRST = ("train/loss", "val/loss", "val/accuracy", "test/accuracy", "memory/peak", "zo/projected_grad")
@@ -42,7 +43,15 @@ def render(scene: Scene) -> None:
         change(at=_at_step(view))
     opened = _sections(view, [key for key in available if key not in keys])
     follow(scene, lambda fresh: _draw(fresh, keys, opened))
-    _export(scene, [*keys, *opened])
+    if keys:
+        download(
+            scene,
+            replace(current(), keys=(*keys, *opened)),
+            CURVES,
+            "CSV of these curves",
+            "",
+            "Every point of the selected runs and metrics, as it was logged, within the zoom.",
+        )
 
 
 def _sections(view: View, others: Sequence[str]) -> list[str]:
@@ -158,17 +167,4 @@ def _at_step(view: View) -> int | None:
         key=widget("at"),
         width=150,
         help="The column “At step” of the tables: the last value logged at that step or before.",
-    )
-
-
-def _export(scene: Scene, keys: Sequence[str]) -> None:
-    view = current()
-    st.download_button(
-        "CSV of these curves",
-        data=lambda: curves_csv(scene, view, keys),
-        file_name="curves.csv",
-        mime="text/csv",
-        icon=":material/download:",
-        on_click="ignore",
-        help="Every point of the selected runs and metrics, as it was logged, within the zoom.",
     )

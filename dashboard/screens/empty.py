@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import streamlit as st
 
 from .. import text
+from ..addresses import shown_address
 from ..scene import look, open_store
 from ..source import SourceError
 
@@ -35,27 +38,30 @@ def no_runs(store: str) -> None:
     Args:
         store: MLflow tracking URI.
     """
+    shown = shown_address(store)
     st.title("No runs here yet")
-    st.text(f"Store: {text.plain(store, 300)}")
+    st.text(f"Store: {text.plain(shown, 300)}")
     st.markdown("Log one, and this page turns into the dashboard. With Lightning and zolightning:")
-    st.code(_LIGHTNING.format(store=store), "python")
+    st.code(_LIGHTNING.format(store=shown), "python")
     st.markdown("Any other MLflow run will do too:")
-    st.code(_PLAIN.format(store=store), "python")
+    st.code(_PLAIN.format(store=shown), "python")
     st.markdown("Or watch six ways to fine-tune one model: `zolightning demo`.")
     st.markdown("Is the store elsewhere? Start the dashboard with `zolightning dash --store sqlite:///path/to/mlflow.db`.")
     _wait(store)
 
 
-def unreadable(reason: str) -> None:
-    """The store is there but cannot be read.
+def unreadable(reason: str, store: str) -> None:
+    """The store is there but cannot be read; opens the dashboard by itself when it can.
 
     Args:
         reason: what happened and what to do.
+        store: MLflow tracking URI.
     """
     st.title("This store cannot be read")
     st.text(text.plain(reason, 1000))
     if st.button("Try again", type="primary"):
         st.rerun()
+    _try_again(store)
 
 
 def other_store(wanted: str, opened: str) -> None:
@@ -69,6 +75,14 @@ def other_store(wanted: str, opened: str) -> None:
         f"This link was made for the store {text.code(wanted)}, but this dashboard shows {text.code(opened)}. "
         f"Start it with `zolightning dash --store …` for the other one."
     )
+
+
+@st.fragment(run_every=2)
+def _try_again(store: str) -> None:
+    st.caption("Trying again every two seconds …")
+    with contextlib.suppress(SourceError):
+        look(open_store(store), ())
+        st.rerun()
 
 
 @st.fragment(run_every=2)

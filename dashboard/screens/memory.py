@@ -127,8 +127,10 @@ def _parts(scene: Scene, runs: Sequence[Run], budget: float) -> None:
     scene.read(bars, {key for run in bars for key in run.keys if key.startswith("memory/")})
     found = parts(bars, scene.store.source.series)
     ordered = {name: found[name] for name in [*(n for n in PARTS if n in found), *(n for n in found if n not in PARTS)]}
+    size, unit_name = byte_unit([GIB * max(budget, *(_peak(scene, run) for run in bars))])
+    scaled = {name: [value * GIB / size for value in values] for name, values in ordered.items()}
     st.echarts_chart(
-        stacked_memory(names, ordered, budget, is_dark()),
+        stacked_memory(names, scaled, budget * GIB / size, unit_name, is_dark()),
         height=120 + 30 * len(bars),
         key="memory-parts",
         alt="Bars of what each run's peak memory is for",

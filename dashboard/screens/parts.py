@@ -11,6 +11,7 @@ from .. import text
 from ..charts import live
 from ..charts.lines import Look
 from ..charts.live import Rule
+from ..downloads import File, link
 from ..glossary import meaning
 from ..scene import Scene, every, look
 from ..session import board, change, current, keep, new_board, widget
@@ -37,7 +38,7 @@ def follow(scene: Scene, draw: Callable[[Scene], None]) -> None:
             fresh = scene if turns == 1 else look(scene.store, current().experiments)
         except SourceError as error:
             st.warning(f"The store cannot be read now; what you see is older. {text.code(str(error))}")
-            return
+            fresh = scene
         if fresh.outline != scene.outline or fresh.live != scene.live:
             st.rerun()
         draw(fresh)
@@ -168,3 +169,31 @@ def choose_grouping() -> View:
         "stand behind it. Those that have not ended count on curves as far as they came, and not in final figures.",
     )
     return change(group=group)
+
+
+def download(scene: Scene, view: View, file: File, label: str, store: str, explained: str) -> None:
+    """A button that makes a file of what is shown and saves it.
+
+    Args:
+        scene: the store.
+        view: what is shown.
+        file: which.
+        label: of the button.
+        store: the store's address as it may be shown.
+        explained: shown when the pointer rests on it.
+    """
+    icon = ":material/download:"
+    address = link(file, view)
+    if address is not None:
+        st.link_button(label, address, icon=icon, help=explained, width="stretch")
+    else:
+        st.download_button(
+            label,
+            data=lambda: file.make(scene, view, store),
+            file_name=file.name,
+            mime=file.mime,
+            icon=icon,
+            on_click="ignore",
+            width="stretch",
+            help=explained,
+        )

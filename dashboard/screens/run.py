@@ -14,10 +14,10 @@ import streamlit as st
 from numpy.typing import NDArray
 
 from .. import text, words
-from ..facts import total_steps
 from ..scene import Scene
 from ..session import change, current, go_to, new_edition, widget
 from ..source import Run, SourceError
+from ..transforms import total_steps
 from .parts import follow
 from .tables import number, table_height
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from ..addresses import masked
 from .base import Experiment, MetricSource, NoStoreYet, Run, Series, SourceError
 from .rest import RestSource
 from .sqlite import SqliteSource
@@ -39,5 +40,5 @@ def open_source(uri: str) -> MetricSource:
     if uri.startswith(_SQLITE) and uri != _SQLITE:
         return SqliteSource(uri.removeprefix(_SQLITE))
     if not uri or "://" in uri or uri.startswith(("file:", "sqlite:")) or uri == "databricks":
-        raise SourceError(f"the store {uri!r} cannot be read; {_ALLOWED}")
+        raise SourceError(f"the store {masked(uri)!r} cannot be read; {_ALLOWED}")
     return SqliteSource(uri)

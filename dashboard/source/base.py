@@ -12,11 +12,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..addresses import masked
 from .artifacts import Artifact, contents, files, folder
 
 
 class SourceError(Exception):
-    """The store cannot be read: says which, why, and what to do."""
+    """The store cannot be read: says which, why, and what to do; no password, whatever address is in the message."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(masked(message))
 
 
 class NoStoreYet(SourceError):

@@ -12,16 +12,18 @@ from __future__ import annotations
 import base64
 import json
 import math
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
+from ..addresses import shown_address
 from .artifacts import MOST_FILES, Artifact
 from .base import Experiment, MetricSource, Run, Series, SourceError, newest_first
 from .buffer import Points, SeriesBuffer, as_points
@@ -50,9 +52,12 @@ class RestSource(MetricSource):
     """
 
     def __init__(self, url: str) -> None:
-        self._url = url.rstrip("/")
+        self._url = shown_address(url).rstrip("/")  # without the password: errors of the library name the address
         self._lock = threading.RLock()
         self._session = requests.Session()
+        self._session.auth = _credentials(url)
+        if token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
+            self._session.headers["Authorization"] = f"Bearer {token}"
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, HTTPAdapter(max_retries=_ONCE_MORE))
         self._workers = ThreadPoolExecutor(_WORKERS, "dashboard-rest")
@@ -254,8 +259,16 @@ class RestSource(MetricSource):
     @property
     def name(self) -> str:
         """The address without user and password."""
-        parts = urlsplit(self._url)
-        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        return self._url
+
+
+def _credentials(url: str) -> tuple[str, str] | None:
+    """User and password of the address, else of MLflow's environment variables."""
+    parts = urlsplit(url)
+    if parts.username is not None:
+        return unquote(parts.username), unquote(parts.password or "")
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+    return (user, os.environ.get("MLFLOW_TRACKING_PASSWORD", "")) if user else None
 
 
 def _run(found: dict[str, Any]) -> Run:
