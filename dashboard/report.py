@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from . import text, words
-from .budgets import peak
-from .facts import READ, facts, quality_key
+from .facts import READ, quality_key
 from .palette import Style
 from .scene import Scene
 from .screens.curves import first_keys
@@ -33,6 +32,7 @@ figure { margin: 0; } figcaption { font-weight: 600; font-size: 14px; } svg { wi
 li { margin: 2px 0; }
 """
 _PIXELS = 600
+_MOST_COMPARED = 30
 
 
 def report(scene: Scene, view: View, store: str) -> str:
@@ -44,8 +44,10 @@ def report(scene: Scene, view: View, store: str) -> str:
         store: its address as it may be shown.
     """
     runs = scene.shown(view)
-    scene.read(runs, READ)
+    key = quality_key(runs, view.quality)
+    scene.read(runs, [*READ, *([key] if key is not None else [])])
     keys = list(view.keys) or first_keys(runs)
+    drawn = [run for member in scene.members(view) for run in member.runs]
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     body = [
         "<h1>Comparison of training runs</h1>",
@@ -54,7 +56,7 @@ def report(scene: Scene, view: View, store: str) -> str:
         "<h2>Runs</h2>",
         _runs(scene, view, runs),
         "<h2>Curves</h2>",
-        f'<div class="charts">{"".join(_chart(scene, view, runs, key) for key in keys)}</div>',
+        f'<div class="charts">{"".join(_chart(scene, view, drawn, key) for key in keys)}</div>',
         "<h2>Parameters that differ</h2>",
         _parameters(runs),
     ]
@@ -80,32 +82,37 @@ def _savings(scene: Scene, view: View) -> str:
 
 
 def _runs(scene: Scene, view: View, runs: Sequence[Run]) -> str:
-    series, looks = scene.store.source.series, scene.styles()
+    looks = scene.styles()
     key = quality_key(runs, view.quality)
     share = key is not None and words.is_share(key)
     rows = []
+    found = scene.facts(runs, key)
     for run in runs:
-        fact = facts(run, series, key)
-        quality = f"{100 * fact.quality:.1f} %" if share and not math.isnan(fact.quality) else words.number(fact.quality)
-        size = peak(run, series)
+        fact = found[run.id]
         numbers = [
-            words.number(fact.loss), quality, f"{size:.3g}", words.duration(fact.seconds),
-            words.count(fact.forwards), "" if fact.step is None else f"{fact.step:,}",
-        ]  # fmt: skip
+            words.known(fact.loss) if fact.step is None else words.number(fact.loss),
+            words.percent(fact.quality) if share else words.known(fact.quality),
+            words.memory(fact.peak),
+            words.duration(fact.seconds),
+            "–" if math.isnan(fact.forwards) else words.count(fact.forwards),
+            "" if fact.step is None else f"{fact.step:,}",
+        ]
         rows.append(
             f'<tr><td><span class="dot" style="background:{looks[run.id].light}"></span>{_text(run.name, 200)}</td>'
-            f"<td>{scene.states[run.id].kind}</td>" + "".join(f'<td class="n">{_number(one)}</td>' for one in numbers) + "</tr>"
+            f"<td>{scene.states[run.id].kind}</td>" + "".join(f'<td class="n">{escape(one)}</td>' for one in numbers) + "</tr>"
         )
-    heads = ["run", "status", "last loss", f"best {key or 'quality'}", "peak GiB", "time", "forward passes", "last step"]
+    heads = ["run", "status", "last loss", f"best {key or 'quality'}", "peak memory", "time", "forward passes", "last step"]
     return _table(heads, rows)
 
 
 def _parameters(runs: Sequence[Run]) -> str:
+    left_out = f"<p>Of the newest {_MOST_COMPARED} runs.</p>" if len(runs) > _MOST_COMPARED else ""
+    runs = runs[:_MOST_COMPARED]
     rows = [
         f"<tr><th>{_text(name, 200)}</th>" + "".join(f"<td>{_text(value or '–', 300)}</td>" for value in values) + "</tr>"
         for name, values in differing(runs).items()
     ]
-    return _table(["", *(run.name for run in runs)], rows) if rows else "<p>None.</p>"
+    return left_out + (_table(["", *(run.name for run in runs)], rows) if rows else "<p>None.</p>")
 
 
 def _chart(scene: Scene, view: View, runs: Sequence[Run], key: str) -> str:
@@ -149,10 +156,6 @@ def _line(axes: Any, curve: Curve, look: Style) -> None:
 def _table(heads: Sequence[str], rows: Sequence[str]) -> str:
     head = "".join(f"<th>{_text(one, 120)}</th>" for one in heads)
     return f'<div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
-
-
-def _number(shown: str) -> str:
-    return "–" if shown.lower() == "nan" else escape(shown)
 
 
 def _text(value: str, limit: int = 80) -> str:

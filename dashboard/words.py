@@ -28,6 +28,11 @@ def number(value: float) -> str:
     return _minus(rounded.rstrip("0").rstrip(".") if "." in rounded else rounded)
 
 
+def known(value: float) -> str:
+    """A number; "–" where nan means that there is none."""
+    return "–" if math.isnan(value) else number(value)
+
+
 def count(value: float) -> str:
     """1234567 as "1.23M"."""
     for unit, suffix in _COUNTS:

@@ -14,6 +14,7 @@ from zolightning_dashboard.transforms import (
     Grid,
     at_step,
     band,
+    broken,
     by_counter,
     by_elapsed,
     by_step,
@@ -28,6 +29,7 @@ from zolightning_dashboard.transforms import (
     rows,
     seed_groups,
     smooth,
+    stretches,
     summarise,
     thin,
 )
@@ -431,3 +433,16 @@ def test_runs_of_different_length_are_no_seeds_of_each_other() -> None:
     assert [[run.id for run in group] for group in seed_groups(said)] == [["g", "h"], ["i"]], "where they say how long they are"
     data = [one("j", 60, data="films"), one("k", 60, data="news")]
     assert len(seed_groups(data)) == 2
+
+
+def test_a_mean_breaks_where_a_member_ends_and_says_how_many_go_on() -> None:
+    long, short = curve([(x, 2.0) for x in range(10)]), curve([(x, 4.0) for x in range(6)])
+    found = band([long, short])
+    ends = stretches([long, short], found.x)
+    assert ends == [(5.0, 2), (9.0, 1)]
+    gapped = broken(found, [x for x, _ in ends])
+    assert gapped.x.tolist() == [0, 1, 2, 3, 4, 5, 5.5, 6, 7, 8, 9]
+    assert repr(gapped.mean.tolist()) == repr([3.0] * 6 + [math.nan] + [2.0] * 4)
+    assert stretches([long, long], found.x) == [(9.0, 2)]
+    nothing = band([curve([])])
+    assert stretches([curve([])], nothing.x) == [] and not len(broken(nothing, []).x)

@@ -60,11 +60,12 @@ class Board {
   }
 
   feed(header, bytes) {
-    for (const [id, { x, lines, marks, note }] of Object.entries(header.charts)) {
+    for (const [id, { x, lines, marks, counts, note }] of Object.entries(header.charts)) {
       const part = {
         x: header.array(x),
         lines: lines.map(([line, role, y, index, first]) => ({ id: line, role, y: header.array(y), index: index && header.array(index), first })),
         marks: marks.map(([line, kind, places, n]) => ({ id: line, kind, x: places, n })),
+        counts: counts.map(([line, end, n]) => ({ id: line, x: end, n })),
         note,
       };
       // the points of everything stay beside those of a zoom, for the moment after the zoom is left

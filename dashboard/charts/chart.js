@@ -41,13 +41,18 @@ class Chart {
     const remake = !this.options || this.options.log !== options.log || this.options.x.kind !== options.x.kind;
     this.options = options;
     this.root.dataset.key = options.id;
-    this.title.textContent = options.unit ? `${options.title} (${options.unit})` : options.title;
+    this.name();
     this.title.title = options.why || options.title;
     this.title.classList.toggle("zo-explained", !!options.why);
     this.plot.setAttribute("aria-label", `${this.title.textContent} over ${options.x.label}. ${KEYS_HELP}`);
     this.plot.style.height = `${options.height}px`;
     if (remake) this.signature = null;
     this.refresh();
+  }
+
+  name() {
+    const { title } = this.options, unit = this.scale?.unit ?? this.options.unit;
+    this.title.textContent = unit ? `${title} (${unit})` : title;
   }
 
   feed(name, part) {
@@ -73,7 +78,12 @@ class Chart {
     this.note.textContent = this.note.title = fed.map((p) => p.note).find(Boolean) ?? "";
     this.back.classList.toggle("zo-on", !!this.board.zoom);
     this.empty.textContent = parts.length ? "" : this.options.empty;
-    if (this.dirty || !this.aligned) this.aligned = align(parts.length ? parts : [{ x: new Float64Array(0), lines: [] }]);
+    this.counts = fed.flatMap((p) => p.counts).filter((one) => this.board.styles.has(one.id));
+    if (this.dirty || !this.aligned) {
+      this.aligned = align(parts.length ? parts : [{ x: new Float64Array(0), lines: [] }]);
+      this.scale = scaled(this.aligned.columns, this.options.unit);
+      this.name();
+    }
     this.dirty = false;
     const names = this.board.ordered([...this.aligned.columns.keys()]);
     const signature = names.join("\0");
@@ -122,7 +132,7 @@ class Chart {
       series: [{}, ...series],
       bands,
       hooks: {
-        draw: [() => drawMarks(this), () => drawRules(this)],
+        draw: [() => drawMarks(this), () => drawCounts(this), () => drawRules(this)],
         setCursor: [() => this.point()],
         setSelect: [(u) => this.selected(u)],
       },
@@ -131,8 +141,8 @@ class Chart {
   }
 
   yRange(low, high) {
-    const near = (r) => r.drag || high === null || r.y <= FAR * high;
-    const levels = this.options.rules.filter(near).map((r) => r.y).filter((y) => Number.isFinite(y));
+    const { factor } = this.scale, near = (r) => r.drag || high === null || r.y * factor <= FAR * high;
+    const levels = this.options.rules.filter(near).map((r) => r.y * factor).filter((y) => Number.isFinite(y));
     if (low === null && !levels.length) return this.options.log ? [0.1, 10] : [0, 1];
     const [least, most] = [Math.min(low ?? Infinity, ...levels), Math.max(high ?? -Infinity, ...levels)];
     if (this.options.log) return uPlot.rangeLog(least, most, 10, true);
@@ -208,8 +218,8 @@ class Chart {
     if (!this.u) return { id: this.options.id, points: 0, mounts: 0 };
     const { x, y } = this.u.scales;
     const drawn = this.names.map((n) => [n.join(" "), this.aligned.columns.get(n.join("\n")).filter((v) => v != null)]);
-    const lines = Object.fromEntries(drawn.map(([name, y]) => [name, y.length])), newest = Object.fromEntries(drawn.map(([name, y]) => [name, y.at(-1)]));
-    return { id: this.options.id, range: [x.min, x.max], y: [y.min, y.max], last: this.aligned.x.at(-1), points: this.aligned.points, lines, newest, marks: this.marks, mounts: this.mounts, ms: this.ms };
+    const lines = Object.fromEntries(drawn.map(([name, y]) => [name, y.length])), newest = Object.fromEntries(drawn.map(([name, y]) => [name, y.length ? y.at(-1) / this.scale.factor : undefined]));
+    return { id: this.options.id, range: [x.min, x.max], y: [y.min, y.max], last: this.aligned.x.at(-1), points: this.aligned.points, lines, newest, marks: this.marks, counts: this.counts, unit: this.scale.unit, mounts: this.mounts, ms: this.ms };
   }
 
   destroy() {
@@ -247,7 +257,8 @@ function readings(chart, idx, top) {
     }
     if (near === null || Math.abs(x[near] - at) > reach) return;
     const low = u.data[1 + names.findIndex(([o, r]) => o === id && r === "low")], band = names.some(([o, r]) => o === id && r === "low");
-    const text = reading(column[near]) + (band && low[near] != null ? ` ± ${reading(column[near] - low[near])}` : "");
+    const said = (v) => reading(chart.scale.power ? v / chart.scale.factor : v), count = chart.counts.find((one) => one.id === id && one.x >= x[near]);
+    const text = said(column[near]) + (band && low[near] != null ? ` ± ${said(column[near] - low[near])}` : "") + (count ? `, n=${count.n}` : "");
     rows.push({ id, text, far: Math.abs(u.valToPos(column[near], "y") - top) });
   });
   for (const { id, kind, x: places, n } of chart.marks) {

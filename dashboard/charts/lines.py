@@ -14,10 +14,25 @@ from typing import NamedTuple
 import numpy as np
 
 from ..source import MetricSource, Run
-from ..transforms import COUNTERS, Band, Curve, Grid, band, by_counter, by_elapsed, by_step, log_axis, marks, smooth, thin
+from ..transforms import (
+    COUNTERS,
+    Band,
+    Curve,
+    Grid,
+    band,
+    broken,
+    by_counter,
+    by_elapsed,
+    by_step,
+    log_axis,
+    marks,
+    smooth,
+    stretches,
+    thin,
+)
 from ..words import GIB, is_bytes
 from .memo import Memo
-from .pack import Drawing, Line, Mark, pack
+from .pack import Count, Drawing, Line, Mark, pack
 
 _BYTES = 900_000  # of one message with all points
 _BUCKETS = (60, 1000)  # fewest and most across a chart
@@ -106,6 +121,7 @@ class Plotter:
         owners: list[tuple[str, str]] = []
         curves: list[Curve] = []
         found: list[Mark] = []
+        counts: list[Count] = []
         exact = True
         for member in members:
             raw = [self.curve(run, key, look.axis) for run in member.runs]
@@ -116,7 +132,9 @@ class Plotter:
                 drawn = {"line": smoothed[0]} if not look.smoothing else {"raw": raw[0], "line": smoothed[0]}
             else:
                 mean = band(smoothed)
-                drawn = _edged(mean, look.log)
+                ends = stretches(smoothed, mean.x)
+                counts += [Count(member.id, x, n) for x, n in ends]
+                drawn = _edged(broken(mean, [x for x, _ in ends]), look.log)
                 exact &= mean.exact
             for role, curve in drawn.items():
                 if len(curve.x):
@@ -125,7 +143,7 @@ class Plotter:
         thinned = thin(curves, grid)
         lines = [Line(id_, role, one.x, one.y) for (id_, role), one in zip(owners, thinned, strict=True)]
         notes = [_thinning(curves, grid), "" if exact else "means on lines between the seeds' own points"]
-        return Drawing(lines, found, "; ".join(filter(None, notes)))
+        return Drawing(lines, found, "; ".join(filter(None, notes)), counts)
 
     def _grid(self, key: str, members: Sequence[Member], look: Look, buckets: int) -> Grid:
         """The page's buckets; wide by a power of two and begun at a multiple of it, so that more points move none."""

@@ -47,12 +47,21 @@ class Mark(NamedTuple):
     points: NDArray[np.int64]
 
 
+class Count(NamedTuple):
+    """How many runs stand behind a mean, from the end of the stretch before to ``x``."""
+
+    id: str
+    x: float
+    n: int
+
+
 class Drawing(NamedTuple):
     """What one chart shows of some of its runs; ``note`` says how the points were thinned."""
 
     lines: Sequence[Line]
     marks: Sequence[Mark] = ()
     note: str = ""
+    counts: Sequence[Count] = ()
 
 
 def pack(board: str, part: str, charts: Mapping[str, Drawing], zoom: tuple[float, float] | None = None) -> bytes:
@@ -120,7 +129,7 @@ def _drawing(drawing: Drawing, arrays: _Arrays) -> dict[str, Any]:
         index = None if dense else arrays.add(place.astype("u2" if len(x) < 2**16 else "u4"))
         lines.append([line.id, line.role, arrays.add(compact(line.y)), index, int(place[0]) if dense else 0])
     marks = [[m.id, m.kind, m.x.tolist(), m.points.tolist()] for m in drawing.marks]
-    return {"x": arrays.add(x), "lines": lines, "marks": marks, "note": drawing.note}
+    return {"x": arrays.add(x), "lines": lines, "marks": marks, "counts": drawing.counts, "note": drawing.note}
 
 
 def compact(values: Floats) -> NDArray[np.floating[Any]]:

@@ -26,13 +26,37 @@ function drawMarks({ u, marks, board }) {
   ctx.restore();
 }
 
-function drawRules({ u, options, board, dragged }) {
+// "n=4" at the end of each stretch of a mean behind which the same number of runs stand.
+function drawCounts({ u, aligned, counts, board }) {
+  const { ctx, bbox } = u, px = devicePixelRatio, { min, max } = u.scales.x, begun = new Map();
+  ctx.save();
+  ctx.font = `600 ${11 * px}px sans-serif`;
+  ctx.textAlign = "right";
+  ctx.lineWidth = 3 * px;
+  ctx.strokeStyle = board.paper;
+  for (const { id, x, n } of counts) {
+    const from = Math.max(min, begun.get(id) ?? -Infinity), to = Math.min(max, x), column = aligned.columns.get(`${id}\nline`);
+    begun.set(id, x);
+    if (board.hidden.has(id) || !column || to < from || from > max) continue;
+    let at = aligned.x.length - 1;
+    while (at > 0 && (aligned.x[at] > to || column[at] == null)) at -= 1;
+    const [left, top] = [u.valToPos(Math.max(to, from), "x", true), u.valToPos(column[at], "y", true) - 6 * px];
+    if (column[at] == null || !Number.isFinite(top)) continue;
+    const place = [`n=${n}`, Math.max(left, bbox.left + 26 * px), Math.min(Math.max(top, bbox.top + 10 * px), bbox.top + bbox.height - 2 * px)];
+    ctx.fillStyle = board.color(id);
+    ctx.strokeText(...place);
+    ctx.fillText(...place);
+  }
+  ctx.restore();
+}
+
+function drawRules({ u, options, board, dragged, scale }) {
   const { ctx, bbox } = u, px = devicePixelRatio;
   ctx.save();
   ctx.font = `${12 * px}px sans-serif`;
   let above = 0;
   for (const rule of options.rules) {
-    const y = u.valToPos(rule.drag && dragged !== undefined ? dragged : rule.y, "y", true);
+    const y = u.valToPos(rule.drag && dragged !== undefined ? dragged : rule.y * scale.factor, "y", true);
     if (!Number.isFinite(y) || y > bbox.top + bbox.height) continue;
     ctx.strokeStyle = ctx.fillStyle = rule.drag ? board.accent : board.ink;
     if (y < bbox.top) {
@@ -54,7 +78,7 @@ function ruleDragging(chart) {
   const { u } = chart, { over } = u;
   const near = (e) => {
     const rule = chart.options.rules.find((r) => r.drag);
-    return rule && Math.abs(e.offsetY - u.valToPos(rule.y, "y")) < 7;
+    return rule && Math.abs(e.offsetY - u.valToPos(rule.y * chart.scale.factor, "y")) < 7;
   };
   over.addEventListener("pointermove", (e) => { over.style.cursor = near(e) ? "ns-resize" : ""; });
   over.addEventListener("mousedown", (e) => {
@@ -64,7 +88,7 @@ function ruleDragging(chart) {
     const move = (m) => { chart.dragged = Math.max(0, u.posToVal(m.clientY - top, "y")); u.redraw(false); };
     const up = () => {
       removeEventListener("mousemove", move);
-      if (chart.dragged !== undefined) chart.send("level", chart.dragged);
+      if (chart.dragged !== undefined) chart.send("level", chart.dragged / chart.scale.factor);
       chart.dragged = undefined;
     };
     addEventListener("mousemove", move);

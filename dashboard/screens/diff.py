@@ -9,7 +9,7 @@ import streamlit as st
 
 from .. import text, words
 from ..charts import live
-from ..facts import facts, quality_key
+from ..facts import quality_key
 from ..scene import Scene
 from ..session import board, current, widget
 from ..source import Run
@@ -81,14 +81,15 @@ def _parameters(scene: Scene, runs: Sequence[Run], everything: bool) -> None:
 
 def _outcomes(scene: Scene, runs: Sequence[Run]) -> dict[str, list[str]]:
     key = quality_key(runs, current().quality)
-    found = [facts(run, scene.store.source.series, key) for run in runs]
+    figures = scene.facts(runs, key)
+    found = [figures[run.id] for run in runs]
     share = key is not None and words.is_share(key)
     return {
         "Status": [scene.states[run.id].kind for run in runs],
         f"Best {text.plain(key or 'quality', 40)}": [
-            f"{100 * f.quality:.1f} %" if share else words.number(f.quality) for f in found
+            words.percent(f.quality) if share else words.known(f.quality) for f in found
         ],
-        "Last loss": [words.number(f.loss) for f in found],
+        "Last loss": [words.number(f.loss) if f.step is not None else "–" for f in found],
         "Peak memory": [words.memory(f.peak) for f in found],
         "Time": [words.duration(f.seconds) for f in found],
         "Forward passes": [words.count(f.forwards) if f.forwards == f.forwards else "–" for f in found],

@@ -83,8 +83,8 @@ def shell(key: str, view: View, board: str, *, height: int = 280, rules: Sequenc
         x_label=AXES[view.axis],
         x_kind="time" if view.axis == "elapsed" else "count",
         unit="GiB" if is_bytes(key) else "",
-        log=view.log and not is_bytes(key),
-        from_zero=is_bytes(key),
+        log=view.log,
+        from_zero=is_bytes(key) and not view.log,
         height=height,
         rules=rules,
     )

@@ -11,7 +11,7 @@ import streamlit as st
 from ..scene import Scene
 from ..source import Run
 from ..transforms import goal, rows
-from ..words import GIB, is_bytes
+from ..words import byte_unit, is_bytes
 
 _WAYS = {"min": "smallest", "max": "largest"}
 
@@ -31,7 +31,7 @@ def best_and_last(scene: Scene, runs: Sequence[Run], key: str, at: int | None) -
     if not found:
         return
     names = scene.names
-    scale = GIB if is_bytes(key) else 1
+    scale, unit = byte_unit([row.summary.best for row in found]) if is_bytes(key) else (1.0, "")
     table = pd.DataFrame(
         {
             "run": [names[row.run_id] for row in found],
@@ -44,8 +44,8 @@ def best_and_last(scene: Scene, runs: Sequence[Run], key: str, at: int | None) -
             "not finite": [row.summary.not_finite for row in found],
         }
     )
-    if scale != 1:
-        st.caption("In GiB.")
+    if unit:
+        st.caption(f"In {unit}.")
     st.dataframe(
         table,
         hide_index=True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .axes import COUNTERS, by_counter, by_elapsed, by_step
 from .curve import Curve, Floats
-from .groups import Band, band
+from .groups import Band, band, broken, stretches
 from .params import TASK, differing, legends, reached, same_value, seed_groups, total_steps
 from .smoothing import MOST_SMOOTHING, smooth
 from .summaries import Goal, Row, Summary, at_step, goal, rows, summarise
@@ -25,6 +25,7 @@ __all__ = [
     "Summary",
     "at_step",
     "band",
+    "broken",
     "by_counter",
     "by_elapsed",
     "by_step",
@@ -41,6 +42,7 @@ __all__ = [
     "same_value",
     "seed_groups",
     "smooth",
+    "stretches",
     "summarise",
     "thin",
     "total_steps",

@@ -52,6 +52,39 @@ def band(curves: Sequence[Curve]) -> Band:
     return interpolate(members)
 
 
+def stretches(curves: Sequence[Curve], x: Floats) -> list[tuple[float, int]]:
+    """Where the number of members changes: the last x of each stretch, and how many reach across it.
+
+    Args:
+        curves: one for each member.
+        x: of the group's band.
+    """
+    members = [curve.finite for curve in curves]
+    ends = np.array([(curve.x[0], curve.x[-1]) for curve in members if len(curve.x)]).reshape(-1, 2)
+    reach = ((ends[:, :1] <= x) & (x <= ends[:, 1:])).sum(axis=0)
+    last = np.flatnonzero(np.append(reach[1:] != reach[:-1], True)[: len(x)])
+    return [(float(x[at]), int(reach[at])) for at in last]
+
+
+def broken(found: Band, ends: Sequence[float]) -> Band:
+    """The band with a gap behind each of these x: a mean over fewer runs does not go on from one over more.
+
+    Args:
+        found: the band.
+        ends: some of its x.
+    """
+    at = np.searchsorted(found.x, ends[:-1], "right")
+    gap = found.x[at - 1] + (found.x[at] - found.x[at - 1]) / 2
+    nothing = np.full(len(at), np.nan)
+    return Band(
+        np.insert(found.x, at, gap),
+        np.insert(found.mean, at, nothing),
+        np.insert(found.std, at, nothing),
+        np.insert(found.n, at, 0),
+        found.exact,
+    )
+
+
 def coincide(members: Sequence[Curve]) -> Band:
     """The band at each x at which every member has a point, of those that reach from their first to their last across it.
 
