@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_USER = re.compile(r"(?<=://)(?:[^\s/?#'\"]*@|[^\s'\"]*:[^\s'\"]*@)")  # a password may hold a slash
+_USER = re.compile(r"(?<=://)(?:[^\s?'\"]*:[^\s?'\"]*@|[^\s/?#'\"]*@)")  # a password may hold a slash
 _SECRET = re.compile(r"([?&][^=&\s]*(?:pass|pwd|secret|token|key)[^=&\s]*=)[^&\s'\"]+", re.IGNORECASE)
 
 

@@ -55,8 +55,8 @@ def memory(size: float) -> str:
     """Bytes in the unit that suits them."""
     if not math.isfinite(size):
         return "–"
-    unit, name = byte_unit([size])
-    return f"{size / unit:.0f} {name}" if unit < GIB and size >= 10 * unit else f"{size / unit:.2f} {name}"
+    unit, name = byte_unit([size]) if size else (1.0, "B")
+    return f"{size / unit:.0f} {name}" if unit < GIB and (size >= 10 * unit or unit == 1) else f"{size / unit:.2f} {name}"
 
 
 def percent(share: float, places: int = 1) -> str:

@@ -28,7 +28,7 @@ from zolightning_dashboard.charts.lines import Look, Member, Plotter
 from zolightning_dashboard.charts.memo import Memo
 from zolightning_dashboard.charts.pack import Drawing, Line, Mark, compact, pack
 from zolightning_dashboard.scene import Scene, Store, look
-from zolightning_dashboard.source import open_source
+from zolightning_dashboard.source import SourceError, open_source
 from zolightning_dashboard.view import View
 
 START = 1_700_000_000_000
@@ -445,3 +445,62 @@ def test_still_charts_never_read_names_as_html() -> None:
 def test_our_scripts_never_write_html() -> None:
     for script in Path(still.__file__).parent.glob("*.js"):
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", script.read_text()), script.name
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("postgresql://me:secret@db.example:5432/mlflow", "postgresql://db.example:5432/mlflow"),
+        ("http://me:se@cr/et@host:5000/path", "http://host:5000/path"),
+        ("mysql://me:secret@[::1/x", "mysql://[::1/x"),
+        ("http://host:5000/?password=secret&x=1", "http://host:5000/?password=…&x=1"),
+        ("sqlite:////data/a@b.db", "sqlite:////data/a@b.db"),
+        ("http://host:5000", "http://host:5000"),
+    ],
+)
+def test_no_message_shows_a_password(uri: str, shown: str) -> None:
+    assert addresses.shown_address(uri) == shown
+    message = str(SourceError(f"the store {uri!r} cannot be read"))
+    assert shown in message and "secret" not in message and "se@cr" not in message
+    if not uri.startswith(("http", "sqlite")):
+        with pytest.raises(SourceError) as refused:
+            open_source(uri)
+        assert "secret" not in str(refused.value)
+
+
+def test_a_servers_password_goes_into_no_address() -> None:
+    with pytest.raises(SourceError, match=r"^http://127\.0\.0\.1:1/x does not answer") as refused:
+        open_source("http://me:secret@127.0.0.1:1/x")
+    error: BaseException | None = refused.value
+    while error is not None:  # a log shows what caused it too
+        assert "secret" not in f"{error} {error!r}"
+        error = error.__cause__ or error.__context__
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [
+        (1.5 * 2**30, "1.50 GiB"),
+        (200 * 2**20, "0.20 GiB"),
+        (90 * 2**20, "90 MiB"),
+        (86_000, "84 KiB"),
+        (12, "12 B"),
+        (0, "0 B"),
+    ],
+)
+def test_memory_is_said_in_the_unit_that_suits_it(size: float, shown: str) -> None:
+    assert words.memory(size) == shown
+
+
+def test_numbers_that_are_none_are_not_called_nan() -> None:
+    assert (words.percent(math.nan), words.known(math.nan), words.number(math.nan)) == ("–", "–", "NaN")
+    assert words.is_share("val_acc") and words.is_share("acc") and not words.is_share("macc_count")
+    assert budgets.named(0.05) == "51.2 MiB" and budgets.named(12) == "12 GiB"
+    assert view.read({"smoothing": ["0.9995"]}).smoothing == 0.999
+
+
+def test_a_mean_says_how_many_runs_stand_behind_it(scene: Scene) -> None:
+    chart = drawn(scene, View(group=True))["settled"]["charts"]["loss"]
+    group = by_name(scene, "seed 0"), by_name(scene, "seed 1")
+    assert [(end, n) for id_, end, n in chart["counts"] if id_ in group] == [(49.0, 2)]
+    assert drawn(scene, View())["settled"]["charts"]["loss"]["counts"] == []

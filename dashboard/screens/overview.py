@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import pandas as pd
+import pyarrow as pa
 import streamlit as st
 
 from .. import text, words
@@ -18,7 +19,7 @@ from ..session import current
 from ..source import Run
 from ..spent import EQUAL
 from .parts import choose_comparison, follow
-from .tables import number, table_height
+from .tables import number, table_height, with_nan
 
 _MOST_CARDS = 6
 _GOING = ("live", "diverged", "stale")
@@ -155,7 +156,7 @@ def _table(scene: Scene, shown: Sequence[Run], key: str | None) -> None:
         table,
         hide_index=True,
         key="runs",
-        height=table_height(len(table), 16),
+        height=table_height(table.num_rows, 16),
         placeholder="–",
         column_config={
             "run": st.column_config.TextColumn("Run", width="medium"),
@@ -192,7 +193,7 @@ def _table(scene: Scene, shown: Sequence[Run], key: str | None) -> None:
     )
 
 
-def _columns(scene: Scene, shown: Sequence[Run], key: str | None) -> tuple[pd.DataFrame, str]:
+def _columns(scene: Scene, shown: Sequence[Run], key: str | None) -> tuple[pa.Table, str]:
     """The table, and the unit of its memory."""
     found = scene.facts(shown, key)
     saved = {run.id: saving for saving in scene.savings(current()) for run in saving.method.runs}
@@ -221,7 +222,7 @@ def _columns(scene: Scene, shown: Sequence[Run], key: str | None) -> tuple[pd.Da
         }
     )
     empty = [name for name in ("done", "quality", "peak", "saved", "change", "times", "forwards") if table[name].isna().all()]
-    return table.drop(columns=empty), unit_name
+    return with_nan(table.drop(columns=empty), {"loss": [found[run.id].step is not None for run in shown]}), unit_name
 
 
 def _share_done(fact: Facts) -> float:

@@ -59,11 +59,11 @@ def legend(scene: Scene, view: View) -> None:
 def lines(scene: Scene, view: View, board: str) -> dict[str, Any]:
     """What the legend of a set of charts is given."""
     looks, labels = scene.styles(view), scene.labels(view)
-    members = scene.members(view)
+    members, deltas = scene.members(view), _deltas(scene, view)
     series = [
         {
             "id": member.id,
-            "label": text.plain(labels[member.id], 60),
+            "label": text.plain(labels[member.id], 60) + next((deltas[run.id] for run in member.runs if run.id in deltas), ""),
             "title": text.plain(", ".join(run.name for run in member.runs), 500),
             "runs": [run.id for run in member.runs],
             **looks[member.id]._asdict(),
@@ -71,6 +71,19 @@ def lines(scene: Scene, view: View, board: str) -> dict[str, Any]:
         for member in members
     ]
     return {"board": board, "series": series, "zoom": view.zoom, "hidden": [m.id for m in members if view.hides(m.id)]}
+
+
+def _deltas(scene: Scene, view: View) -> dict[str, str]:
+    """What to add to the runs' labels when one is pinned: how much better or worse they came out; by run id."""
+    baseline = scene.baseline(view)
+    if baseline is None:
+        return {}
+    found = {baseline.id: " · baseline"}
+    for saving in scene.savings(view):
+        value = next((one.value for one in saving.differences if one.of == saving.quality_key), None)
+        found |= {run.id: f" · {value}" for run in saving.method.runs if value is not None}
+        found |= {run.id: " · baseline" for run in saving.baseline.runs}
+    return found
 
 
 def shell(key: str, view: View, board: str, *, height: int = 280, rules: Sequence[Rule] = ()) -> dict[str, Any]:

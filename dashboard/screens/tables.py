@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
 import streamlit as st
 
 from ..scene import Scene
@@ -47,7 +49,7 @@ def best_and_last(scene: Scene, runs: Sequence[Run], key: str, at: int | None) -
     if unit:
         st.caption(f"In {unit}.")
     st.dataframe(
-        table,
+        with_nan(table, {name: [True] * len(table) for name in ("last", "at step")}),
         hide_index=True,
         key=f"table-{key}",
         height=table_height(len(table)),
@@ -63,6 +65,20 @@ def best_and_last(scene: Scene, runs: Sequence[Run], key: str, at: int | None) -
             "not finite": number("NaN, ∞", "How many of them are not a number or infinite.", whole=True),
         },
     )
+
+
+def with_nan(table: pd.DataFrame, logged: Mapping[str, Sequence[bool]]) -> pa.Table:
+    """The table as browsers get it, where nan was logged: elsewhere it means that there is nothing.
+
+    Args:
+        table: of numbers and texts.
+        logged: for columns of numbers, whether each row's value was logged, whatever it is.
+    """
+    found = pa.Table.from_pandas(table, preserve_index=False)
+    for name, there in logged.items():
+        values = pa.array(table[name].to_numpy(float), mask=~np.asarray(there, bool), from_pandas=False)
+        found = found.set_column(found.column_names.index(name), name, values)
+    return found
 
 
 def number(label: str, explained: str, whole: bool = False, unit: str = "") -> Any:
