@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -69,9 +69,16 @@ def same(series: Series, points: list[Point]) -> None:
 
 
 class Server:
-    """A real ``mlflow server`` on loopback, over an SQLite file."""
+    """A real ``mlflow server`` on loopback, over an SQLite file.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file.
+        more: arguments of the command.
+        environment: variables of its process.
+    """
+
+    def __init__(self, path: Path, more: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> None:
+        self.more, self.environment = more, environment or {}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -80,11 +87,11 @@ class Server:
 
     def start(self) -> None:
         store = ["--backend-store-uri", f"sqlite:///{self.path}", "--artifacts-destination", str(self.folder)]
-        command = [sys.executable, "-m", "mlflow", "server", *store, "--port", str(self.port), "--workers", "1"]
+        command = [sys.executable, "-m", "mlflow", "server", *store, "--port", str(self.port), "--workers", "1", *self.more]
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
                 command, cwd=self.folder, stdout=log, stderr=log, start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **self.environment},
             )  # fmt: skip
         patience = time.monotonic() + 120
         while time.monotonic() < patience and self.process.poll() is None:

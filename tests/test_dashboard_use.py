@@ -233,7 +233,8 @@ def test_axe_finds_nothing(size: tuple[int, int], dark: bool, browser: Browser, 
             page.goto(address(server, which))
             wait_settled(page)
             page.get_by_test_id("stSkeleton").first.wait_for(state="detached")
-            page.wait_for_timeout(500)
+            page.wait_for_function("!document.querySelector('[data-stale=true]')")
+            page.wait_for_timeout(1000)  # what was stale fades in
             page.evaluate(axe)
             found[which] = page.evaluate(_AXE)
     assert {which: one for which, one in found.items() if one} == {}

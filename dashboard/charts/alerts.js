@@ -5,7 +5,7 @@ const BELL = "zo-notify";
 
 class Alerts {
   constructor(host) {
-    this.bell = element("button", "zo-bell", host, "Notify me of ends and failures");
+    this.bell = element("button", "zo-bell", host);
     this.news = element("div", "zo-news", host);
     this.news.setAttribute("role", "status");
     this.bell.onclick = () => this.ring();
@@ -50,5 +50,6 @@ class Alerts {
 
   dress() {
     this.bell.setAttribute("aria-pressed", String(this.on));
+    this.bell.textContent = this.on ? "🔔 Notifies of ends and failures" : "🔕 Notify me of ends and failures";
   }
 }

@@ -119,7 +119,8 @@ def parallel(axes: Sequence[Axis], names: Sequence[str], colors: Sequence[str], 
         numbers = [value for value in axis.values if isinstance(value, float)]
         label: dict[str, Any] = {"dim": place, "name": literal(axis.name), "nameLocation": "end"}
         if len(numbers) == sum(value is not None for value in axis.values):
-            uprights.append({**label, **_scale(numbers), "inverse": axis.best == "min"})
+            kind = "log" if spans(numbers) else "value"
+            uprights.append({**label, "type": kind, "scale": True, "inverse": axis.best == "min"})
             columns.append([_known(value) for value in axis.values])
         else:
             texts = list(dict.fromkeys("–" if value is None else str(value) for value in axis.values))[:_FEW_TEXTS]

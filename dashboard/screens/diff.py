@@ -63,7 +63,7 @@ def _draw(scene: Scene, runs: Sequence[Run], key: str | None) -> None:
     if key is not None:
         feed(scene, [key])
     st.subheader("What came of it")
-    _table(scene, _outcomes(scene, runs), runs, "outcomes", "")
+    _table(scene, _outcomes(scene, runs), runs, "outcomes", "Figure")
 
 
 def _parameters(scene: Scene, runs: Sequence[Run], everything: bool) -> None:
