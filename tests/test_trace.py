@@ -18,7 +18,7 @@ import zolightning
 from zolightning import ZOStrategy
 
 ROOT = str(Path(zolightning.__file__).parent)
-LIMITS = {"spsa": 186, "default": 271}
+LIMITS = {"spsa": 164, "default": 264}
 """Recipe → switches from file to file in the third step of a small MLP with a ledger."""
 
 

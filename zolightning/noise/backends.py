@@ -22,6 +22,8 @@ _settled = False
 _native: NativeBackend | None = None
 _mode: Mode = "auto"
 _on_gpu: dict[tuple[torch.device, int | None], Backend | None] = {}
+known: dict[tuple[torch.device, int | None], Backend | None] = {}
+"""What :func:`backend_on` has answered: each kernel asks it."""
 
 
 def backend_on(device: torch.device, kind: int | None = None) -> Backend | None:
@@ -32,8 +34,11 @@ def backend_on(device: torch.device, kind: int | None = None) -> Backend | None:
         kind: a distribution's ``native``; None for the kernels that make none of its noise.
     """
     if device.type == "cpu":
-        return native_backend()
-    return gpu_backend(device, kind) if device.type == "cuda" else None
+        found: Backend | None = native_backend()
+    else:
+        found = gpu_backend(device, kind) if device.type == "cuda" else None
+    known[device, kind] = found
+    return found
 
 
 def native_backend() -> NativeBackend | None:
@@ -93,6 +98,7 @@ def set_backend(mode: Mode) -> None:
     with _lock:
         _on_gpu.clear()
         _settle(mode)
+        known.clear()
 
 
 def _mode_from_environment() -> Mode:

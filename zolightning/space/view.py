@@ -95,7 +95,8 @@ class View:
     @contextmanager
     def probe(self, point: Point | Both) -> Iterator[None]:
         """:meth:`at`, of what function modes see, with the point's tensors on the device."""
-        active = {id(leaf.parameter): leaf for leaf in self.leaves if leaf.active(point.key)}
+        key = point.key
+        active = {id(leaf.parameter): leaf for leaf in self.leaves if leaf.active(key)}
         outer = self._probe
         if outer is not None:
             outer.resting = True
