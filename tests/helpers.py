@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -196,6 +197,4 @@ def estimated(
 ) -> Estimate:
     """The estimate of one micro-batch, its points run through the view."""
     runner = Runner(view, Isolation(view.root, torch.device("cpu")), examples, blocks)
-    count, _ = examples.of(batch)
-    points = estimator.ask(key, count if examples.losses and view.per_example else None)
-    return estimator.tell(key, runner.run(loss, batch, points).answers)
+    return estimator.tell(key, runner.run(loss, batch, partial(estimator.ask, key)).answers)

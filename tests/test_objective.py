@@ -132,7 +132,7 @@ def test_first_output_is_kept_and_later_forwards_run_in_the_extra_context() -> N
     net = nn.Linear(2, 2)
     view = build_view(net, net.parameters(), Rademacher())
     runner = Runner(view, Isolation(net, CPU), Examples(losses=False, repeats=False), muted=extra)
-    ran = runner.run(forward, 7, [Shared()] * 3)
+    ran = runner.run(forward, 7, lambda examples: [Shared()] * 3)
     assert [answer.loss for answer in ran.answers] == [1.0, 2.0, 3.0]
     assert ran.output["n"] == 1
     assert ran.dtype == torch.float32

@@ -142,13 +142,11 @@ class Session:
             if prepare is not None:
                 batch = self._prepared(prepare, forward, batch, optimizer)
             space = self.subspace(forward, batch, optimizer)
-            space.view.check()
+            space.runner.view.check()
             if not self._window:
-                space.view.read.clear()
+                space.runner.view.read.clear()
             key = Key(self.seed, self.step, sum(len(e.terms) for e in self._window))
-            examples, _ = space.runner.examples.of(batch)
-            own = (examples or None) if space.runner.examples.losses and space.view.per_example else None
-            ran = space.runner.run(forward, batch, self.estimator.ask(key, own))
+            ran = space.runner.run(forward, batch, partial(self.estimator.ask, key))
         except SkipStep:
             return None
         estimate = self.estimator.tell(key, ran.answers)
@@ -216,7 +214,7 @@ class Session:
 
     def view(self, optimizer: Optimizer | None = None) -> View:
         """The subspace that this optimizer's steps search now; known from its first estimate on."""
-        return self._subspaces[id(optimizer or self.optimizers[0])].view
+        return self._subspaces[id(optimizer or self.optimizers[0])].runner.view
 
     def stepper(self, optimizer: Optimizer) -> Optimizer:
         """The optimizer that applies the steps of ``optimizer``: itself, or the settings' in its place."""
@@ -292,9 +290,8 @@ class Session:
 
     def _unread(self, optimizer: Optimizer, record: StepRecord) -> tuple[int, ...]:
         """Places of the leaves whose turn it was and that no probe read: they get no update."""
-        view, key = self.view(optimizer), Key(self.seed, record.step)
-        unread = tuple(place for place in view.unread() if view.leaves[place].active(key))
-        if unread:
+        view = self.view(optimizer)
+        if unread := view.unread(Key(self.seed, record.step)):
             names = [view.leaves[place].name for place in unread]
             some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             line = f"ZO: no probe of step {record.step} read {some}; weights that the loss does not read get no update"

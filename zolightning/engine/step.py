@@ -46,7 +46,7 @@ def finish(
     skipped = ""
     if not raw:
         skipped = "training_step returned None"
-    elif not estimate.finite:
+    elif not all(map(math.isfinite, raw)):
         skipped = f"non-finite projected gradient ({next(g for g in raw if not math.isfinite(g))})"
     terms: tuple[Term, ...] = ()
     changed = 0

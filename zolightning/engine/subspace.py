@@ -160,7 +160,7 @@ def find_subspace(setting: Setting, optimizer: Optimizer, forward: Forward, batc
         take_turns(module, view.leaves, config.cycle)
     calibration.leaves.update({leaf.name: leaf.settings for leaf in view.leaves if leaf.settings})
     graphs = Graphs(view, isolation) if config.cuda_graphs else None
-    runner = Runner(view, isolation, examples, block_reuse(view), graphs, setting.muted)
+    runner = Runner(view, isolation, examples, block_reuse(view) or None, graphs, setting.muted)
     return Subspace(optimizer, runner, trainable(optimizer), selected)
 
 

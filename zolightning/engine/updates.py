@@ -57,7 +57,7 @@ def apply_update(
         key: the step's; it names the rounding bits and says whose turn it is.
         measure: also measure the change of the weights.
     """
-    leaves = [leaf for leaf in leaves if leaf.active(key)]
+    leaves = [leaf for leaf in leaves if leaf.turn is None or leaf.active(key)]
     by_parameter = {id(leaf.parameter): leaf for leaf in leaves}
     before = [_sample(leaf).clone() for leaf in leaves] if measure else []
     trained = [_trained(leaf, old) for leaf, old in zip(leaves, before, strict=False)]

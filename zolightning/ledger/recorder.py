@@ -123,13 +123,13 @@ class Recorder:
             self.check()
         if place not in self._methods:
             self._primed[place] = "" if self._continues or is_plain_sgd(optimizer) else _primed(optimizer, leaves)
-        method = self._method(place, optimizer, leaves)
+        options = Options(place, tuple(_options(group, optimizer) for group in optimizer.param_groups))
+        method = self._method(place, optimizer, leaves, options)
         if method != self._methods.get(place):
             self._writer.append(method)
             self._methods[place] = method
             self._options.pop(place, None)
             self._unsupported = self._unsupported or method.unsupported
-        options = Options(place, tuple(_options(group, optimizer) for group in optimizer.param_groups))
         if not method.unsupported and options != self._options.get(place):
             self._writer.append(options)
             self._options[place] = options
@@ -189,7 +189,7 @@ class Recorder:
         self.end()
         self._writer.close()
 
-    def _method(self, place: int, optimizer: Optimizer, leaves: Sequence[Leaf]) -> Method:
+    def _method(self, place: int, optimizer: Optimizer, leaves: Sequence[Leaf], options: Options) -> Method:
         slots = {id(p): slot for slot, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
         mine = [leaf for leaf in leaves if id(leaf.parameter) in slots]
         trained = {id(leaf.parameter) for leaf in mine if leaf.parameter.requires_grad}
@@ -202,7 +202,7 @@ class Recorder:
             leaves=kinds,
             settings={leaf.name: leaf.settings for leaf in mine if leaf.settings},
             turns={leaf.name: (*leaf.turn[:2], *astuple(leaf.turn.cycle)) for leaf in mine if leaf.turn},
-            unsupported=self._meddled or self._primed[place] or _unsupported(optimizer, mine),
+            unsupported=self._meddled or self._primed[place] or _unsupported(optimizer, mine, options),
         )
 
 
@@ -236,7 +236,7 @@ def _continued(position: Position, now: str, seed: int, keep_base: bool) -> Ledg
     return None
 
 
-def _unsupported(optimizer: Optimizer, leaves: Sequence[Leaf]) -> str:
+def _unsupported(optimizer: Optimizer, leaves: Sequence[Leaf], options: Options) -> str:
     kind = type(optimizer)
     if optimizer_type(kind.__name__) is not kind:
         return f"{kind.__module__}.{kind.__qualname__} is not one of torch.optim's optimizers"
@@ -245,10 +245,10 @@ def _unsupported(optimizer: Optimizer, leaves: Sequence[Leaf]) -> str:
             return f"{type(leaf.distribution).__qualname__} is not one of zolightning's distributions"
         if type(leaf) not in _KINDS:
             return f"{type(leaf).__qualname__} is not one of zolightning's leaves"
-    for group in optimizer.param_groups:
-        if not is_plain_sgd(optimizer) and isinstance(group["lr"], torch.Tensor):  # another arithmetic than a number's
+    for group, values in zip(optimizer.param_groups, options.groups, strict=True):
+        if isinstance(group["lr"], torch.Tensor) and not is_plain_sgd(optimizer):  # another arithmetic than a number's
             return "the optimizer's lr is a Tensor; give it as a number"
-        for name, value in _options(group, optimizer).items():
+        for name, value in values.items():
             if not _plain_value(value):
                 return f"the optimizer's {name} is a {type(value).__name__}"
     return ""

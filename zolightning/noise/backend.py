@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -21,9 +22,8 @@ class Backend(ABC):
     description: str
     """For the log."""
 
-    @abstractmethod
-    def takes(self, tensor: Tensor) -> bool:
-        """Whether it knows the tensor's dtype, layout and kind of device."""
+    dtypes: ClassVar[frozenset[torch.dtype]]
+    """Of the contiguous tensors that it reads and writes."""
 
     @abstractmethod
     def rounds(self, dtype: torch.dtype) -> bool:

@@ -292,16 +292,21 @@ def _backend_for(*tensors: Tensor, kind: int | None = None) -> Backend | None:
     if backend is None:
         return None
     for t in tensors:
-        if t.device != device or type(t) not in (Tensor, Parameter) or not backend.takes(t):
+        if t.device != device or t.dtype not in backend.dtypes or type(t) not in (Tensor, Parameter) or not t.is_contiguous():
             return None
     return backend
 
 
 def _together(*tensors: Sequence[Tensor], kind: int | None) -> list[tuple[Backend | None, list[int]]]:
     """Places of the tensors that one call of a backend can take, by device and dtype."""
-    groups: dict[tuple[torch.device, torch.dtype, bool], tuple[Backend | None, list[int]]] = {}
-    for place, each in enumerate(zip(*tensors, strict=True)):
-        backend = _backend_for(*each, kind=kind)
-        group = (each[0].device, each[0].dtype, backend is None)
-        groups.setdefault(group, (backend, []))[1].append(place)
-    return list(groups.values())
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place, tensor in enumerate(tensors[0]):
+        alike.setdefault((tensor.device, tensor.dtype), []).append(place)
+    groups: list[tuple[Backend | None, list[int]]] = []
+    for places in alike.values():
+        backend = _backend_for(*[each[p] for p in places for each in tensors], kind=kind)
+        if backend is not None:
+            groups.append((backend, places))
+        else:
+            groups += [(_backend_for(*[each[p] for each in tensors], kind=kind), [p]) for p in places]
+    return groups

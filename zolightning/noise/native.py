@@ -79,8 +79,7 @@ class NativeBackend(Backend):
         self.fused: bool | None = None
         self.description = path.name if region else f"{path.name}, one thread: torch brings no OpenMP"
 
-    def takes(self, tensor: Tensor) -> bool:
-        return tensor.dtype in DTYPES and tensor.is_contiguous()
+    dtypes = frozenset(DTYPES)
 
     def rounds(self, dtype: torch.dtype) -> bool:
         return dtype in (torch.bfloat16, torch.float16)

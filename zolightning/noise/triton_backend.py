@@ -34,8 +34,7 @@ class TritonBackend(Backend):
 
     description = f"Triton {triton.__version__}"
 
-    def takes(self, tensor: Tensor) -> bool:
-        return tensor.dtype in _FORM and tensor.is_contiguous()
+    dtypes = frozenset(_FORM)
 
     def rounds(self, dtype: torch.dtype) -> bool:
         return dtype == torch.bfloat16

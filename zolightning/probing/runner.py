@@ -24,6 +24,8 @@ from .isolation import Isolation, Probes
 from .loss_splitter import LossSplitter
 from .objective import example_losses, loss_of, loss_value, slope_of
 
+Ask = Callable[[int | None], Sequence[Point]]
+
 Muted = Callable[[], AbstractContextManager[Any]]
 """Makes the context of a forward that logs nothing."""
 
@@ -48,13 +50,19 @@ class Runner:
     graphs: Graphs | None = None
     muted: Muted = nullcontext
 
-    def run(self, forward: Forward, batch: Batch, points: Sequence[Point]) -> Ran:
-        """The answers at the points, in their order.
+    def run(self, forward: Forward, batch: Batch, ask: Ask) -> Ran:
+        """Ask for points and answer them, in their order.
+
+        Args:
+            forward: the user's step.
+            batch: the micro-batch.
+            ask: how many examples can have directions of their own, or None → the points.
 
         Raises:
             SkipStep: the step returned None.
         """
         count, repeats = self.examples.of(batch)
+        points = ask((count or None) if self.examples.losses and self.view.per_example else None)
         several = count if repeats else None
         with self.isolation.step() as probes:
             ran = Ran(self, forward, batch, probes, reuse=not repeats)
@@ -80,25 +88,30 @@ class Ran:
         self._runner, self._batch, self._probes = runner, batch, probes
         self._forward = forward if runner.graphs is None else lambda b: runner.graphs(forward, b)  # type: ignore[misc]
         self._reuse = runner.blocks.step() if reuse and runner.blocks and runner.graphs is None else None
+        self._examples = batch_examples(batch)
         self.answers: list[Answer] = []
         self.output: StepOutput = None
         """Of the first forward, whose logs count."""
-        self.dtype: torch.dtype | None = None
-        """Of its loss."""
         self.refused = ""
         """A line that says why the step did not take the repeated batch."""
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the first output's loss, when it is a tensor."""
+        loss = loss_of(self.output)
+        return loss.dtype if isinstance(loss, Tensor) else None
+
     def alone(self, point: Point) -> None:
         """One forward at one point."""
-        view, batch, examples = self._runner.view, self._batch, batch_examples(self._batch)
-        with view.at(point):
+        losses = slope = None
+        with self._runner.view.at(point):
             if isinstance(point, PerExample):
-                losses = self._losses(batch, point.queries.numel())
-                self.answers.append(Answer(losses.mean().item(), losses))
+                losses = self._losses(self._batch, point.queries.numel())
             else:
-                out = self._run(batch, point)
-                slope = slope_of(out) if isinstance(point, Tangent) else None
-                self.answers.append(Answer(loss_value(out, examples), slope=slope))
+                out = self._run(self._batch, point)
+                slope = slope_of(out) if isinstance(point, Tangent) else None  # which ends with the probe
+        loss = loss_value(out, self._examples) if losses is None else losses.mean().item()
+        self.answers.append(Answer(loss, losses, slope))
 
     def in_one_batch(self, group: Sequence[Point], count: int) -> bool:
         """One forward of the batch, repeated for each point; False where the step does not take it."""
@@ -134,8 +147,6 @@ class Ran:
         if self._probes.count == 0:
             with self._probes.forward(), reuse.first() if reuse else nullcontext():
                 out = self.output = self._called(batch, point)
-            loss = loss_of(out)
-            self.dtype = loss.dtype if isinstance(loss, Tensor) else None
             return out
         with self._again(), reuse.later() if reuse else nullcontext():
             out = self._called(batch, point)

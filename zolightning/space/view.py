@@ -96,7 +96,7 @@ class View:
     def probe(self, point: Point | Both) -> Iterator[None]:
         """:meth:`at`, of what function modes see, with the point's tensors on the device."""
         key = point.key
-        active = {id(leaf.parameter): leaf for leaf in self.leaves if leaf.active(key)}
+        active = {id(leaf.parameter): leaf for leaf in self.leaves if leaf.turn is None or leaf.active(key)}
         outer = self._probe
         if outer is not None:
             outer.resting = True
@@ -144,10 +144,14 @@ class View:
                     "the optimizer."
                 )
 
-    def unread(self) -> tuple[int, ...]:
-        """Places of the leaves that no probe has read; compiled code is taken to read all of its own."""
-        opaque = {id(leaf.parameter) for leaf in self._swapped}
-        return tuple(i for i, leaf in enumerate(self.leaves) if id(leaf.parameter) not in self.read | opaque)
+    def unread(self, key: Key) -> tuple[int, ...]:
+        """Places of the leaves that are active in the key's step and that no probe has read.
+
+        Compiled code is taken to read all of its own.
+        """
+        known = self.read | {id(leaf.parameter) for leaf in self._swapped}
+        unread = [i for i, leaf in enumerate(self.leaves) if id(leaf.parameter) not in known]
+        return tuple(i for i in unread if self.leaves[i].active(key))
 
     def buffers(self) -> list[Tensor]:
         """The scratch memory that probes use now."""
