@@ -18,7 +18,7 @@ import zolightning
 from zolightning import ZOStrategy
 
 ROOT = str(Path(zolightning.__file__).parent)
-LIMITS = {"spsa": 164, "default": 264}
+LIMITS = {"spsa": 135, "default": 250}
 """Recipe → switches from file to file in the third step of a small MLP with a ledger."""
 
 
