@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
+from zolightning import Session, recipes
 from zolightning.data import (
     PromptTemplate,
     candidate_logits,
@@ -24,8 +25,6 @@ from zolightning.data import (
     load_causal_lm,
     verbalizer_ids,
 )
-from zolightning.engine.session import Session
-from zolightning.methods.recipes import recipe
 
 
 def main() -> None:
@@ -62,7 +61,7 @@ def main() -> None:
         return collate(items, tokenizer.pad_token_id)
 
     optimizer = torch.optim.SGD(model.parameters(), lr=2e-3)
-    session = Session(model, optimizer, recipe("default"), inform=print)
+    session = Session(model, optimizer, recipes.DEFAULT, inform=print)
     loader = DataLoader(train, 16, shuffle=True, collate_fn=pad)
     print(f"accuracy before training: {accuracy():.3f}")
     for batch in islice(chain.from_iterable(repeat(loader)), args.steps):

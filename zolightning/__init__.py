@@ -14,6 +14,7 @@ from .strategy.by_name import register_by_name
 
 if TYPE_CHECKING:
     from .adapt.quantize import quantize
+    from .engine.session import Session
     from .methods import recipes
     from .methods.config import ZOConfig
     from .mixin import ZOMixin
@@ -27,6 +28,7 @@ __all__ = [
     "Cycle",
     "LedgerCheckpointIO",
     "LowRank",
+    "Session",
     "Sparse",
     "Structure",
     "ZOConfig",
@@ -44,6 +46,7 @@ _HOMES = {
     "Cycle": ".space",
     "LedgerCheckpointIO": ".strategy.ledger_io",
     "LowRank": ".space",
+    "Session": ".engine.session",
     "Sparse": ".space",
     "Structure": ".space",
     "ZOConfig": ".methods.config",

@@ -147,7 +147,7 @@ class ZOStrategy(OneDeviceStrategy):
     def _precision(self) -> Any:
         """Fabric asks for it first."""
         raise MisconfigurationException(
-            "ZOStrategy drives a Trainer, and Fabric has none; in a loop of your own use zolightning.engine.session.Session: "
+            "ZOStrategy drives a Trainer, and Fabric has none; in a loop of your own use zolightning.Session: "
             "`session = Session(model, optimizer)`, then `session.estimate(loss_fn, batch); session.update()` for each batch"
         )
 
