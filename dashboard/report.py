@@ -58,7 +58,7 @@ def report(scene: Scene, view: View, store: str) -> str:
         "<h2>Curves</h2>",
         f'<div class="charts">{"".join(_chart(scene, view, drawn, key) for key in keys)}</div>',
         "<h2>Parameters that differ</h2>",
-        _parameters(runs),
+        _parameters(scene, runs),
     ]
     # the policy keeps even a mistake of ours from running or loading anything
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -72,7 +72,7 @@ def report(scene: Scene, view: View, store: str) -> str:
 
 def _savings(scene: Scene, view: View) -> str:
     pinned = scene.baseline(view)
-    title = "Zeroth-order training against backprop" if pinned is None else f"Against {_text(pinned.name)}"
+    title = "Zeroth-order training against backprop" if pinned is None else f"Against {_text(scene.names[pinned.id])}"
     items = "".join(
         f"<li><b>{_text(one.method.name)}</b> against {_text(one.baseline.name)}: {_text(one.text, 240)}.<br>"
         f'<span class="faint">{_text(one.detail, 600)}</span></li>'
@@ -82,7 +82,7 @@ def _savings(scene: Scene, view: View) -> str:
 
 
 def _runs(scene: Scene, view: View, runs: Sequence[Run]) -> str:
-    looks = scene.styles()
+    looks = scene.styles(view)
     key = quality_key(runs, view.quality)
     share = key is not None and words.is_share(key)
     rows = []
@@ -98,27 +98,27 @@ def _runs(scene: Scene, view: View, runs: Sequence[Run]) -> str:
             "" if fact.step is None else f"{fact.step:,}",
         ]
         rows.append(
-            f'<tr><td><span class="dot" style="background:{looks[run.id].light}"></span>{_text(run.name, 200)}</td>'
+            f'<tr><td><span class="dot" style="background:{looks[run.id].light}"></span>{_text(scene.names[run.id], 200)}</td>'
             f"<td>{scene.states[run.id].kind}</td>" + "".join(f'<td class="n">{escape(one)}</td>' for one in numbers) + "</tr>"
         )
     heads = ["run", "status", "last loss", f"best {key or 'quality'}", "peak memory", "time", "forward passes", "last step"]
     return _table(heads, rows)
 
 
-def _parameters(runs: Sequence[Run]) -> str:
+def _parameters(scene: Scene, runs: Sequence[Run]) -> str:
     left_out = f"<p>Of the newest {_MOST_COMPARED} runs.</p>" if len(runs) > _MOST_COMPARED else ""
     runs = runs[:_MOST_COMPARED]
     rows = [
         f"<tr><th>{_text(name, 200)}</th>" + "".join(f"<td>{_text(value or '–', 300)}</td>" for value in values) + "</tr>"
         for name, values in differing(runs).items()
     ]
-    return left_out + (_table(["", *(run.name for run in runs)], rows) if rows else "<p>None.</p>")
+    return left_out + (_table(["", *(scene.names[run.id] for run in runs)], rows) if rows else "<p>None.</p>")
 
 
 def _chart(scene: Scene, view: View, runs: Sequence[Run], key: str) -> str:
     from matplotlib.figure import Figure  # slow to import, and few pages make a report
 
-    looks = scene.styles()
+    looks = scene.styles(view)
     raw = {run.id: scene.store.plotter.curve(run, key, view.axis) for run in runs}
     raw = {run_id: log_axis(curve)[0] if view.log else curve for run_id, curve in raw.items() if len(curve.x)}
     if not raw:

@@ -25,7 +25,7 @@ from .source import Experiment, MetricSource, Run, Series, open_source
 from .spent import Spent
 from .status import Status, status, watched
 from .transforms import goal, seed_groups, summarise
-from .view import View
+from .view import COLORS, View
 
 FAST_SECONDS, SLOW_SECONDS = 2.0, 15.0
 _ONCE, _CHOICES = 64, 8
@@ -122,12 +122,15 @@ class Scene:
 
     def styles(self, view: View | None = None) -> Mapping[str, Style]:
         """How each run is drawn: a colour of its own, or where the view says so, its method's."""
-        oldest_first = sorted(self.runs, key=lambda run: (run.started, run.id))
-        if view is None or view.color == "run":
-            return self.once("styles", lambda: styles([run.id for run in oldest_first]))
-        methods = {run.id: run.tags.get("zo.method", "") for run in oldest_first}
-        found = styles(list(dict.fromkeys(methods.values())))
-        return {run_id: found[method] for run_id, method in methods.items()}
+        color = COLORS[0] if view is None else view.color
+
+        def choose() -> dict[str, Style]:
+            oldest_first = sorted(self.runs, key=lambda run: (run.started, run.id))
+            kinds = {run.id: run.id if color == "run" else run.tags.get("zo.method", "") for run in oldest_first}
+            found = styles(list(dict.fromkeys(kinds.values())))
+            return {run_id: found[kind] for run_id, kind in kinds.items()}
+
+        return self.once(("styles", color), choose)
 
     def read(self, runs: Sequence[Run], keys: Iterable[str]) -> None:
         """Read metrics of many runs at once, which is faster than one by one."""

@@ -24,7 +24,7 @@ def number(value: float) -> str:
     if size >= 1e4:
         return _minus(f"{value:,.0f}")
     places = max(0, 3 - math.floor(math.log10(size))) if size else 0
-    rounded = f"{value:.{places}f}"
+    rounded = f"{value:,.{places}f}"
     return _minus(rounded.rstrip("0").rstrip(".") if "." in rounded else rounded)
 
 

@@ -56,6 +56,14 @@ def test_user_and_password_in_the_address(server: Server) -> None:
     source.close()
 
 
+def test_user_and_password_as_mlflow_s_own_client_takes_them(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "kim")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
+    source = RestSource(server.url)
+    assert len(source.runs([one.id for one in source.experiments()])) == 1
+    source.close()
+
+
 @pytest.mark.parametrize("user", ["", "kim:wrong-and-long@", f"someone:{SECRET}@"])
 def test_a_refusal_is_said_without_the_password(user: str, server: Server) -> None:
     with pytest.raises(SourceError, match="401") as error:

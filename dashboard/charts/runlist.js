@@ -93,6 +93,7 @@ class RunList {
         const { ids, trouble } = await answer.json();
         this.narrow(ids, trouble);
         this.show();
+        this.root.dataset.follows = filter; // for measurements
       }
     } catch {
       // typed on, or a server without this way: the page brings the runs when it follows

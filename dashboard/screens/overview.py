@@ -64,7 +64,7 @@ def _running(scene: Scene, going: Sequence[Run], key: str | None) -> None:
     if not going:
         last = max(scene.runs, key=lambda run: run.ended if not math.isnan(run.ended) else 0.0)
         if not math.isnan(last.ended):
-            st.text(f"{text.plain(last.name)} ended {words.ago(max(0.0, time.time() - last.ended))}.")
+            st.text(f"{scene.names[last.id]} ended {words.ago(max(0.0, time.time() - last.ended))}.")
         return
     first = sorted(going, key=lambda run: scene.states[run.id].kind == "stale")[:_MOST_CARDS]
     found = scene.facts(first, key)
@@ -74,7 +74,7 @@ def _running(scene: Scene, going: Sequence[Run], key: str | None) -> None:
 
 
 def _run_card(scene: Scene, run: Run, fact: Facts, key: str | None) -> Card:
-    state, look = scene.states[run.id], scene.styles()[run.id]
+    state, look = scene.states[run.id], scene.styles(current())[run.id]
     figures = []
     if fact.loss_key is not None:
         figures.append(Figure(words.number(fact.loss), text.plain(fact.loss_key, 30), "Its last value. It should fall."))
@@ -87,7 +87,7 @@ def _run_card(scene: Scene, run: Run, fact: Facts, key: str | None) -> Card:
     if not math.isnan(fact.pace):
         figures.append(Figure(words.number(fact.pace), "steps/s", "Over the last half of its points."))
     return Card(
-        text.plain(run.name, 60),
+        scene.names[run.id],
         text.plain(run.name, 500),
         figures,
         look.light,

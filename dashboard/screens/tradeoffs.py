@@ -163,7 +163,7 @@ def _scatter(
     x, y = np.array(places, float), np.array([one.quality for one in found], float)
     ended = np.array([one.ended for one in found], bool)
     front = pareto(np.where(ended, x, np.nan), y, "min", better)
-    looks, dark = scene.styles(), is_dark()
+    looks, dark = scene.styles(current()), is_dark()
     colors = [looks[one.runs[-1].id] for one in found]
     dots = [
         Dot(one.name, float(a), float(b), look.dark if dark else look.light, bool(f), one.ended, one.spread)
