@@ -34,6 +34,12 @@ class ZOMixin:
         """
         raise NotImplementedError(f"{type(self).__name__} inherits ZOMixin, so it must define zo_objective(self, batch)")
 
+    def zo_candidate(self, batch: Any) -> Any:
+        """What is ranked under ``ZOStrategy(estimator=Ranking(oracle))``: a picture, a text, any object but None."""
+        raise NotImplementedError(
+            f"`estimator=Ranking(...)` ranks what a module makes: {type(self).__name__} must define zo_candidate(self, batch)"
+        )
+
     def zo_prepare(self, batch: Any) -> Any:
         """What a step computes once, before its probes, because no trained weight takes part in it.
 

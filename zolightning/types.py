@@ -77,6 +77,17 @@ Point = Shared | PerExample | Tangent
 """Where an estimator wants the loss."""
 
 
+class Candidate:
+    """What a step gives where there is no loss: something that is ranked, see :class:`~zolightning.methods.ranking.Ranking`.
+
+    Args:
+        value: a picture, a text, any object.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
 class Answer(NamedTuple):
     """What the user's step gave at one point, in double precision.
 
@@ -84,11 +95,13 @@ class Answer(NamedTuple):
         loss: the mean loss.
         losses: float64 of shape (B,) on the CPU, each example's own, at a :class:`PerExample` point.
         slope: the loss's derivative along the tangent, at a :class:`Tangent` point.
+        candidate: in place of a loss, which is nan then.
     """
 
     loss: float
     losses: Tensor | None = None
     slope: float | None = None
+    candidate: Candidate | None = None
 
 
 class Estimate(NamedTuple):

@@ -14,7 +14,7 @@ from ..noise import DISTRIBUTIONS, Distribution
 from ..space import STRUCTURES, Cycle, Scales, Select, Structure
 from .estimators import SPSA, Estimator, ForwardGradient, OneSidedSPSA, PerExampleSPSA, Population
 from .optimizers import OPTIMIZERS, MakeOptimizer
-from .shaping import Chain, Clip, Normalize, Shaping, Standardize
+from .shaping import Chain, Clip, Normalize, Ranks, Shaping, Standardize
 
 ESTIMATORS: dict[str, Callable[[float, int], Estimator]] = {
     "spsa": SPSA,
@@ -77,9 +77,10 @@ class ZOConfig:
     first batches of a shape alone. Forwards that cannot be recorded, or whose replay gives other bits, run as they are, and the
     log says why."""
 
-    normalize: bool | Literal["std"] = True
+    normalize: bool | Literal["std", "rank"] = True
     """Divide g by its running RMS, so that lr is the RMS change per weight and step. 'std': by its standard deviation over
-    the step's directions, as FZOO and ES do. False: a plain lr."""
+    the step's directions, as FZOO and ES do. 'rank': its order among the step's directions in its place, which no increasing
+    transform of the loss changes where each direction is probed once. False: a plain lr."""
 
     normalize_beta: float = 0.9
     """Decay of that running RMS, in [0, 1)."""
@@ -116,11 +117,13 @@ class ZOConfig:
             raise ValueError(f"`lr` must be a finite number >= 0, got {self.lr}")
         if self.max_skips < 1:
             raise ValueError(f"`max_skips` must be >= 1, got {self.max_skips}")
-        one_of("normalize", str(self.normalize), ("True", "False", "std"))
+        one_of("normalize", str(self.normalize), ("True", "False", "std", "rank"))
         estimator = self.build_estimator(torch.float32)  # the pieces check the rest
         self.build_shaping()
-        if self.normalize == "std" and estimator.num_queries < 2 and not estimator.per_example:
-            raise ValueError("`normalize='std'` compares the directions of a step and needs `num_queries` >= 2, got 1")
+        if self.normalize in ("std", "rank") and estimator.num_queries < 2 and not estimator.per_example:
+            raise ValueError(
+                f"`normalize={self.normalize!r}` compares the directions of a step and needs `num_queries` >= 2, got 1"
+            )
 
     def override(self, **changes: Any) -> ZOConfig:
         """This config with some fields changed; TypeError with the closest name for an unknown one."""
@@ -147,6 +150,8 @@ class ZOConfig:
             links.append(Clip(self.clip))
         if self.normalize == "std":
             links.append(Standardize())
+        elif self.normalize == "rank":
+            links.append(Ranks())
         elif self.normalize:
             links.append(Normalize(self.normalize_beta))
         return Chain(*links)
@@ -180,7 +185,7 @@ class Overrides(TypedDict, total=False):
         one_batch: Both probes in one batch of twice the size, where the module allows it.
         cuda_graphs: Replay the forwards of zo_objective as CUDA graphs, one for each shape of batch.
         normalize: Divide g by its running RMS, so that lr is the RMS change per weight and step; 'std': by its standard
-            deviation over the step's directions.
+            deviation over the step's directions; 'rank': take its order among them.
         normalize_beta: Decay of that running RMS, in [0, 1).
         clip: Largest |g| before normalising, > 0; null: no clip.
         lr: Learning rate in place of the module's own; its schedule keeps its shape.
@@ -201,7 +206,7 @@ class Overrides(TypedDict, total=False):
     scales: Scales
     one_batch: bool
     cuda_graphs: bool
-    normalize: bool | Literal["std"]
+    normalize: bool | Literal["std", "rank"]
     normalize_beta: float
     clip: float | None
     lr: float | None

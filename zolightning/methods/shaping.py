@@ -130,6 +130,26 @@ class Standardize(Shaping):
         return Shaped([v / state["std"] for v in values], state)
 
 
+class Ranks(Shaping):
+    r"""Puts the order of the projected gradients in the place of their values, equal ones sharing the mean of their places:
+
+    .. math:: c_k = \sqrt n\, \frac{2 r_k - n + 1}{\sqrt{(n^2 - 1)/3}}, \qquad r_k = 0, \dots, n - 1 \text{ from the smallest}
+
+    With the estimators that probe once in each direction ('population', 'one_sided') a step then depends on the order of the
+    losses only: any increasing transform of them leaves it as it is. The RMS change per weight is at most lr, as with
+    :class:`Normalize`. Fitness shaping, Wierstra et al., arXiv:1106.4487.
+    """
+
+    def __call__(self, values: Sequence[float], state: State) -> Shaped:
+        n = len(values)
+        if n < 2:
+            raise ValueError(f"normalize='rank' compares the directions of a step and needs 2 or more, got {n}")
+        unit = math.sqrt(n / ((n * n - 1) / 3))
+        below = [sum(v < own for v in values) for own in values]
+        above = [sum(v > own for v in values) for own in values]
+        return Shaped([unit * (b - a) for b, a in zip(below, above, strict=True)], state)
+
+
 class Chain(Shaping):
     """Transforms one after another.
 

@@ -6,6 +6,7 @@ recorded graphs. The answers are the same: a way of running is taken only where 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..space import Both, View
-from ..types import Answer, Batch, Forward, PerExample, Point, Shared, SkipStep, StepOutput, Tangent
+from ..types import Answer, Batch, Candidate, Forward, PerExample, Point, Shared, SkipStep, StepOutput, Tangent
 from .batches import batch_examples, repeat_batch
 from .block_reuse import BlockReuse
 from .cuda_graphs import Graphs
@@ -110,6 +111,9 @@ class Ran:
             else:
                 out = self._run(self._batch, point)
                 slope = slope_of(out) if isinstance(point, Tangent) else None  # which ends with the probe
+        if losses is None and isinstance(out, Candidate):
+            self.answers.append(Answer(math.nan, candidate=out))
+            return
         loss = loss_value(out, self._examples) if losses is None else losses.mean().item()
         self.answers.append(Answer(loss, losses, slope))
 

@@ -21,6 +21,7 @@ from ..engine.session import Session
 from ..engine.updates import UpdateStats
 from ..methods.config import Overrides, ZOConfig
 from ..methods.estimators import Estimator
+from ..methods.ranking import forward_of
 from ..methods.recipes import name_of
 from ..methods.recipes import recipe as named_recipe
 from ..mixin import ZOMixin
@@ -229,7 +230,8 @@ class ZOStrategy(OneDeviceStrategy):
             )
         if isinstance(module, ZOMixin):
             prepare = None if type(module).zo_prepare is ZOMixin.zo_prepare else self._in_precision(module.zo_prepare)
-            estimate = session.estimate(self._in_precision(module.zo_objective), args[0], prepare=prepare)
+            forward = self._in_precision(forward_of(module, session.estimator))
+            estimate = session.estimate(forward, args[0], prepare=prepare)
         else:
             step = super().training_step
             estimate = session.estimate(lambda _: step(*args, **kwargs), args[0])
