@@ -14,6 +14,8 @@ live lag      from just before a point is logged until it is drawn, at 960 point
 payload       bytes that the server sends over the websocket in one tick of the page Curves with four charts.
 main thread   sum of the browser's long tasks (50 ms and more) in each interval of one tick.
 logging       time that MLflow's log_batch takes with the page open, against without: median over calls, in turns.
+sweep         the pages over a store of 1,000 runs, MLflow's own page beside them in the same browser: until all is drawn, and
+              how high they are. Idle tick: the server's CPU seconds while nothing is logged.
 memory        growth of the server's resident memory beside the same writers; ticks follow each other faster than usual.
 """
 
@@ -23,7 +25,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import socket
 import subprocess
@@ -32,10 +33,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import psutil
@@ -46,7 +47,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from browser import BOARD, LAUNCHER, Server, Traffic, find_chromium, open_browser, serve, wait_drawn, wait_settled  # noqa: E402
+from dashboard_figures import Result, circumstances, quantile, spread, table  # noqa: E402
 from dashboard_store import describe, names, values  # noqa: E402
+from dashboard_sweep import sweep, wait_ticks  # noqa: E402
 from zolightning_dashboard.source import open_source  # noqa: E402
 
 if TYPE_CHECKING:
@@ -65,6 +68,7 @@ FAST_SERVER = (
     "import runpy, sys; runpy.run_path({launcher!r}); from zolightning_dashboard import scene, serve; "
     "scene.FAST_SECONDS = {seconds}; sys.exit(serve.main())"
 )
+PARTS = ("poll", "paint", "live", "memory", "sweep")
 MIB = 2**20
 
 # notes when all charts are drawn, in milliseconds since the navigation began
@@ -98,31 +102,6 @@ FLAGGED = """id => {
   const note = () => { if (status.textContent !== "live") flagged[id] ??= [status.textContent, Date.now()]; };
   new MutationObserver(note).observe(status, { childList: true, characterData: true, subtree: true });
 }"""
-
-
-@dataclass(frozen=True)
-class Result:
-    """A figure beside its goal.
-
-    Args:
-        name: what was measured.
-        measured: the figure.
-        limit: at most this is wanted; None: told for information.
-        unit: of both.
-        note: how it came about.
-    """
-
-    name: str
-    measured: float
-    limit: float | None
-    unit: str
-    note: str = ""
-
-    @property
-    def verdict(self) -> str:
-        if self.limit is None:
-            return ""
-        return "reached" if self.measured <= self.limit else "MISSED"
 
 
 class Call(NamedTuple):
@@ -420,12 +399,6 @@ def span(wait: Callable[[], object]) -> tuple[float, float]:
     return began, time.time()
 
 
-def wait_ticks(page: Page, traffic: Traffic, count: int) -> None:
-    last = len(traffic.ticks) + count
-    while len(traffic.ticks) < last:
-        page.wait_for_timeout(200)
-
-
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:
     patience = time.monotonic() + seconds
     while not condition():
@@ -450,40 +423,6 @@ def rss(server: Server) -> int:
     return int(psutil.Process(server.pid).memory_info().rss)
 
 
-def quantile(found: Sequence[float], share: float) -> float:
-    return float(np.quantile(found, share))
-
-
-def spread(found: Sequence[float], scale: float = 1.0) -> str:
-    return f"{min(found) / scale:.3g} to {max(found) / scale:.3g}"
-
-
-# ---- the table ---------------------------------------------------------------------------------------------------------
-
-
-def table(results: Sequence[Result]) -> str:
-    rows = ["| what | goal | measured | | |", "|---|---:|---:|---|---|"]
-    for one in results:
-        limit = "" if one.limit is None else f"≤ {one.limit:g} {one.unit}"
-        rows.append(f"| {one.name} | {limit} | {one.measured:.3g} {one.unit} | {one.verdict} | {one.note} |")
-    return "\n".join(rows)
-
-
-def circumstances(store: Path, load: Sequence[float]) -> dict[str, Any]:
-    import mlflow
-    import streamlit
-
-    return {
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load_before": round(load[0], 2),
-        "load_after": round(os.getloadavg()[0], 2),
-        "store_bytes": store.stat().st_size,
-        "python": platform.python_version(),
-        "streamlit": streamlit.__version__,
-        "mlflow": mlflow.__version__,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, help="a copy of this file is used instead of a new store")
@@ -492,6 +431,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=40, help="watch the live page for so long (default 40)")
     parser.add_argument("--ticks", type=int, default=500, help="over which memory is measured (default 500)")
     parser.add_argument("--repeats", type=int, default=3, help="cold starts, and turns with and without the page (default 3)")
+    parser.add_argument("--many", type=int, default=1000, help="runs of the store of a sweep (default 1000)")
+    parser.add_argument("--only", choices=PARTS, help="measure this part only")
     parser.add_argument("--out", type=Path, help="write the figures as JSON here, and the table beside it as .md")
     args = parser.parse_args()
     if find_chromium() is None:
@@ -500,25 +441,31 @@ def main() -> None:
     load = os.getloadavg()
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store.db"
-        if args.store is not None:
+        if args.only == "sweep":
+            pass  # it makes its own
+        elif args.store is not None:
             shutil.copy(args.store, store)
         else:
             size = ["--runs", str(args.runs), "--points", str(args.points), "--metrics", str(METRICS)]
             subprocess.run([sys.executable, ROOT / "examples" / "dashboard_store.py", store, *size], check=True)
         results: list[Result] = []
         with open_browser() as browser:
-            for part in (
+            parts = (
                 poll(store, 5 * args.repeats),
                 first_paint(browser, store, args.repeats),
                 live(browser, store, args.seconds, args.repeats),
                 memory_and_flags(browser, store, args.ticks),
-            ):
+                sweep(browser, Path(folder), args.many, args.repeats),
+            )
+            for name, part in zip(PARTS, parts, strict=True):
+                if args.only not in (None, name):
+                    continue
                 began = time.monotonic()
                 for result in part:
                     results.append(result)
                     print(f"{result.name}: {result.measured:.3g} {result.unit} {result.verdict} {result.note}", flush=True)
                 print(f"({time.monotonic() - began:.0f} s)", flush=True)
-        about = circumstances(store, load)
+        about = circumstances(load)
     print(f"\n{table(results)}\n\n{about}")
     if args.out is not None:
         figures = [{**asdict(one), "verdict": one.verdict} for one in results]

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -30,6 +31,7 @@ from streamlit.util import calc_hash
 from zolightning_dashboard import serve
 from zolightning_dashboard.charts.lines import Plotter
 from zolightning_dashboard.scene import Store, look
+from zolightning_dashboard.screens import parts
 from zolightning_dashboard.source import open_source
 from zolightning_dashboard.view import View
 
@@ -476,3 +478,49 @@ def test_points_reach_the_feed_as_they_were_logged(ours: Path) -> None:
         np.testing.assert_array_equal(chart["x"][line["places"]], np.arange(1.0, 61.0))
         np.testing.assert_allclose(line["y"], expected, rtol=1e-4)
     assert all(mark[1:] == ["nan", [30.0], [1]] for mark in chart["marks"])
+
+
+def test_a_page_opened_while_the_store_is_locked_recovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zolightning_dashboard.source.file._BUSY_SECONDS", 0.05)
+    path = tmp_path / "locked.db"
+    client = MlflowClient(f"sqlite:///{path}")  # no write-ahead log: a writer locks readers out
+    run = client.create_run("0", run_name="there").info.run_id
+    log(client, run, "train/loss", [(1, START, 1.0)])
+    writer = sqlite3.connect(path, isolation_level=None)
+    writer.execute("BEGIN EXCLUSIVE")
+    app = open_app(path)
+    assert app.title[0].value == "This store cannot be read"
+    assert any("Trying again" in one.value for one in app.caption)
+    writer.execute("COMMIT")
+    writer.close()
+    app.run()
+    assert table(app, "run") == ["there"]
+
+
+def test_every_answer_says_who_may_frame_it_and_downloads_are_links() -> None:
+    from starlette.applications import Starlette
+    from starlette.middleware import Middleware
+    from starlette.responses import Response
+    from starlette.routing import Route
+    from starlette.testclient import TestClient
+    from zolightning_dashboard.headers import HEADERS, Headers
+
+    own = {"X-Frame-Options": "DENY"}
+    app = Starlette(routes=[Route("/", lambda _: Response("", headers=own))], middleware=[Middleware(Headers)])
+    answer = TestClient(app).get("/")
+    assert answer.headers["X-Frame-Options"] == "DENY", "what a page says for itself stays"
+    assert answer.headers["Content-Security-Policy"] == HEADERS["Content-Security-Policy"]
+    assert "frame-ancestors 'self'" in HEADERS["Content-Security-Policy"]
+
+
+def test_a_pinned_run_is_kept_in_the_address_and_named_in_cards_and_legend(ours: Path) -> None:
+    source = open_source(f"sqlite:///{ours}")
+    scene = look(Store(source, Plotter(source)), ())
+    adamw = next(run for run in scene.runs if run.name == "adamw")
+    app = open_app(ours, query={"baseline": [adamw.id[:10]], "equal": ["step"]})
+    assert app.query_params["baseline"] == [adamw.id[:10]] or app.query_params["baseline"] == adamw.id[:10]
+    assert any("Against `adamw`" in one.value for one in app.subheader)
+    shown = parts.lines(scene, View(baseline=adamw.id[:10], group=True), "b")["series"]
+    labels = {one["id"]: one["label"] for one in shown}
+    assert labels[adamw.id].endswith(" · baseline")
+    assert any(label.endswith("pts") for label in labels.values())
