@@ -310,6 +310,53 @@ def test_diff_shows_differing_parameters_only(ours: Path) -> None:
     assert "zo.method (tag)" in set(next(one.value for one in app.dataframe if "lr" in set(one.value["name"]))["name"])
 
 
+def id_of(store: Path, name: str) -> str:
+    client = MlflowClient(f"sqlite:///{store}")
+    return str(client.search_runs(["1"], f"attributes.run_name = '{name}'")[0].info.run_id)
+
+
+def test_the_table_of_runs_has_the_columns_and_pins_of_the_address(ours: Path) -> None:
+    columns = ["params.lr", "best.val/accuracy"]
+    app = open_app(ours, "runs", {"column": columns, "pinned": [id_of(ours, "adamw")[:10]]})
+    assert not app.exception
+    pinned, others = (one.value for one in app.dataframe)
+    assert list(pinned.columns) == list(others.columns) == ["run", *columns]
+    assert pinned.values.tolist() == [["adamw", 2e-5, pytest.approx(92)]]
+    assert others["run"].tolist()[0] == "going on" and set(others["run"]) == {"going on", "zo-0", "zo-1"}
+
+
+def test_runs_that_are_set_alike_are_one_row_with_a_deviation(ours: Path) -> None:
+    app = open_app(ours, "runs", {"column": ["best.val/accuracy"], "by": ["lr", "zo.method"]})
+    frame = app.dataframe[0].value.set_index("run")
+    assert frame.loc["lr=1e-3, ZO"].tolist() == pytest.approx([2, 81, np.std([80, 82], ddof=1)])
+    assert frame.loc["lr=2e-5, AdamW", "n"] == 1
+
+
+def test_a_filter_in_the_address_narrows_every_page(ours: Path) -> None:
+    assert table(open_app(ours, query={"filter": ["lr<1e-3"]}), "run") == ["going on", "adamw"]
+    assert len(table(open_app(ours, query={"filter": ["/(/"]}), "run")) == 4
+
+
+def test_a_section_of_metrics_is_drawn_when_it_is_open(ours: Path) -> None:
+    closed = open_app(ours, "curves", {"key": ["train/loss"]})
+    assert [one.label for one in closed.expander if "metric" in one.label] == [
+        "`memory` 2 metrics", "`others` 1 metric", "`speed` 1 metric", "`val` 1 metric",
+    ]  # fmt: skip
+    assert b"speed/train_seconds" not in feeds(closed)[0]
+    opened = open_app(ours, "curves", {"key": ["train/loss"], "section": ["speed"]})
+    assert b"speed/train_seconds" in feeds(opened)[0]
+    assert opened.query_params["section"] == "speed"
+
+
+def test_the_page_of_a_run_shows_what_it_said(ours: Path) -> None:
+    app = open_app(ours, "run", {"run": [id_of(ours, "zo-1")]})
+    assert not app.exception
+    assert app.subheader[0].value.startswith("finished: it ran to its end")
+    frames = [one.value for one in app.dataframe]
+    assert dict(frames[0].set_index("metric")["last"])["memory/peak"] == "1.10 GiB"
+    assert dict(zip(frames[1]["Name"], frames[1]["Value"], strict=True)) == {"lr": "1e-3", "seed": "1", "max_steps": "60"}
+
+
 def test_best_last_and_at_step(ours: Path) -> None:
     app = open_app(ours, "curves", {"key": ["val/accuracy"], "at": ["45"]})
     frame = app.dataframe[0].value.set_index("run")
