@@ -41,7 +41,7 @@ def test_on_a_cpu_forwards_run_as_they_are_and_the_log_says_so(caplog: pytest.Lo
 def test_modules_without_an_objective_are_refused() -> None:
     module = Task(mlp())
     before = weights(module)
-    with pytest.raises(MisconfigurationException, match=r"`cuda_graphs=True` records `zo_objective`, which Task has not"):
+    with pytest.raises(MisconfigurationException, match=r"`cuda_graphs=True` records `zo_objective`, which Task does not have"):
         fit(module, batches(1), PLAIN.override(cuda_graphs=True))
     assert_same(weights(module), before)
 

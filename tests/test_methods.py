@@ -28,7 +28,6 @@ from helpers import (
     weights,
 )
 from ledgers import Noted, parameters
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
@@ -246,7 +245,7 @@ def test_ties_are_skipped_and_counted(name: str) -> None:
 
 def test_equal_losses_beside_another_are_skipped() -> None:
     """One-sided: the probes agree with each other, not with the weights as they are, and the deviation is 0."""
-    losses = iter(([0.9] + [0.4] + [0.9] * 7) * 3)  # probe, unperturbed, probes
+    losses = iter(([0.4] + [0.9] * 8) * 3)  # unperturbed, probes
     found = records(lambda net, batch: next(losses), method("fzoo"))
     assert [r.skipped for r in found] == ["all probes gave the same loss"] * 3
     assert [r.ties for r in found] == [0] * 3
@@ -333,7 +332,7 @@ def test_conservative_logs_once_and_sees_one_dropout() -> None:
 def test_conservative_refuses() -> None:
     config = method("zo-conservative", lr=None)
     for optimizer, kind in (("adam", SGD), ("sgd", lambda p, lr: SGD(p, lr=lr, maximize=True))):
-        with pytest.raises(MisconfigurationException, match="tries the step of plain SGD that minimises"):
+        with pytest.raises(ValueError, match="tries the step of plain SGD that minimises"):
             fit(Task(mlp(), optimizer=lambda p, kind=kind: kind(p, lr=1e-2)), batches(1), config.override(optimizer=optimizer))
     module = Task(mlp(), optimizer=lambda p: SGD([{"params": p[:1], "lr": 0.1}, {"params": p[1:]}], lr=1e-2))
     before = weights(module)
