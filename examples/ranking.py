@@ -92,7 +92,7 @@ def rater(target: Tensor, error: float, seed: int) -> Oracle:
     def oracle(candidates: Sequence[Any], top: int) -> Any:
         distances = torch.stack([(candidate - target).square().sum() for candidate in candidates])
         seen = distances + error * distances.std() * torch.randn(len(distances), generator=generator)
-        return by_score(lambda number: float(seen[number]))(range(len(candidates)), top)
+        return by_score(lambda number: seen[number].item())(range(len(candidates)), top)
 
     return oracle
 

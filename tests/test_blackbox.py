@@ -216,6 +216,7 @@ def address(server: Service) -> str:
     return f"http://127.0.0.1:{server.server_address[1]}/"
 
 
+@pytest.mark.integration
 def test_a_server_is_asked_again_when_it_refuses_and_counts_as_we_do(service: Service) -> None:
     box = BlackBox(Served(HttpTransport(address(service), retries=1)))
     rows = torch.randn(5, 3)
@@ -234,6 +235,7 @@ def test_a_server_is_asked_again_when_it_refuses_and_counts_as_we_do(service: Se
         BlackBox(Served(HttpTransport("http://127.0.0.1:9/", retries=0)))(rows)
 
 
+@pytest.mark.integration
 def test_a_program_is_asked_too() -> None:
     code = "import json, sys\nfor line in sys.stdin: print([2 * v for v in json.loads(line)], flush=True)"
     transport = CommandTransport([sys.executable, "-c", code])
@@ -242,6 +244,7 @@ def test_a_program_is_asked_too() -> None:
     transport.close()
 
 
+@pytest.mark.integration
 def test_the_engine_of_the_readme_trains(service: Service) -> None:
     text = Path(zolightning.blackbox.__file__).with_name("README.md").read_text()
     names: dict[str, Any] = {}

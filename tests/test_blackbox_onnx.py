@@ -17,9 +17,11 @@ from torch.utils.data import DataLoader
 from zolightning import ZOMixin, ZOStrategy
 from zolightning.blackbox.engine import EngineError, EngineModel
 from zolightning.blackbox.onnx_engine import OnnxEngine, initializers_to_inputs
+from zolightning.ledger import read, replay
 
 onnx = pytest.importorskip("onnx", reason="needs the extra [onnx]")
 pytest.importorskip("onnxruntime", reason="needs the extra [onnx]")
+pytest.importorskip("onnxscript", reason="needs onnxscript, with which PyTorch exports a graph")
 
 
 class Text(nn.Module):
@@ -129,6 +131,20 @@ def test_training_inside_the_engine_is_training(exported: tuple[str, nn.Module, 
     for ours, theirs, before in zip(inside.parameters(), outside.parameters(), start.values(), strict=True):
         assert not torch.equal(theirs, before)
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * (theirs - before).abs().max().item())
+
+
+def test_the_ledger_gives_the_trained_numbers_to_the_bit(exported: tuple[str, nn.Module, Path], tmp_path: Path) -> None:
+    kind, net, path = exported
+    module, base = (Task(EngineModel(engine_of(net, path)), True) for _ in range(2))
+    trainer = pl.Trainer(
+        strategy=ZOStrategy(PLAIN, ledger=tmp_path / "ledger.zo"), max_steps=5, accelerator="cpu", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader([example(kind)] * 5, None))
+    rebuilt = dict(base.named_parameters())
+    replay(read(tmp_path / "ledger.zo"), rebuilt)
+    for name, parameter in module.named_parameters():
+        assert torch.equal(rebuilt[name], parameter)
 
 
 def test_numbers_go_back_into_their_own_model_alone(exported: tuple[str, nn.Module, Path]) -> None:

