@@ -24,10 +24,18 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The API from the docstrings. pdoc cannot resolve some types of NamedTuples and of packages that are not installed, and shows
+# them as written; any other warning is an error.
+API := zolightning $(patsubst zolightning/%/__init__.py,zolightning.%,$(wildcard zolightning/*/__init__.py))
+
+docs: $(VENV)/dev.stamp
+	$(BIN)/python -W error::UserWarning -W "ignore:Error parsing type annotation" -W "ignore:Failed to run TYPE_CHECKING" \
+	    -W "ignore:Cannot determine where" -m pdoc -d google --math -o build/docs $(API)
+
 $(VENV)/demo.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[demo]"
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
@@ -37,4 +45,4 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
-.PHONY: demo test test-fast test-slow lint clean
+.PHONY: demo docs test test-fast test-slow lint clean
