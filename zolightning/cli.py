@@ -66,7 +66,7 @@ def _verb(words: list[str]) -> str | None:
 
 
 def _run(verb: str, words: list[str]) -> None:
-    from jsonargparse import auto_cli
+    from jsonargparse import auto_cli, set_parsing_settings
 
     from .commands.parser import Parser
 
@@ -75,6 +75,7 @@ def _run(verb: str, words: list[str]) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     module, function = VERBS[verb][0].split(":")
     command = getattr(import_module(f".{module}", __package__), function)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the options of a dataclass, as in --task.model
     auto_cli(command, args=words, prog=f"zolightning {verb}", parser_class=Parser, print_config="--print-config")
 
 

@@ -15,9 +15,9 @@ def dash(store: str = DEFAULT_STORE, port: int = 8501, host: str = "127.0.0.1") 
     """Watch and compare runs live in the browser. Example: zolightning dash --store sqlite:///mlflow.db
 
     Args:
-        store: MLflow tracking URI: an SQLite file, or a server's http address.
-        port: to listen on.
-        host: address to listen on. Default: this machine only. The dashboard asks for no password.
+        store: The MLflow tracking URI: an SQLite file, or a server's http address.
+        port: The port to listen on.
+        host: The address to listen on. Default: this machine only. The dashboard asks for no password.
     """
     package = find_spec("zolightning_dashboard")
     if package is None or package.origin is None:

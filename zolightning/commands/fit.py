@@ -76,30 +76,31 @@ def fit(
         columns: for classify and answer: the two columns' names, separated by a comma. Default: text,label or prompt,answer.
         template: for classify and answer: what the model reads before its answer, with '{text}' or '{prompt}' in it and
             perhaps other columns. Default: the text and "Label:" on a line of its own; the prompt.
-        model: a Hugging Face id or a local folder of a causal language model. Default: SmolLM2-135M.
-        recipe: a recipe of ZOStrategy, or adamw for backprop.
+        model: A Hugging Face id or a local folder of a causal language model. Default: SmolLM2-135M.
+        recipe: The name of a recipe of ZOStrategy, or adamw for backprop.
         objective: cross_entropy, likelihood, accuracy, soft_accuracy, f1 or exact_match, as the task has them. Default: its
             loss with a gradient.
-        view: train new weights on the frozen model. Default: mezo-lora's and mezo-prefix's own; none for other recipes.
-        steps: optimizer steps; 0 reports the model as it is.
-        lr: learning rate, which falls along a cosine where the recipe normalises its steps, else stays. Default: the
-            recipe's, or 1e-3; 2e-5 for adamw.
-        eps: perturbation scale. Default: the recipe's.
-        select: which weights. Default: the recipe's; all of a view's.
-        batch_size: examples a step.
-        shots: train on so many examples of each class. 0: on all.
-        demonstrations: answered training examples before each prompt; with --steps 0 the in-context baseline.
-        train: training examples at most.
-        validation: validation examples at most; they choose the step that is reported.
-        test: test examples at most; looked at before training, and once after it.
-        validations: how often the validation examples are looked at.
-        max_length: longest prompt with its answer, in tokens; a longer one loses its beginning.
-        precision: the Trainer's.
-        seed: of the draws, the training and the perturbations.
-        store: MLflow tracking URI.
-        experiment: MLflow experiment.
-        out: folder of the checkpoints.
-        offline: fetch no model.
+        view: Train new weights on the frozen model. Default: those of mezo-lora and mezo-prefix for these recipes, and none
+            for others.
+        steps: The number of optimizer steps; 0 reports the model as it is.
+        lr: The learning rate. It falls along a cosine where the recipe normalises its steps, and is constant elsewhere.
+            Default: the recipe's, or 1e-3; 2e-5 for adamw.
+        eps: The perturbation scale. Default: the recipe's.
+        select: The weights to train. Default: the recipe's; all of a view's.
+        batch_size: The number of examples in a step.
+        shots: Train on this number of examples of each class. 0: on all examples.
+        demonstrations: The number of answered training examples before each prompt; with --steps 0 the in-context baseline.
+        train: The largest number of training examples.
+        validation: The largest number of validation examples. They choose the step that is reported.
+        test: The largest number of test examples. They are looked at before training, and once after it.
+        validations: The number of times that the validation examples are looked at.
+        max_length: The longest prompt with its answer, in tokens. A longer one loses its beginning.
+        precision: The precision of the Trainer.
+        seed: The seed of the draws, the training and the perturbations.
+        store: The MLflow tracking URI of the runs: an SQLite file, or a server's http address.
+        experiment: The name of the MLflow experiment.
+        out: The folder for the checkpoints.
+        offline: Download no model.
     """
     _check_names(task, data, columns or template, recipe, objective, eps is not None or select is not None)
     for name, value, least in (

@@ -38,16 +38,17 @@ def replay_run(
     checkpoint up to that step. The ledger itself is never changed.
 
     Args:
-        run: a ledger file, a folder with ``ledger.zo`` in it, or the id of an MLflow run.
-        step: weights after so many optimizer steps. Default: the last.
-        out: folder to write, which must not hold a model yet.
-        base: the weights that the run started from: a safetensors file, a Lightning checkpoint, a Hugging Face folder or id.
-            Default: the base file beside the ledger, else the pretrained model that the ledger names.
+        run: A ledger file, a folder with ``ledger.zo`` in it, or the id of an MLflow run.
+        step: The number of optimizer steps after which the weights are wanted. Default: the last step.
+        out: The folder to write, which must not hold a model yet.
+        base: The weights that the run started from: a safetensors file, a Lightning checkpoint, a Hugging Face folder or
+            id. Default: the base file beside the ledger, else the pretrained model that the ledger names.
         buffers: a Lightning checkpoint of the run to take the buffers from. Default: in the ledger's folder the last one
             up to the step.
-        store: MLflow store to look for a run id in.
-        device: where to compute. Default: the run's kind of device, where it is at hand.
-        verify: replay and compare the weights' fingerprints with the run's, and write nothing unless `out` says where.
+        store: The MLflow store in which a run id is looked up.
+        device: The device to compute on. Default: the run's kind of device, where it is available.
+        verify: Compare the fingerprints of the replayed weights with those of the run, and write nothing unless --out names
+            a folder.
     """
     ledger = find_run(run, store)
     if out is None and not verify:

@@ -33,27 +33,27 @@ def bench(
     Args:
         model: random weights of smollm2-135m, smollm2-360m, smollm2-1.7b, llama-7b, llama-13b, opt-125m, opt-1.3b, opt-2.7b,
             opt-6.7b, opt-13b, opt-30b, opt-66b, tiny-llama or tiny-opt (no download); or a Hugging Face id or folder.
-        batch: examples a step.
-        length: tokens of an example.
-        dtype: of the forward, and of the weights unless there is a master; auto: bf16 with a master, or where this machine
-            multiplies matrices much faster in it (measured), else fp32.
-        master: fp32: weights stored in fp32, the forward in dtype under autocast; the two forwards that it is compared with
-            have their weights in dtype.
+        batch: The number of examples in a step.
+        length: The number of tokens in an example.
+        dtype: The dtype of the forward, and of the weights unless there is a master. auto: measured; bf16 with a master, or
+            where this machine multiplies matrices much faster in it, else fp32.
+        master: fp32: the weights are stored in fp32 and the forward runs in dtype under autocast. The two forwards that it
+            is compared with have their weights in dtype.
         logits: 'last': cross-entropy over the vocabulary at the last position; 'full': at every position.
         methods: names separated by commas: forward, forward-master, reference-mezo, spsa-rademacher, spsa-gaussian,
             spsa-middle, rank1, spsa-graphs and rank1-graphs (CUDA graphs), forward-nf4, qzo-nf4, qzo-nf4-graphs, forward-int8,
             qzo-int8 and qzo-int8-graphs (bitsandbytes layers), lightning, backprop-sgd, backprop-adamw, backprop-checkpointed,
             lora. Default: all but those with graphs or quantised layers and lightning. The forwards, which the others are
             compared with, always run.
-        repeats: timed steps of each method.
-        warmup: steps of each method before that.
-        memory: also measure peak memory, each method in a process of its own.
-        threads: CPU threads. Default: PyTorch's.
-        device: where to run; auto is the GPU where there is one.
-        seed: of weights, batch and perturbations.
-        out: JSON file with everything.
-        csv: CSV file, a line for each method. Default: beside the JSON file.
-        store: MLflow tracking URI to log to as well, such as sqlite:///mlflow.db.
+        repeats: The number of timed steps of each method.
+        warmup: The number of steps of each method before the timed ones.
+        memory: Measure peak memory in addition, each method in a process of its own.
+        threads: The number of CPU threads. Default: PyTorch's number.
+        device: The device to run on; auto is the GPU where there is one.
+        seed: The seed of weights, batch and perturbations.
+        out: The JSON file for all results.
+        csv: The CSV file, with a line for each method. Default: beside the JSON file.
+        store: An MLflow tracking URI to log to in addition, such as sqlite:///mlflow.db.
     """
     import torch
 

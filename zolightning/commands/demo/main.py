@@ -44,23 +44,24 @@ def demo(
     Your own data: ``zolightning demo --model Qwen/Qwen2.5-0.5B --data reviews.csv --verbalizers '[" bad", " good"]'``.
 
     Args:
-        profile: 'quick' is under ten minutes on two cores; 'full' is what the README's table shows.
-        model: a Hugging Face id or a local folder. Default: SmolLM2-135M, 93 MB from the Python package index.
-        data: a CSV or JSONL file, or a folder with train, validation and test files. Default: film-review snippets, 2.5 MB.
-        text: column of the texts.
-        label: column of the labels.
-        template: the prompt; {text} stands for the text.
-        verbalizers: the next word for each label, labels in sorted order; each must be one token.
-        methods: names separated by commas: zero-shot, zo, reft, spsa, mezo, adamw, checkpointed, lora. Default: all.
-        seeds: runs of each ZO method. Default: the profile's; 'full' runs the default recipe three times.
-        precision: the Trainer's, which a frozen model's dtype follows. Default: bf16-mixed where this machine multiplies
-            matrices faster in it, else 32-true; it is measured.
-        max_length: longest prompt in tokens.
-        threads: CPU threads. Default: PyTorch's.
-        store: MLflow tracking URI.
-        experiment: MLflow experiment.
-        out: folder of the table and the picture.
-        offline: never fetch; use what is cached.
+        profile: 'quick' takes under ten minutes on two cores; 'full' makes the README's table.
+        model: A Hugging Face id or a local folder. Default: SmolLM2-135M, 93 MB from the Python package index.
+        data: A CSV or JSONL file, or a folder with train, validation and test files. Default: film-review snippets, 2.5 MB.
+        text: The column with the texts.
+        label: The column with the labels.
+        template: The prompt; {text} stands for the text.
+        verbalizers: The next word for each label, with the labels in sorted order. Each must be one token.
+        methods: Names separated by commas: zero-shot, zo, reft, spsa, mezo, adamw, checkpointed, lora. Default: all.
+        seeds: The number of runs of each ZO method. Default: the profile's number; 'full' runs the default recipe three
+            times.
+        precision: The precision of the Trainer, which the dtype of a frozen model follows. Default: measured; bf16-mixed
+            where this machine multiplies matrices faster in it, else 32-true.
+        max_length: The longest prompt, in tokens.
+        threads: The number of CPU threads. Default: PyTorch's number.
+        store: The MLflow tracking URI of the runs: an SQLite file, or a server's http address.
+        experiment: The name of the MLflow experiment.
+        out: The folder for the table and the picture.
+        offline: Download nothing; use the files in the cache.
     """
     if threads:
         torch.set_num_threads(threads)

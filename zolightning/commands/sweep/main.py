@@ -35,19 +35,20 @@ def sweep(
     own is a file: ``zolightning sweep --config examples/sweep/ranking.yaml``.
 
     Args:
-        entries: what is compared, in a file. Default: default, reft, spsa, spsa-all, mezo, mezo-published, adamw,
-            checkpointed, lora.
-        methods: names of the entries to run now, separated by commas. Default: all.
-        seconds: training seconds of a run; validation and logging are not counted.
-        forwards: instead of seconds, forward passes of a run.
-        clock: of the seconds. cpu: CPU time of all threads, fair where other programs share the machine.
-        seeds: final runs of each entry, unless it says otherwise.
-        tuning: share of the budget that each learning rate gets when several are tried, on a seed of its own.
-        target: accuracy to reach, such as 0.8, or the name of the entry whose last mean accuracy it is, on validation examples.
-        threads: CPU threads of a run.
-        task: model, texts, evaluation, precision (auto: by the measured speed of matrix products), and where everything is
-            recorded.
-        report_only: run nothing; report what is finished.
+        entries: The list of compared entries, in a configuration file. Default: default, reft, spsa, spsa-all, mezo,
+            mezo-published, adamw, checkpointed, lora.
+        methods: The names of the entries to run now, separated by commas. Default: all.
+        seconds: The budget of a run in seconds of training. Validation and logging are not counted.
+        forwards: The budget of a run in forward passes, instead of seconds.
+        clock: The clock of the seconds. cpu counts the CPU time of all threads, which is fair where other programs share
+            the machine.
+        seeds: The number of final runs of each entry, unless the entry says otherwise.
+        tuning: The share of the budget for each learning rate when several are tried, on a seed of its own.
+        target: The accuracy to reach on validation examples, such as 0.8, or the name of the entry whose last mean accuracy
+            it is.
+        threads: The number of CPU threads of a run.
+        task: The model, the texts, the evaluation, the precision, and the places where everything is recorded.
+        report_only: Run nothing; report the runs that are finished.
     """
     chosen = choose(entries, methods)
     if target is not None:
