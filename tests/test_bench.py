@@ -298,7 +298,7 @@ def test_what_does_not_fit_is_skipped_with_a_reason() -> None:
     rows = session.rows(["forward", "lora", "backprop-sgd"], session.time(1, lambda line: None), 1.0)
     assert rows[0].skipped == ""
     assert rows[1].skipped == "out of memory"
-    assert "GB beside the weights, which is not free" in rows[2].skipped
+    assert "GB in addition to the weights, which is not free" in rows[2].skipped
 
 
 def test_running_out_of_memory_ends_the_method_alone(monkeypatch: pytest.MonkeyPatch) -> None:

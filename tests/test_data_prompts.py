@@ -105,7 +105,7 @@ def test_long_text_loses_its_end(text: str, tokenizer: PreTrainedTokenizerFast) 
 
 
 def test_template_longer_than_the_limit(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ValueError, match=r"max_length=2 is too short: the template .* alone takes 3 tokens"):
+    with pytest.raises(ValueError, match=r"max_length=2 is too short: even the template .* takes 3 tokens"):
         encode(tokenizer, [Example("a film", 0)], PromptTemplate(), max_length=2)
 
 

@@ -150,7 +150,7 @@ def test_rouge_of_ascii_is_torchmetrics_own(prediction: str, reference: str) -> 
 
 
 def test_references_must_be_lists() -> None:
-    with pytest.raises(TypeError, match="takes a list of accepted texts for each prediction, got a text alone"):
+    with pytest.raises(TypeError, match="takes a list of accepted texts for each prediction, got one text"):
         text_errors(["the cat", "Paris"], ["the cat", "Paris"])
 
 

@@ -106,7 +106,7 @@ def test_presets_have_the_published_prompts(name: str) -> None:
         ({"kind": "words", "template": "{x}"}, "kind 'words' needs words"),
         ({"kind": "text", "template": "{x}", "words": ("a", "b")}, "kind 'text' takes no words"),
         ({"kind": "words", "template": "{x}", "words": ("a", "a")}, "at least two and differ"),
-        ({"kind": "mask", "template": "{x}", "words": ("a", "b")}, "belongs in the template of kind 'mask' alone"),
+        ({"kind": "mask", "template": "{x}", "words": ("a", "b")}, "belongs only in the template of kind 'mask'"),
     ],
 )
 def test_contradicting_tasks_are_refused(fields: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""ZeroQAT (arXiv:2509.00031): linear layers that round their weights and inputs in the forward, trained by forwards alone.
+"""ZeroQAT (arXiv:2509.00031): linear layers that round their weights and inputs in the forward, trained by forwards only.
 
 :func:`fake_quantize` puts the rounding in, any :class:`~zolightning.ZOStrategy` trains through it or past it, and
 :func:`export_quantized` replaces the layers by ones that hold the codes. Straight after each other the two are plain
@@ -96,7 +96,7 @@ class FakeQuantInput(KeepsFloat32):
 
     Args:
         bits: 2 to 8; None: no rounding.
-        device: of the clipping factors.
+        device: The device of the clipping factors.
     """
 
     def __init__(self, bits: int | None, device: torch.device) -> None:
@@ -121,9 +121,9 @@ class FakeQuantLinear(Rounds, nn.Linear):
 
     Args:
         linear: its weight and bias are taken over.
-        bits: of the weight, 2 to 8.
+        bits: Bits of the weight, 2 to 8.
         group_size: neighbours in a row that share a grid; None: the row.
-        input_bits: of the inputs, 2 to 8; None: they are not rounded.
+        input_bits: Bits of the inputs, 2 to 8; None: they are not rounded.
     """
 
     def __init__(self, linear: nn.Linear, bits: int, group_size: int | None, input_bits: int | None) -> None:
@@ -226,12 +226,12 @@ def fake_quantize(
 
     Args:
         module: its ``nn.Linear`` layers are treated, but for those whose weight other modules share.
-        bits: of the weights, 2 to 8.
+        bits: Bits of the weights, 2 to 8.
         group_size: weights in a row that share a scale; None: the whole row.
-        input_bits: of the layers' inputs, 2 to 8, a scale for each token; None: they are not rounded.
-        train: which layers' weights stay trainable, in the words of ``ZOStrategy(select=...)``. The others are quantised now
+        input_bits: Bits of the layers' inputs, 2 to 8, a scale for each token; None: they are not rounded.
+        train: The layers whose weights stay trainable, in the words of ``ZOStrategy(select=...)``. The others are quantised now
             and frozen: the light variant, in the memory of the codes.
-        skip: names, or parts between dots, of submodules to leave alone.
+        skip: names, or parts between dots, of submodules to leave out.
 
     Returns:
         The module.

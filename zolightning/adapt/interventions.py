@@ -17,7 +17,7 @@ class Intervention(nn.Module):
 
     .. math:: h_t \leftarrow h_t + s\,v_t, \qquad t = T - W, \dots, T - 1
 
-    ReFT, Wu et al. 2024, arXiv:2404.03592, with the bias of its edit alone. A forward hook of the block.
+    ReFT, Wu et al. 2024, arXiv:2404.03592, with only the bias of its edit. A forward hook of the block.
 
     Args:
         width: of a hidden state.
@@ -120,7 +120,7 @@ def at_prompts(model: nn.Module) -> Iterator[None]:
 def _sizes(
     model: nn.Module, stack: Sequence[nn.Module], positions: int, calibration: Mapping[str, Any]
 ) -> list[tuple[int, float]]:
-    """(width, RMS at the last positions) of what each block puts out."""
+    """(width, RMS at the last positions) of each block's output."""
     found: list[tuple[int, float]] = []
 
     def note(block: nn.Module, args: Any, out: Any) -> None:

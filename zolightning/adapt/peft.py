@@ -71,7 +71,7 @@ def prefix(model: nn.Module, tokens: int | Sequence[int] = 5, seed: int = 0) -> 
     Args:
         model: a Hugging Face causal language model; changed in place, frozen otherwise.
         tokens: the token ids, or how many to draw from the vocabulary, >= 1.
-        seed: of the draw.
+        seed: The seed of the draw.
     """
     body, ids = _body(model), _token_ids(model, tokens, seed)
     with torch.no_grad():

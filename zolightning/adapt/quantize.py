@@ -37,7 +37,7 @@ def quantize(
     Args:
         module: any module on CPU or CUDA; its ``nn.Linear`` layers, and GPT-2's ``Conv1D``, are quantised.
         kind: 'nf4' or 'fp4', 4 bits with a scale for each 64 weights; 'int8', 8 bits with a scale for each row.
-        skip: names, or parts between dots, of submodules to leave alone. Weights that several modules share (a head tied
+        skip: names, or parts between dots, of submodules to leave out. Weights that several modules share (a head tied
             to the embedding), and those that transformers keeps in float32 (T5's ``wo``), always are.
         double: quantise the scales too ('nf4', 'fp4'), 0.4 bits less a weight; training them undoes it.
         compute_dtype: dtype of the products at 4 bits; None: the weight's, or float32 where that is narrower and this machine
@@ -169,7 +169,7 @@ def _pretrained(module: nn.Module) -> list[Any]:
 
 
 def _config(model: Any, kind: Kind, double: bool, compute_dtype: torch.dtype | None) -> Any:
-    """What is to be done, in transformers' terms; ValueError where the model's config says something else already."""
+    """The quantisation in transformers' terms; ValueError where the model's config says something else already."""
     from transformers import BitsAndBytesConfig
 
     if kind == "int8":

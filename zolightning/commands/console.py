@@ -1,4 +1,4 @@
-"""What the commands share: the names that a person gives them, and the lines that they answer as they work."""
+"""Parts that the commands share: the names that a person gives them, and the lines that they answer as they work."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ def find_buffers(ledger: Ledger, given: str | None, step: int) -> dict[str, Tens
     """The buffers of the run's module as a checkpoint has them; {} where there is none, and then says how to do without.
 
     Args:
-        ledger: of the run.
+        ledger: The ledger of the run.
         given: the checkpoint. None: of those in the ledger's folder the last one up to the step.
         step: that the weights are of.
 
@@ -209,7 +209,7 @@ def write_model(folder: Path, header: Header, parameters: Mapping[str, Tensor], 
 
     Args:
         folder: made when it is not there.
-        header: of the ledger.
+        header: The header of the ledger.
         parameters: and buffers, by their names in the run's module; those outside the Hugging Face model go to
             ``others.safetensors``.
         source: folder to take tokenizer and generation settings from. Default: where the pretrained model came from.

@@ -17,7 +17,7 @@ class SimilarLengths(Sampler[list[int]]):
     Args:
         lengths: of each item, in any unit.
         batch_size: items a batch, >= 1.
-        generator: of the random order.
+        generator: The generator of the random order.
         window: batches that are sorted together, >= 1; 1 is plain shuffling.
     """
 

@@ -77,7 +77,7 @@ def encode(
 
     A prompt that is too long loses the end of its text, never a part of the template.
 
-    Raises ValueError when the template alone exceeds `max_length`.
+    Raises ValueError when even the template exceeds `max_length`.
     """
     if not examples:
         return []
@@ -144,7 +144,7 @@ def _fitted(
     best = _tokens(tokenizer, [prompt.render("")])[0]
     if len(best) > max_length:
         raise ValueError(
-            f"max_length={max_length} is too short: the template {prompt.template!r} alone takes "
+            f"max_length={max_length} is too short: even the template {prompt.template!r} takes "
             f"{len(best)} tokens; raise it or shorten the template"
         )
     fits, exceeds = 0, len(text)

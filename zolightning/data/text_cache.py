@@ -16,7 +16,7 @@ _agrees: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 def encode_text(model: nn.Module, batch: Mapping[str, Tensor], last: int) -> dict[str, Any] | None:
     """Return the batch with all but its ``last`` tokens replaced by the keys and values that attention has of them.
 
-    Forwards of the result run the last tokens alone. `model` is a Hugging Face causal language model, `batch` holds
+    Forwards of the result run the last tokens only. `model` is a Hugging Face causal language model, `batch` holds
     left-padded input_ids and attention_mask. None for a model whose attention does not take this (noticed by comparing
     answers on its first batch), or a batch with no token before the last ones.
     """

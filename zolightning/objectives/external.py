@@ -1,4 +1,4 @@
-"""Scores from outside: another program, or a server. What is asked twice is answered from memory."""
+"""Scores from outside: another program, or a server. An item that is scored twice is answered from memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ExternalScorer:
     """Items → their scores, asked from somewhere else.
 
     An item is a dict that JSON can hold, such as ``{"prediction": "…", "references": ["…"]}``; equal items are asked once, so
-    the scorer must be a function of the item alone. In ``zo_objective`` return ``1 - scorer(items)`` where higher is better.
+    the scorer must be a function of the item only. In ``zo_objective`` return ``1 - scorer(items)`` where higher is better.
 
     Args:
         transport: asks for the scores: an answer is a number, or an object with one as 'score'.
@@ -64,7 +64,7 @@ class ExternalScorer:
             self._known.popitem(last=False)
 
     def close(self) -> None:
-        """End what the transport keeps running; it is started again when it is needed."""
+        """End the program or connection of the transport; it is started again when it is needed."""
         self.transport.close()
 
     def __repr__(self) -> str:

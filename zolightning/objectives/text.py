@@ -58,7 +58,7 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
 
 
 def _words(text: str) -> str:
-    return re.sub(r"[\W_]+", " ", text.lower())  # torchmetrics' own way keeps ASCII alone
+    return re.sub(r"[\W_]+", " ", text.lower())  # torchmetrics' own way keeps ASCII only
 
 
 def text_errors(predictions: Sequence[str], references: Sequence[Sequence[str]], score: TextScore = token_f1) -> Tensor:
@@ -73,6 +73,6 @@ def text_errors(predictions: Sequence[str], references: Sequence[Sequence[str]],
         (B,) float32.
     """
     if any(isinstance(r, str) for r in references):
-        raise TypeError("`text_errors(references=...)` takes a list of accepted texts for each prediction, got a text alone")
+        raise TypeError("`text_errors(references=...)` takes a list of accepted texts for each prediction, got one text")
     errors = [1 - score(p, r) for p, r in zip(predictions, references, strict=True)]
     return torch.tensor(errors, dtype=torch.float32)  # said, because in half-precision runs the default is another

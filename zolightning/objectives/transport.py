@@ -38,7 +38,7 @@ class Transport(ABC):
         """
 
     def close(self) -> None:  # noqa: B027  most have nothing to close
-        """End what it keeps running; it is started again when it is needed."""
+        """End the program or connection that it keeps; it is started again when it is needed."""
 
 
 class CommandTransport(Transport):
@@ -92,7 +92,7 @@ class CommandTransport(Transport):
         """A line that nobody asked for would be taken for the next item's answer, and each after it for another's."""
         more = [line for line in list(self._answers.queue) if line]
         if more:
-            raise AnswerError(f"{self} answered {more[0].strip()!r:.200} beyond one line for each item; print answers alone")
+            raise AnswerError(f"{self} answered {more[0].strip()!r:.200} beyond one line for each item; print nothing else")
 
     def _running(self) -> subprocess.Popen[str]:
         if self._process is not None and self._process.poll() is not None:

@@ -1,1 +1,1 @@
-"""What a run leaves behind: metrics, memory figures, and the MLflow store that they go to."""
+"""The records of a run: metrics, memory figures, and the MLflow store that they go to."""

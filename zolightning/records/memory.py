@@ -25,7 +25,7 @@ def rss() -> int:
 
 
 def device_memory(device: torch.device) -> int:
-    """What the device has in all: the GPU's memory, else the machine's."""
+    """The device's whole memory: the GPU's, else the machine's."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return int(psutil.virtual_memory().total)
@@ -66,7 +66,7 @@ class MemoryMeter:
 
     Args:
         module: the module on its device, before the first step.
-        device: where it runs.
+        device: The device on which it runs.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -88,7 +88,7 @@ class MemoryMeter:
         return max(0, _peak_rss() - self._libraries)
 
     def parts(self, optimizers: Iterable[Optimizer]) -> dict[str, int]:
-        """What the memory is for: ``weights``, ``gradients``, ``optimizer_state``, and the rest of the peak."""
+        """The parts of the memory: ``weights``, ``gradients``, ``optimizer_state``, and the rest of the peak."""
         states = [v for o in optimizers for s in o.state.values() for v in s.values() if isinstance(v, Tensor)]
         parts = {
             "weights": self.weights,

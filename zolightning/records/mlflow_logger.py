@@ -156,7 +156,7 @@ class MetricBuffer:
     """Collects metrics and hands them to the Trainer's loggers, at most once a second.
 
     Args:
-        loggers: of the Trainer. What goes to MLflow is sent by a thread; any other logger is called at each flush.
+        loggers: The Trainer's loggers. A thread sends the metrics for MLflow; any other logger is called at each flush.
         folder: the Trainer's ``default_root_dir``, for MLflow loggers that are not :func:`mlflow_logger`'s.
     """
 
@@ -178,7 +178,7 @@ class MetricBuffer:
             self.flush()
 
     def flush(self, *, wait: bool = False) -> None:
-        """Hand over what was collected; with ``wait``, return when MLflow has stored it, or after half a minute."""
+        """Hand over the collected metrics; with ``wait``, return when MLflow has stored it, or after half a minute."""
         rows, self._rows = self._rows, []
         self._flushed = time.monotonic()
         for logger in self._others:

@@ -1,4 +1,4 @@
-"""What a run logs: the same keys for ZO and for backprop, so that they stand in one chart."""
+"""The metrics of a run: the same keys for ZO and for backprop, so that they stand in one chart."""
 
 from __future__ import annotations
 

@@ -43,9 +43,9 @@ class Outbox:
     over.
 
     Args:
-        client: of the store, an ``MlflowClient``.
+        client: The store's ``MlflowClient``.
         run_id: of a run that exists.
-        folder: of the file, ``pending-metrics-<run_id>.jsonl``; made when needed.
+        folder: The folder of the file, ``pending-metrics-<run_id>.jsonl``; made when needed.
     """
 
     def __init__(self, client: Any, run_id: str, folder: Path) -> None:
@@ -201,7 +201,7 @@ class Outbox:
             self._changed.notify_all()
 
     def _spool(self) -> str:
-        """Move what is in memory to the file; return why that was not possible, or nothing."""
+        """Move the entries in memory to the file; return why that was not possible, or nothing."""
         try:
             self._file.append(self._entries)
         except OSError as error:
@@ -225,7 +225,7 @@ class PendingFile:
     """Entries in a file, a JSON object a line, read in order from the start.
 
     Args:
-        path: of the file; one left by an earlier process of the run is taken up.
+        path: The path of the file; one left by an earlier process of the run is taken up.
         run_id: noted in each line.
     """
 
@@ -276,7 +276,7 @@ def deliver(client: Any, run_id: str, entries: Sequence[Entry]) -> list[str]:
 
     Args:
         client: an ``MlflowClient``.
-        run_id: of the run.
+        run_id: The id of the run.
         entries: may have been stored before.
 
     Returns:
@@ -322,10 +322,10 @@ def _parts(entry: Entry) -> list[Entry]:
 
 
 def send_pending(path: str | Path, store: str) -> int:
-    """Send what a run could not: the file ``pending-metrics-<run_id>.jsonl`` that it left. May be repeated.
+    """Send the metrics that a run could not send: the file ``pending-metrics-<run_id>.jsonl`` that it left. May be repeated.
 
     Args:
-        path: of the file, which is kept.
+        path: The path of the file, which is kept.
         store: MLflow tracking URI of the run's store.
 
     Returns:
@@ -383,7 +383,7 @@ def _now() -> int:
 
 
 def _short(error: Exception) -> str:
-    """The first line of what is wrong."""
+    """The first line of the error."""
     return _without_login((str(error).strip() or type(error).__name__).splitlines()[0])[:300]
 
 

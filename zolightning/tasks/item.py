@@ -1,4 +1,4 @@
-"""What a language model is asked, and a task as a value: how a row of a table becomes such a question."""
+"""A question to a language model, and a task as a value: how a row of a table becomes such a question."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Item(NamedTuple):
     """A question.
 
     Args:
-        prompt: what stands before the answer, or around '{mask}'.
+        prompt: The text before the answer, or around '{mask}'.
         options: the answers to choose from, as they stand after the prompt; () where the model writes its own.
-        right: which options are right.
+        right: The numbers of the right options.
         references: the texts that are right; where there are options, those.
     """
 
@@ -79,9 +79,7 @@ class TextTask:
         if len(set(self.words)) < len(self.words) or len(self.words) == 1:
             raise ValueError(f"words must be at least two and differ, got {self.words!r}")
         if (self.kind == "mask") != ("{mask}" in self.template):
-            raise ValueError(
-                f"'{{mask}}' belongs in the template of kind 'mask' alone, got {self.kind!r} and {self.template!r}"
-            )
+            raise ValueError(f"'{{mask}}' belongs only in the template of kind 'mask', got {self.kind!r} and {self.template!r}")
 
     def item(self, row: Row) -> Item:
         """The question that a row asks."""
@@ -163,6 +161,6 @@ def few_shot(items: Sequence[Item], k: int, seed: int = 0) -> list[Item]:
 
 
 def in_context(items: Sequence[Item], demonstrations: Sequence[Item], separator: str = "\n\n") -> list[Item]:
-    """The items, each after the answered demonstrations: what a model does without any training."""
+    """The items, each after the answered demonstrations: in-context learning, without any training."""
     before = "".join(shown.answered + separator for shown in demonstrations)
     return [item._replace(prompt=before + item.prompt) for item in items]

@@ -24,8 +24,8 @@ class TaskModule(ZOMixin, pl.LightningModule):
     """A language model trained on any objective of a task, by forward passes or, where it has a gradient, by backprop.
 
     Args:
-        model: of the reader's kind: a causal or a masked language model.
-        reader: how answers are read off the model.
+        model: A model of the reader's kind: a causal or a masked language model.
+        reader: Reads the answers off the model.
         objective: a name of ``reader.objectives()``, as 'cross_entropy', 'accuracy', 'likelihood' or 'f1'; or a function
             (model, batch) → losses (B,) or a number. None: the reader's first.
         make_optimizer: trainable parameters → optimizer; None: plain SGD for ``ZOStrategy(lr=...)``.
@@ -83,13 +83,13 @@ def _sgd(parameters: list[nn.Parameter]) -> Optimizer:
 class TaskData(pl.LightningDataModule):
     """A task's questions: shuffled into batches of similar length for training, sorted by length for evaluation.
 
-    ``Trainer.fit`` sees training and validation questions alone, ``Trainer.test`` the test questions alone.
+    ``Trainer.fit`` sees training and validation questions only, ``Trainer.test`` the test questions only.
 
     Args:
         splits: the questions.
         reader: makes batches of them.
         batch_size: examples a training step.
-        seed: of the shuffling.
+        seed: The seed of the shuffling.
         evaluation_batch_size: examples a forward in evaluation.
     """
 

@@ -24,7 +24,7 @@ def cross_entropy(scores: Tensor, right: Tensor) -> Tensor:
 
 
 class Reader(ABC):
-    """Turns items into batches, and what the model makes of a batch into losses and scores.
+    """Turns items into batches, and the model's outputs for a batch into losses and scores.
 
     Args:
         tokenizer: a Hugging Face tokenizer.

@@ -40,9 +40,9 @@ def load_task(
         path: a folder with train and validation, and perhaps test files (.csv, .jsonl, .parquet), or one file, which is
             split. None: the task's source, through Hugging Face ``datasets``.
         train: most training questions, drawn by ``seed``.
-        validation: likewise.
-        test: likewise, but the same for every seed.
-        seed: of the draws.
+        validation: The same for the validation examples.
+        test: The same for the test examples, which do not change with the seed.
+        seed: The seed of the draws.
 
     Raises:
         ImportError: ``path`` is None and ``datasets`` is not installed.

@@ -1,4 +1,4 @@
-"""What a figure depends on beside the code: processor, libraries, kernels."""
+"""The machine on which a figure depends, in addition to the code: processor, libraries, kernels."""
 
 from __future__ import annotations
 

@@ -84,8 +84,8 @@ class Gemm:
     """A square matrix product in the forward's dtype: the most that a step's GFLOP/s can be compared with.
 
     Args:
-        dtype: of the factors.
-        device: where it runs.
+        dtype: The dtype of the factors.
+        device: The device on which it runs.
         size: rows and columns; None: 2048 on a CPU, 8192 on a GPU.
     """
 

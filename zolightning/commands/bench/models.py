@@ -51,10 +51,10 @@ def build_model(name: str, dtype: torch.dtype, device: torch.device, length: int
 
     Args:
         name: one of :data:`ARCHITECTURES` for random weights, else a Hugging Face id or a folder.
-        dtype: of the weights.
-        device: where they are made.
+        dtype: The dtype of the weights.
+        device: The device on which they are made.
         length: tokens of an example that it must take.
-        seed: of the random weights.
+        seed: The seed of the random weights.
 
     Raises:
         OSError: no such model.

@@ -27,7 +27,7 @@ class Memory(NamedTuple):
 
     Args:
         peak: bytes, the weights included; None where it was not measured.
-        weights: bytes of the model alone.
+        weights: bytes of the model.
         reason: why the method cannot run; "" when it can.
     """
 
@@ -94,7 +94,9 @@ def peak_here(spec: Spec, method: Method, steps: int) -> Memory:
     work = method.workload(spec)
     weights = tensor_bytes(work.model.parameters())
     if not fits(method.state * weights, work.device):
-        return Memory(None, weights, f"needs over {method.state * weights / 1e9:.1f} GB beside the weights, which is not free")
+        return Memory(
+            None, weights, f"needs over {method.state * weights / 1e9:.1f} GB in addition to the weights, which is not free"
+        )
     meter = MemoryMeter(work.model, work.device)
     running = method.setup(work)
     for _ in range(steps):

@@ -1,4 +1,4 @@
-"""MeZO as published, written plainly: what the speed-ups are measured against."""
+"""MeZO as published, written plainly; the speed-ups are measured against it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class ReferenceMeZO:
     over the cycle, so the weights drift even with lr 0.
 
     Args:
-        parameters: what is trained; written in place.
+        parameters: The trained parameters; written in place.
         eps: perturbation scale.
-        seed: of the first step; every step adds 1.
+        seed: The seed of the first step; every step adds 1.
     """
 
     def __init__(self, parameters: Iterable[Tensor], eps: float, seed: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""What was measured: rows, the table, the files."""
+"""The measurements: rows, the table, the files."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ class Row:
     """Time beyond the two forwards for each trained weight."""
 
     peak_bytes: int | None = None
-    """Most memory in use during a step, the weights included; of this method alone in a process."""
+    """Most memory in use during a step, the weights included; of this method in a process of its own."""
 
     memory_ratio: float | None = None
-    """Peak over that of forwards alone on weights of the same storage."""
+    """Peak over that of forwards on weights of the same storage."""
 
     gflops: float | None = None
     """Matrix products' operations a second; a ZO step is credited with those of its two forwards."""
@@ -87,7 +87,7 @@ def make_row(
         flops: of one step.
         gemm_gflops: the ceiling.
         peak: most memory in use.
-        inference_peak: that of forwards alone.
+        inference_peak: The peak of forwards.
         exact: see :class:`Row`.
     """
     middle = median(seconds)

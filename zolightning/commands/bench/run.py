@@ -32,7 +32,7 @@ def run(
 
     Args:
         spec: the workload.
-        names: of the methods; 'forward' is among them, and 'forward-master' where there is a master.
+        names: The names of the methods; 'forward' is among them, and 'forward-master' where there is a master.
         repeats: timed steps of each.
         warmup: steps of each before that.
         memory: measure peak memory too.
@@ -101,7 +101,7 @@ class Session:
                 return
             needed = max(needed, memory.peak - memory.weights)
         if not fits(needed, work.device):
-            self.skipped[name] = f"needs {needed / 1e9:.1f} GB beside the weights, which is not free"
+            self.skipped[name] = f"needs {needed / 1e9:.1f} GB in addition to the weights, which is not free"
             return
         try:
             running = method.setup(work if method.kind is None else method.workload(work.spec))

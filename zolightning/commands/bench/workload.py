@@ -35,13 +35,13 @@ class Spec:
     """Tokens of an example."""
 
     dtype: str
-    """What the forward's matrix products run in, a name of :data:`DTYPES`."""
+    """The dtype of the forward's matrix products, a name of :data:`DTYPES`."""
 
     master: Literal["fp32"] | None
     """Dtype of the stored weights where it is another than ``dtype``; the forward then runs under autocast."""
 
     logits: Literal["last", "full"]
-    """'last': cross-entropy at the last position alone. 'full': the language model's loss at every position."""
+    """'last': cross-entropy at the last position only. 'full': the language model's loss at every position."""
 
     device: str
     """'cpu' or 'cuda'."""
@@ -90,8 +90,8 @@ class Workload:
     the one set of weights, so that all of them fit.
 
     Args:
-        spec: what to make.
-        kind: quantise the linear layers so, see :func:`~zolightning.quantize`; such a workload is for one method alone.
+        spec: The workload to make.
+        kind: quantise the linear layers so, see :func:`~zolightning.quantize`; such a workload is for one method only.
 
     Raises:
         Unavailable: bitsandbytes is not installed, or cannot quantise this model.

@@ -18,7 +18,7 @@ _START = 10.0  # seconds in which a run's process loads libraries and model
 
 @dataclass(frozen=True)
 class Workload:
-    """What the duration depends on, beside the methods and the speed."""
+    """The settings on which the duration depends, in addition to the methods and the speed."""
 
     operations: float
     """Floating-point operations of the forward of one example."""

@@ -120,10 +120,10 @@ def settle_precision(asked: str) -> str:
 
 
 def prepare(task: Task, batch_size: int = 1) -> Workload:
-    """Fetch and check everything before the first run, so that what is wrong shows now.
+    """Fetch and check everything before the first run, so that errors show now.
 
     Args:
-        task: what all runs share.
+        task: The settings that all runs share.
         batch_size: the most examples that a run takes a step.
 
     Returns:

@@ -120,7 +120,7 @@ class Profile:
     """How long the demo runs."""
 
     methods: tuple[Method, ...]
-    """What is compared, in the order of the table."""
+    """The compared methods, in the order of the table."""
 
     validation: int
     """Validation examples; looked at while training runs."""

@@ -90,7 +90,7 @@ class PromptData(pl.LightningDataModule):
         test: for reporting.
         pad_id: token id of the padding.
         batch_size: examples a training step.
-        seed: of the shuffling.
+        seed: The seed of the shuffling.
     """
 
     def __init__(

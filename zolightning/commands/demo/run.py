@@ -79,14 +79,14 @@ class Task:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the matrix products run in."""
+        """The dtype of the matrix products."""
         named = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
         return named.get(self.precision.partition("-")[0], torch.float32)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to."""
+    """The result of a run."""
 
     method: str
     title: str
@@ -126,7 +126,7 @@ def splits(task: Task, seed: int = 0) -> Splits:
 
 
 class _History(Callback):
-    """Notes each validation beside the seconds of training it took to get there."""
+    """Notes each validation with the seconds of training it took to get there."""
 
     def __init__(self, monitor: ZOMonitor) -> None:
         self.monitor, self.rows = monitor, list[dict[str, float]]()
@@ -260,12 +260,12 @@ def run_to_file(task: Task, method: Method, seed: int, path: Path, threads: int 
 
 
 def settings(task: Task) -> dict[str, Any]:
-    """What the results depend on, for the report."""
+    """The settings on which the results depend, for the report."""
     return {k: v for k, v in asdict(task).items() if k not in ("store", "out")}
 
 
 def machine() -> dict[str, Any]:
-    """What their times depend on."""
+    """The machine on which their times depend."""
     speed = matmul_speed()
     gflops = {str(dtype).removeprefix("torch."): round(flops / 1e9) for dtype, flops in speed.flops.items()}
     found = {"cpu": cpu_name(), "instructions": torch.backends.cpu.get_cpu_capability(), "threads": speed.threads}

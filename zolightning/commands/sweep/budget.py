@@ -21,7 +21,7 @@ Clock = Literal["wall", "cpu"]
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run may spend on training; validation and logging are not counted."""
+    """The budget of a run's training; validation and logging are not counted."""
 
     amount: float
     """How much, > 0."""
@@ -50,7 +50,7 @@ class Meter(Callback):
     never exceeded.
 
     Args:
-        budget: what may be spent.
+        budget: The budget of the run.
         monitor: its count of forward passes is put right.
         data: the validation examples.
         validations: how often the validation examples are looked at after the start, >= 1; the last time is the end.

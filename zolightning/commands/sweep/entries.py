@@ -1,4 +1,4 @@
-"""What a sweep compares."""
+"""The entries that a sweep compares."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..demo.methods import ADAMW, CHECKPOINTED, LORA, REFT, Method
 
 @dataclass(frozen=True)
 class Entry:
-    """A method, and what is tried of it."""
+    """A method, and the learning rates to try."""
 
     method: Method
     """Its own ``lr``, ``steps`` and ``seeds`` are not used."""

@@ -19,7 +19,7 @@ TUNING_SEED = 1000
 
 @dataclass(frozen=True)
 class Plan:
-    """What an entry runs."""
+    """The runs of an entry."""
 
     entry: Entry
     tuning: tuple[Run, ...]
@@ -51,10 +51,10 @@ class Plan:
 
 
 def finish(plan: Plan, label: str, report_only: bool = False) -> list[Outcome]:
-    """Run what is not done yet; outcomes of the final runs.
+    """Run the runs that are not done yet; outcomes of the final runs.
 
     Args:
-        plan: what to run.
+        plan: The runs.
         label: before each line that is said.
         report_only: run nothing; outcomes of what is done.
     """

@@ -52,7 +52,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to."""
+    """The result of a run."""
 
     settings: dict[str, Any]
     steps: int
