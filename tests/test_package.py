@@ -17,6 +17,8 @@ from zolightning._answers import needs
 from zolightning._moved import MOVED
 from zolightning.strategy.by_name import register_by_name
 
+pytestmark = pytest.mark.integration
+
 PYPROJECT = Path(zolightning.__file__).parent.parent / "pyproject.toml"
 
 BARE = """
