@@ -72,7 +72,7 @@ def test_optimizer_that_looks_at_the_loss_again(settings: dict[str, Any]) -> Non
     if settings.get("optimizer") == "sgd":
         assert run(module, **settings).zo_step == 2
         return
-    with pytest.raises(MisconfigurationException, match=r"LBFGS looks at the loss again .* use an optimizer whose step\(\)"):
+    with pytest.raises(ValueError, match=r"LBFGS evaluates the loss again .* use an optimizer whose step\(\)"):
         run(module, **settings)
 
 

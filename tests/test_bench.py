@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from mlflow import MlflowClient
 from torch import nn
 
+from zolightning.adapt.matmul import fastest_dtype
 from zolightning.cli import main
 from zolightning.commands.bench.main import bench, select_methods
 from zolightning.commands.bench.measure import Gemm, count_flops, interleave, is_exact
@@ -109,7 +110,7 @@ def test_every_method_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert experiment is not None
     (logged,) = client.search_runs([experiment.experiment_id])
     assert logged.data.metrics["rank1/step_ms"] == pytest.approx(rows["rank1"]["step_ms"])
-    assert logged.data.params["dtype"] == "bf16"
+    assert logged.data.params["dtype"] == ("bf16" if fastest_dtype() == torch.bfloat16 else "fp32")
 
 
 def test_masters_full_logits_and_another_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
