@@ -83,7 +83,7 @@ def main() -> None:
         intervene_at_ending(model, train, tokenizer.pad_token_id)
         recipe, lr = "reft", 4e-2
     eps = args.eps or EPS.get((args.train, args.objective)) or RECIPES[recipe].eps
-    strategy = ZOStrategy(recipe, ledger=False, eps=eps, num_queries=args.queries)
+    strategy = ZOStrategy(recipe, ledger=False, eps=eps, num_queries=args.queries, lr=args.lr or lr)
     candidates = verbalizer_ids(tokenizer, prompt, texts.label_names)
     make_optimizer = partial(torch.optim.SGD, lr=args.lr or lr)
     module = Sentiment(OBJECTIVES[args.objective], model, candidates, make_optimizer, decay_steps=args.steps)

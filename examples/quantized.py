@@ -58,7 +58,8 @@ class Quantized(Method):
     """Where they are, or where this row leaves its own."""
 
     def strategy(self) -> Any:
-        return "auto" if self.recipe is None else ZOStrategy(self.recipe, **dict(self.settings))
+        own = {} if self.lr is None else {"lr": self.lr}
+        return "auto" if self.recipe is None else ZOStrategy(self.recipe, **{**own, **dict(self.settings)})
 
     @property
     def narrow(self) -> bool:

@@ -19,7 +19,7 @@ def test_three_ways_to_say_it() -> None:
     assert ZOStrategy("mezo", lr=1e-7).config == expected
     assert ZOStrategy(expected).config == expected
     assert ZOStrategy(recipes.MEZO, lr=1e-7).config == expected
-    assert ZOStrategy(eps=1e-3, num_queries=4).config == ZOConfig(eps=1e-3, num_queries=4)
+    assert ZOStrategy(eps=1e-3, num_queries=4).config == ZOConfig(eps=1e-3, num_queries=4, lr="auto")
 
 
 def test_pieces() -> None:

@@ -168,7 +168,7 @@ def trained(prepare: bool, tmp_path: Path, **config: Any) -> tuple[PromptClassif
             return batch
 
     module = (PromptClassifier if prepare else Whole)(intervened(trained=False), WORDS, lambda p: SGD(p, lr=0.01))
-    strategy = ZOStrategy(select="all", eps=1e-2, seed=3, ledger=tmp_path / f"{prepare}.zo", **config)
+    strategy = ZOStrategy(lr="module", select="all", eps=1e-2, seed=3, ledger=tmp_path / f"{prepare}.zo", **config)
     trainer = quiet_trainer(strategy, callbacks=[noted := Noted()])
     trainer.fit(module, loader([BATCH] * 4))
     assert strategy.last_record is not None
@@ -213,7 +213,7 @@ def test_a_step_prepares_once() -> None:
     module = Features(mlp())
     module.net[0].requires_grad_(False)
     before = weights(module)
-    strategy = fit(module, batches(4), ZOStrategy(select="all", seed=1)).strategy
+    strategy = fit(module, batches(4), ZOStrategy(lr="module", select="all", seed=1)).strategy
     assert module.prepared == 4 + 1, "once a step, and to look at the first batch"
     assert strategy.last_record.forwards == 3  # type: ignore[attr-defined]
     assert torch.equal(module.net[0].weight, before["net.0.weight"])
@@ -224,7 +224,7 @@ def test_preparing_with_trained_weights_is_refused_and_nothing_is_lost() -> None
     module = Features(mlp())
     before = weights(module)
     with pytest.raises(RuntimeError, match=r"`zo_prepare` reads the trained parameter 'net\.0\.(weight|bias)'"):
-        fit(module, batches(2), ZOStrategy(select="all"))
+        fit(module, batches(2), ZOStrategy(lr="module", select="all"))
     assert_same(weights(module), before)
 
 

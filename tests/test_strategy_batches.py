@@ -63,7 +63,7 @@ def test_batches_are_repeated(kind: str) -> None:
         assert type(batch) is type(SHAPES[kind](x, y))
         return per_example_mse(net, (x, y))
 
-    strategy = ZOStrategy(select="all", eps=1e-2, seed=1)
+    strategy = ZOStrategy(lr="module", select="all", eps=1e-2, seed=1)
     net = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Tanh(), nn.Linear(8, 3, bias=False))
     fit(PerExampleTask(net, loss, lambda p: SGD(p, lr=1e-3)), [SHAPES[kind](x, y) for x, y in batches(3)], strategy)
     assert sizes == [5, 5, 10, 10, 10, 10]  # three looks at what the step gives, then both probes of a step in one forward
@@ -78,7 +78,7 @@ def test_two_forwards_on_request() -> None:
         return per_example_mse(net, batch)
 
     net = nn.Sequential(nn.Linear(4, 3, bias=False))
-    fit(PerExampleTask(net, loss), batches(1), ZOStrategy(select="all", eps=1e-2, one_batch=False))
+    fit(PerExampleTask(net, loss), batches(1), ZOStrategy(lr="module", select="all", eps=1e-2, one_batch=False))
     assert sizes == [5, 5, 5, 5]
 
 
@@ -107,7 +107,7 @@ class Odd(nn.Linear):
 def test_rank1_where_linear_layers_hold_nearly_all(estimator: Any, last: type[nn.Linear], leaves: list[type[Leaf]]) -> None:
     """Biases take part where each example can read its own, and stay as they are where not: they are under a tenth here."""
     net = nn.Sequential(nn.Linear(4, 40), nn.Tanh(), last(40, 3))
-    strategy = ZOStrategy(estimator=estimator, select="re:2", eps=1e-2)
+    strategy = ZOStrategy(lr="module", estimator=estimator, select="re:2", eps=1e-2)
     fit(PerExampleTask(net, per_example_mse, lambda p: SGD(p, lr=1e-3)), batches(1), strategy)
     view = strategy.view(strategy.optimizers[0])
     assert [type(leaf) for leaf in view.leaves] == leaves
@@ -122,7 +122,7 @@ def test_rank1_where_linear_layers_hold_nearly_all(estimator: Any, last: type[nn
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_dense_otherwise(net: nn.Module, why: str) -> None:
-    strategy = ZOStrategy(select="all", eps=1e-2)
+    strategy = ZOStrategy(lr="module", select="all", eps=1e-2)
 
     def loss(net: nn.Module, batch: Any) -> Tensor:
         return net(batch[0]).square().mean(-1)
@@ -133,7 +133,7 @@ def test_dense_otherwise(net: nn.Module, why: str) -> None:
 
 
 def test_spsa_takes_the_mean_of_per_example_losses() -> None:
-    strategy = ZOStrategy(estimator=SPSA(1e-2), select="all", normalize=False)
+    strategy = ZOStrategy(lr="module", estimator=SPSA(1e-2), select="all", normalize=False)
     fit(PerExampleTask(mlp(), per_example_mse), batches(1), strategy)
     assert strategy.last_record.forwards == 2  # type: ignore[union-attr]
     assert strategy.estimator.eps == 1e-2
@@ -142,7 +142,7 @@ def test_spsa_takes_the_mean_of_per_example_losses() -> None:
 def test_compiled_layers_get_one_direction() -> None:
     net = nn.Sequential(nn.Linear(4, 3, bias=False))
     net[0].compile(backend="eager")
-    strategy = ZOStrategy(select="all", eps=1e-2)
+    strategy = ZOStrategy(lr="module", select="all", eps=1e-2)
     fit(PerExampleTask(net, per_example_mse), batches(1), strategy)
     assert len(strategy.last_record.terms) == 1  # type: ignore[union-attr]
 
@@ -167,7 +167,7 @@ def normalised(net: nn.Module, batch: Any) -> Tensor:
 @pytest.mark.parametrize("loss", [flat, regularised, normalised])
 def test_steps_that_cannot_have_a_direction_for_each_example_get_one(loss: Any) -> None:
     net = nn.Sequential(nn.Linear(4, 3, bias=False))
-    strategy = ZOStrategy(select="all", eps=1e-2)
+    strategy = ZOStrategy(lr="module", select="all", eps=1e-2)
     fit(PerExampleTask(net, loss), batches(2, size=4), strategy)
     assert len(strategy.last_record.terms) == 1  # type: ignore[union-attr]
 
@@ -183,13 +183,13 @@ def mixing(net: nn.Module, batch: Any) -> Tensor:
 @pytest.mark.parametrize("first", ["one example", "not a number"])
 def test_a_first_batch_that_shows_nothing_does_not_decide(first: str, loss: Any, terms: int) -> None:
     (start,) = batches(1, size=1) if first == "one example" else [(torch.full((4, 4), math.nan), torch.ones(4, 3))]
-    strategy = ZOStrategy(select="all", eps=1e-2)
+    strategy = ZOStrategy(lr="module", select="all", eps=1e-2)
     fit(PerExampleTask(nn.Sequential(nn.Linear(4, 3, bias=False)), loss), [start, *batches(2, size=4)], strategy)
     assert len(strategy.last_record.terms) == terms  # type: ignore[union-attr]
 
 
 def test_a_last_batch_of_one_example_is_standardised_as_the_one_before() -> None:
-    strategy = ZOStrategy(select="all", eps=1e-2, normalize="std")
+    strategy = ZOStrategy(lr="module", select="all", eps=1e-2, normalize="std")
     net = nn.Sequential(nn.Linear(4, 3, bias=False))
     fit(PerExampleTask(net, per_example_mse), [*batches(2, size=4), *batches(1, size=1)], strategy)
     record = strategy.last_record
@@ -204,7 +204,11 @@ def test_batches_of_one_example_are_looked_at_once() -> None:
         calls.append(len(batch[0]))
         return per_example_mse(net, batch)
 
-    fit(PerExampleTask(nn.Sequential(nn.Linear(4, 3, bias=False)), counted), batches(4, size=1), ZOStrategy(select="all"))
+    fit(
+        PerExampleTask(nn.Sequential(nn.Linear(4, 3, bias=False)), counted),
+        batches(4, size=1),
+        ZOStrategy(lr="module", select="all"),
+    )
     assert calls == [1, 1, 2] + [2] * 4
 
 
@@ -217,7 +221,7 @@ def test_objective_that_does_not_take_a_repeated_batch() -> None:
         return per_example_mse(net, batch)[:5]
 
     net = nn.Sequential(nn.Linear(4, 3, bias=False))
-    strategy = ZOStrategy(select="all", eps=1e-2)
+    strategy = ZOStrategy(lr="module", select="all", eps=1e-2)
     fit(PerExampleTask(net, fixed), batches(1), strategy)
     assert sizes == [5, 5, 10, 5, 5]
     assert len(strategy.last_record.terms) == 5  # type: ignore[union-attr]
@@ -236,11 +240,11 @@ def test_what_has_as_many_entries_as_examples_by_chance(size: int, entries: int,
     items = [(x, y, torch.full((entries,), 2.0)) for x, y in (*batches(2, size=4), *batches(1, size=size), *batches(1, size=4))]
     module, twin = (PerExampleTask(nn.Sequential(nn.Linear(4, 3)), scaled) for _ in range(2))
     twin.load_state_dict(module.state_dict())
-    strategy = ZOStrategy(select="all", eps=1e-2, estimator=estimator, seed=1)
+    strategy = ZOStrategy(lr="module", select="all", eps=1e-2, estimator=estimator, seed=1)
     with pytest.warns(UserWarning, match=f"a batch of {size} ran in two forwards, since doubling it failed: AssertionError"):
         fit(module, items, strategy)
     assert strategy.zo_step == 4
-    fit(twin, items, ZOStrategy(select="all", eps=1e-2, estimator=estimator, seed=1, one_batch=False))
+    fit(twin, items, ZOStrategy(lr="module", select="all", eps=1e-2, estimator=estimator, seed=1, one_batch=False))
     assert_same(weights(module), weights(twin), tolerance=1e-5)
 
 
@@ -254,7 +258,7 @@ def test_objective_that_changes_its_mind() -> None:
 
     net = nn.Sequential(nn.Linear(4, 3, bias=False))
     with pytest.raises(ValueError, match=r"a loss for each example at first.*ZOStrategy\(estimator='spsa'\)"):
-        fit(PerExampleTask(net, moody), batches(3), ZOStrategy(select="all", eps=1e-2))
+        fit(PerExampleTask(net, moody), batches(3), ZOStrategy(lr="module", select="all", eps=1e-2))
 
 
 def test_skipped_first_batch() -> None:
@@ -263,7 +267,7 @@ def test_skipped_first_batch() -> None:
 
     items = batches(2)
     first = items[0]
-    strategy = ZOStrategy(select="all", eps=1e-2)
+    strategy = ZOStrategy(lr="module", select="all", eps=1e-2)
     fit(PerExampleTask(nn.Sequential(nn.Linear(4, 3, bias=False)), loss), items, strategy)
     assert strategy.zo_step == 2
     assert not strategy.last_record.skipped  # type: ignore[union-attr]
@@ -276,7 +280,7 @@ def test_sequences() -> None:
     def loss(net: nn.Module, batch: Any) -> Tensor:
         return F.softplus(net(batch)).mean((1, 2))
 
-    strategy = ZOStrategy(select="all", eps=1e-2)
+    strategy = ZOStrategy(lr="module", select="all", eps=1e-2)
     fit(PerExampleTask(net, loss), [torch.randn(3, 7, 4)], strategy)
     assert len(strategy.last_record.terms) == 3  # type: ignore[union-attr]
 
@@ -299,7 +303,7 @@ def test_unchanged_module_gets_a_direction_for_each_example(kind: str) -> None:
     items = [(torch.randn(*shape, 4), torch.randn(*shape, 3)) for _ in range(6)]
     ours = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Tanh(), nn.Linear(8, 3, bias=False))
     twin = copy.deepcopy(ours)
-    strategy = ZOStrategy(select="all", eps=1e-2, seed=1)
+    strategy = ZOStrategy(lr="module", select="all", eps=1e-2, seed=1)
     fit(Task(ours, mean_mse if kind == "examples" else tokens, lambda p: SGD(p, lr=1e-2)), items, strategy)
     assert len(strategy.last_record.terms) == 5  # type: ignore[union-attr]
     assert strategy.last_record.forwards == 2  # type: ignore[union-attr]
@@ -307,7 +311,7 @@ def test_unchanged_module_gets_a_direction_for_each_example(kind: str) -> None:
     def losses(net: nn.Module, batch: Any) -> Tensor:
         return (net(batch[0]).double() - batch[1].double()).square().flatten(1).mean(-1)
 
-    fit(PerExampleTask(twin, losses, lambda p: SGD(p, lr=1e-2)), items, ZOStrategy(select="all", eps=1e-2, seed=1))
+    fit(PerExampleTask(twin, losses, lambda p: SGD(p, lr=1e-2)), items, ZOStrategy(lr="module", select="all", eps=1e-2, seed=1))
     for a, b in zip(ours.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 

@@ -188,5 +188,5 @@ def test_lr_finder(tmp_path: Any) -> None:
 def test_optimizer_advice() -> None:
     with pytest.warns(UserWarning, match=r"AdamW, which keeps state .* ZOStrategy\(optimizer='sgd'\)"):
         fit(Task(mlp(), optimizer=lambda p: AdamW(p)), batches(1))
-    with pytest.warns(UserWarning, match=r"lr=0.5 is far from what"):
+    with pytest.warns(UserWarning, match=r"lr=0.5 is far from the rates"):
         fit(Task(mlp(), optimizer=lambda p: SGD(p, lr=0.5)), batches(1), ZOStrategy("spsa"))

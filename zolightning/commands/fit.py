@@ -186,7 +186,7 @@ def _task(name: str, data: str | None, columns: str | None, template: str | None
 def _optimizer(parameters: list[nn.Parameter], recipe: str, lr: float | None) -> torch.optim.Optimizer:
     if recipe == "adamw":
         return torch.optim.AdamW(parameters, lr=2e-5 if lr is None else lr, weight_decay=0.0)
-    return torch.optim.SGD(parameters, lr=(RECIPES[recipe].lr or 1e-3) if lr is None else lr)
+    return torch.optim.SGD(parameters, lr=(RECIPES[recipe].own_lr or 1e-3) if lr is None else lr)
 
 
 def _given(**settings: Any) -> Any:

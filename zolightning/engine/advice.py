@@ -43,7 +43,7 @@ def advice(config: ZOConfig, optimizer: Optimizer, stepper: Optimizer) -> Iterat
         )
     lr = base_lr(optimizer.param_groups[0])
     most = max(1e-2, 5 * (config.eps or 0.0))  # weights that bear large probes bear large steps
-    if config.normalize and plain and not 1e-5 <= lr <= most and lr != 0:
+    if config.normalize and not config.finds_lr and plain and not 1e-5 <= lr <= most and lr != 0:
         yield (
             f"with normalised steps the learning rate is the RMS change per weight and step; lr={lr:g} is far from the rates "
             "that train (3e-4 to 3e-3 for a pretrained model). Set it with ZOStrategy(lr=...)"

@@ -21,14 +21,14 @@ def override_lr(optimizer: Optimizer, schedulers: Iterable[LRScheduler], lr: flo
     """Scale every rate of the optimizer and of its schedulers so that the first group's base rate is ``lr``.
 
     Raises:
-        ValueError: that base rate is 0.
+        ValueError: that base rate is 0, and ``lr`` is not.
     """
     base = base_lr(optimizer.param_groups[0])
-    if base == 0.0:
+    if base == 0.0 and lr != 0.0:
         raise ValueError(
             "`ZOStrategy(lr=...)` scales all learning rates by the first group's, which is 0; set them in the module"
         )
-    factor = lr / base
+    factor = lr / base if base else 0.0
     for group in optimizer.param_groups:
         for name in _OF_GROUPS & set(group):
             group[name] = group[name] * factor

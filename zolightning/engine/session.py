@@ -37,7 +37,9 @@ from ..types import Batch, Estimate, Forward, Key, Shared, SkipStep, StepRecord,
 from .advice import advice, check_optimizer
 from .rates import override_lr
 from .recording import Recording
+from .skips import SkipWatch
 from .step import finish, keep_best, merge
+from .step_size import StepSizes
 from .subspace import Calibration, Setting, Subspace, compute_dtype, find_subspace
 from .ties import TieWatch
 from .uninterrupted import uninterrupted
@@ -45,6 +47,8 @@ from .updates import UpdateStats, apply_update, widened_state
 
 Say: TypeAlias = Callable[[str], None]
 """Where a line for the user goes."""
+Clip: TypeAlias = Callable[[Sequence[float]], Sequence[float]]
+"""The projected gradients → as many clipped ones."""
 
 _SEEDS = 1 << 64
 _log = logging.getLogger("zolightning")
@@ -105,14 +109,15 @@ class Session:
         self._steppers: dict[int, Optimizer] = {}
         self._shaping_states: dict[int, State] = {}
         self._calibration = Calibration()
+        self._sizes = StepSizes(self.config.finds_lr, inform)
         self._window: list[Estimate] = []
         self._trials: list[Callable[[Sequence[Term]], float]] = []
         self._ties = TieWatch()
-        self._skips = 0
+        self._skips = SkipWatch(self.config.max_skips)
         self._warned: set[str] = set()
         for optimizer in self.optimizers:
-            if self.config.lr is not None:
-                override_lr(optimizer, schedulers, self.config.lr)
+            if (lr := self.config.own_lr) is not None:
+                override_lr(optimizer, schedulers, lr)
             check_optimizer(self.config, optimizer, self.stepper(optimizer))
             for line in advice(self.config, optimizer, self.stepper(optimizer)):
                 warn(line)
@@ -143,14 +148,17 @@ class Session:
                 batch = self._prepared(prepare, forward, batch, optimizer)
             space = self.subspace(forward, batch, optimizer)
             space.runner.view.check()
+            looks = 0
             if not self._window:
+                trial, place = partial(self._trial, forward, batch, space), self._place(optimizer)
+                looks = self._sizes.look(place, optimizer, space.runner.view.leaves, trial)
                 space.runner.view.read.clear()
             key = Key(self.seed, self.step, sum(len(e.terms) for e in self._window))
             ran = space.runner.run(forward, batch, partial(self.estimator.ask, key))
         except SkipStep:
             return None
         estimate = self.estimator.tell(key, ran.answers)
-        estimate = estimate._replace(forwards=estimate.forwards + (prepare is not None))
+        estimate = estimate._replace(forwards=estimate.forwards + (prepare is not None) + looks)
         self._report(space, ran.refused, ran.dtype, estimate)
         self._window.append(estimate)
         if self.config.conservative:
@@ -158,9 +166,7 @@ class Session:
         return estimate._replace(output=ran.output)
 
     @torch.no_grad()
-    def update(
-        self, optimizer: Optimizer | None = None, clip: Callable[[Sequence[float]], Sequence[float]] | None = None
-    ) -> StepRecord:
+    def update(self, optimizer: Optimizer | None = None, clip: Clip | None = None) -> StepRecord:
         """Clip, shape, record and apply the estimates since the last update, as one optimizer step.
 
         Args:
@@ -171,7 +177,11 @@ class Session:
             RuntimeError: too many steps in a row had no finite projected gradient; the weights are the last finite step's.
         """
         optimizer = optimizer or self.optimizers[0]
-        place = [id(o) for o in self.optimizers].index(id(optimizer))
+        with self._sizes.applied(self._place(optimizer), optimizer):
+            self.last_record = self._update(self._place(optimizer), optimizer, clip)
+        return self.last_record
+
+    def _update(self, place: int, optimizer: Optimizer, clip: Clip | None) -> StepRecord:
         window, self._window = merge(self._window), []
         trials, self._trials = self._trials, []
         clipped = window.coefficients if clip is None else clip(window.coefficients)
@@ -181,19 +191,21 @@ class Session:
             record = keep_best(record, lambda terms: sum(trial(terms) for trial in trials) / len(trials), len(trials))
         self.last_stats = UpdateStats()
         optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look at; its step() may not be called
-        if record.skipped:
-            self._count_skip(record)
-            self.step += 1
-            if self._ledger is not None:
-                self._ledger.skipped(record.step)
-        else:
-            self._skips = 0
+        if found := self._skips(record):
+            self.warn_once("skip", found)
+        if not record.skipped:
             record = record._replace(unread=self._unread(optimizer, record))
-            with uninterrupted():
+        with uninterrupted():
+            if not record.skipped:
                 self._apply(place, optimizer, record)
-                self.step += 1
-        self.last_record = record
+            elif self._ledger is not None:
+                self._ledger.skipped(record.step)
+            self._sizes.took(place, record)
+            self.step += 1
         return record
+
+    def _place(self, optimizer: Optimizer) -> int:
+        return [id(o) for o in self.optimizers].index(id(optimizer))
 
     def subspace(self, forward: Forward, batch: Batch, optimizer: Optimizer | None = None) -> Subspace:
         """The subspace that the optimizer's steps search, found by trying ``forward`` on the batch when it is not known yet.
@@ -235,6 +247,7 @@ class Session:
             "config": self.config.to_dict(),
             "rng": rng_state(self.device),
             "calibration": asdict(self._calibration),
+            "step_sizes": self._sizes.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -246,6 +259,7 @@ class Session:
         self._shaping_states = {place: state_from(saved, self.shaping) for place, saved in state["shaping"].items()}
         self.seed, self.step = state["seed"], state["zo_step"]
         self._calibration = Calibration(**state.get("calibration", {}))
+        self._sizes.load_state_dict(state.get("step_sizes"))
         set_rng_state(state["rng"], self.device)
 
     def follow(self, before: Session) -> None:
@@ -309,20 +323,6 @@ class Session:
         self.last_stats = apply_update(stepper, read, record.terms, key, measure=self.measure_update)
         if recorder is not None:
             recorder.applied()
-
-    def _count_skip(self, record: StepRecord) -> None:
-        if not record.raw:  # the step returned None
-            return
-        if all(map(math.isfinite, record.raw)):  # a tie
-            self._skips = 0
-            return
-        self._skips += 1
-        self.warn_once("skip", f"step {record.step} skipped: {record.skipped}; the weights are as before")
-        if self._skips >= self.config.max_skips:
-            raise RuntimeError(
-                f"{self._skips} steps in a row had no finite projected gradient (last: {record.skipped}). The weights are "
-                "those of the last finite step. Lower lr or eps, or look at the loss; ZOStrategy(max_skips=...) sets this limit"
-            )
 
     def _report(self, space: Subspace, refused: str, dtype: torch.dtype | None, estimate: Estimate) -> None:
         blocks, graphs = space.runner.blocks, space.runner.graphs

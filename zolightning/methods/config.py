@@ -88,8 +88,10 @@ class ZOConfig:
     clip: float | None = None
     """Largest |g| before normalising, > 0; None: no clip beyond the Trainer's gradient_clip_val."""
 
-    lr: float | None = None
-    """Learning rate in place of the module's own; its schedule keeps its shape. None: the module's."""
+    lr: float | Literal["auto", "module"] | None = None
+    """Learning rate in place of the module's own; its schedule keeps its shape. 'auto', of the default recipe: one that is
+    found, free of the scale of weights and loss, see :class:`~zolightning.engine.step_size.StepSize`; it is for steps that are
+    normalised by their RMS, on weights and not on scales, and means the module's elsewhere. None or 'module': the module's."""
 
     optimizer: str | MakeOptimizer = "module"
     """'module': the optimizer that configure_optimizers returns. Else one that takes its place, with the lr, weight decay and
@@ -113,8 +115,14 @@ class ZOConfig:
         one_of("scales", self.scales, ("frozen", "absolute", "relative"))
         if isinstance(self.select, str) and self.select.startswith("scales") and self.scales == "frozen":
             raise ValueError(f"`select={self.select!r}` needs `scales='relative'` or `scales='absolute'`, got 'frozen'")
-        if self.lr is not None and not 0 <= self.lr < math.inf:
-            raise ValueError(f"`lr` must be a finite number >= 0, got {self.lr}")
+        if self.lr == "module":
+            object.__setattr__(self, "lr", None)
+        if isinstance(self.lr, str) and self.lr != "auto":
+            raise ValueError(f"`lr={self.lr!r}` is unknown; allowed: 'auto', 'module' and numbers >= 0")
+        if isinstance(self.lr, (int, float)):
+            object.__setattr__(self, "lr", float(self.lr))
+            if not 0 <= self.lr < math.inf:
+                raise ValueError(f"`lr` must be a finite number >= 0, got {self.lr}")
         if self.max_skips < 1:
             raise ValueError(f"`max_skips` must be >= 1, got {self.max_skips}")
         one_of("normalize", str(self.normalize), ("True", "False", "std", "rank"))
@@ -157,6 +165,16 @@ class ZOConfig:
         return Chain(*links)
 
     @property
+    def finds_lr(self) -> bool:
+        """Whether the size of a step is found by the loss."""
+        return self.lr == "auto" and self.normalize is True and self.scales == "frozen"
+
+    @property
+    def own_lr(self) -> float | None:
+        """The learning rate, where it is a number."""
+        return self.lr if isinstance(self.lr, float) else None
+
+    @property
     def make_optimizer(self) -> MakeOptimizer | None:
         """What makes the optimizer that takes the place of the module's; None for the module's own."""
         if isinstance(self.optimizer, str):
@@ -188,7 +206,8 @@ class Overrides(TypedDict, total=False):
             deviation over the step's directions; 'rank': take its order among them.
         normalize_beta: Decay of that running RMS, in [0, 1).
         clip: Largest |g| before normalising, > 0; null: no clip.
-        lr: Learning rate in place of the module's own; its schedule keeps its shape.
+        lr: Learning rate in place of the module's own; its schedule keeps its shape. 'auto': found by the loss; 'module': the
+            module's.
         optimizer: 'module': as configure_optimizers says; 'sgd', 'momentum', 'sign', 'adam', or a function from parameter
             groups to an optimizer: instead of that, with its learning rates, weight decay and schedules.
         conservative: Keep the best of the weights, the step and the opposite step, by three more forwards.
@@ -209,7 +228,7 @@ class Overrides(TypedDict, total=False):
     normalize: bool | Literal["std", "rank"]
     normalize_beta: float
     clip: float | None
-    lr: float | None
+    lr: float | Literal["auto", "module"] | None
     optimizer: str | MakeOptimizer
     conservative: bool
     seed: int | None

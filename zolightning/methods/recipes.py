@@ -5,10 +5,11 @@ from __future__ import annotations
 from ..space import Cycle, LowRank, Sparse
 from .config import ZOConfig, one_of
 
-DEFAULT = ZOConfig()
+DEFAULT = ZOConfig(lr="auto")
 """Rank-1 directions per example on the middle blocks, normalised steps: what trained best on the demo task.
 
-A step whose examples have no losses of their own gets dense two-point SPSA on the same blocks.
+A step whose examples have no losses of their own gets dense two-point SPSA on the same blocks. Of the module's learning rate
+only the shape of its schedule counts; ``lr="module"`` takes it as it is.
 """
 
 SPSA = ZOConfig(estimator="spsa", structure="dense")

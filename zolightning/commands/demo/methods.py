@@ -81,11 +81,12 @@ class Method:
 
     def strategy(self) -> Any:
         """For Trainer(strategy=...)."""
-        return ZOStrategy(self.recipe, **self.overrides) if self.recipe is not None else "auto"
+        own = {} if self.lr is None else {"lr": self.lr}
+        return ZOStrategy(self.recipe, **{**own, **self.overrides}) if self.recipe is not None else "auto"
 
     def make_optimizer(self) -> MakeOptimizer:
         """SGD for ZO, whose recipes bring any other; AdamW for backprop."""
-        own = RECIPES[self.recipe].lr if self.recipe is not None else None
+        own = RECIPES[self.recipe].own_lr if self.recipe is not None else None
         lr = self.lr or own or 0.0
         return partial(SGD, lr=lr) if self.zeroth_order or self.published else partial(AdamW, lr=lr, weight_decay=0.0)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,6 @@ def train(run: Run) -> Outcome:
     """Fine-tune within the budget, and test if the run is final; everything is logged to the task's store."""
     quiet()
     task, method = run.task, run.method
-    if method.zeroth_order:  # also where the recipe has a learning rate of its own
-        method = replace(method, overrides={**method.overrides, "lr": method.lr})
     module, data = build(task, method, run.seed)
     logger = start_record(task, method, run.seed, run.name)
     logger.log_hyperparams({"budget": str(run.budget), "clock": run.budget.clock, "final": run.final})
