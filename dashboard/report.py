@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from . import text, words
-from .facts import READ, quality_key
+from .facts import quality_key
 from .palette import Style
 from .scene import Scene
 from .screens.curves import first_keys
@@ -44,8 +44,6 @@ def report(scene: Scene, view: View, store: str) -> str:
         store: its address as it may be shown.
     """
     runs = scene.shown(view)
-    key = quality_key(runs, view.quality)
-    scene.read(runs, [*READ, *([key] if key is not None else [])])
     keys = list(view.keys) or first_keys(runs)
     drawn = [run for member in scene.members(view) for run in member.runs]
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -97,6 +97,7 @@ class Scene:
             runs: which.
             quality: the metric that says how good a model is; None: unknown.
         """
+        self.read(runs, [*READ, *([quality] if quality is not None else [])])
         series, of_run = self.store.source.series, self.store.of_run
         return {run.id: of_run(run, ("facts", quality), partial(facts, run, series, quality)) for run in runs}
 

@@ -95,12 +95,10 @@ def _read_ahead(store: str) -> None:
     # Streamlit would note that nobody is looking yet
     logging.getLogger("streamlit.runtime.scriptrunner_utils.script_run_context").setLevel(logging.ERROR)
     with contextlib.suppress(Exception):  # the page will say what is wrong
-        from .facts import READ, quality_key
+        from .facts import quality_key
         from .scene import look, open_store
         from .view import View
 
         scene = look(open_store(store), ())
-        key = quality_key(scene.runs)
-        scene.read(scene.runs, [*READ, *([key] if key is not None else [])])
-        scene.facts(scene.runs, key)
+        scene.facts(scene.runs, quality_key(scene.runs))
         scene.savings(View())

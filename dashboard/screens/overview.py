@@ -13,7 +13,7 @@ import streamlit as st
 from .. import text, words
 from ..charts.live import Card, Figure, cards
 from ..comparison import Saving
-from ..facts import READ, Facts, quality_key
+from ..facts import Facts, quality_key
 from ..scene import Scene
 from ..session import current
 from ..source import Run
@@ -44,9 +44,8 @@ def render(scene: Scene) -> None:
 def _draw(scene: Scene) -> None:
     view = current()
     shown = scene.shown(view)
-    key = quality_key(scene.runs, view.quality)
+    key = scene.once(("quality", view.quality), lambda: quality_key(scene.runs, view.quality))
     going = [run for run in scene.runs if scene.states[run.id].kind in _GOING and run.status == "RUNNING"]
-    scene.read(scene.runs, [*READ, *([key] if key is not None else [])])
     _running(scene, going, key)
     savings = scene.savings(view)
     _savings(savings, scene.baseline(view))

@@ -13,7 +13,7 @@ import streamlit as st
 from .. import text
 from ..charts.still import Dot, trade_off
 from ..comparison import QUALITIES, counted, mean, method_name
-from ..facts import READ, Facts, quality_key
+from ..facts import Facts, quality_key
 from ..scene import Scene
 from ..session import change, current, widget
 from ..source import Run
@@ -74,7 +74,6 @@ def results(scene: Scene, view: View, key: str) -> list[Result]:
 
     def find() -> list[Result]:
         shown = [run for run in scene.shown(view) if key in run.keys]
-        scene.read(shown, [*READ, key])
         found = scene.facts(shown, key)
         groups = seed_groups(shown) if view.group else [[run] for run in shown]
         some = [_result(scene, group, found, 100 if is_share(key) else 1) for group in groups]
