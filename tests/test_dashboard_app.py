@@ -31,7 +31,7 @@ from streamlit.util import calc_hash
 from zolightning_dashboard import serve
 from zolightning_dashboard.charts.lines import Plotter
 from zolightning_dashboard.scene import Store, look
-from zolightning_dashboard.screens import parts
+from zolightning_dashboard.screens import parts, tradeoffs
 from zolightning_dashboard.source import open_source
 from zolightning_dashboard.view import View
 
@@ -571,3 +571,13 @@ def test_a_pinned_run_is_kept_in_the_address_and_named_in_cards_and_legend(ours:
     labels = {one["id"]: one["label"] for one in shown}
     assert labels[adamw.id].endswith(" · baseline")
     assert any(label.endswith("pts") for label in labels.values())
+
+
+def test_trade_offs_take_seeds_together_and_mark_what_has_not_ended(ours: Path) -> None:
+    source = open_source(f"sqlite:///{ours}")
+    scene = look(Store(source, Plotter(source)), ())
+    found = {one.name: one for one in tradeoffs.results(scene, View(group=True), "val/accuracy")}
+    zo = next(one for name, one in found.items() if name.endswith("(n=2)"))
+    assert (zo.quality, zo.spread, zo.peak, zo.ended) == pytest.approx((81.0, math.sqrt(2), 1.1 * 2**30, True))
+    assert [name for name, one in found.items() if not one.ended] == ["going on"]
+    assert len(tradeoffs.results(scene, View(), "val/accuracy")) == len(scene.runs)
