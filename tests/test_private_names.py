@@ -74,6 +74,13 @@ def _aten() -> Any:
     return torch.ops.aten
 
 
+def _parser() -> Any:
+    from jsonargparse import ArgumentParser
+
+    return ArgumentParser()
+
+
+LLAMA_CPP = ("llama-cpp-python", "0.3.34")
 LIGHTNING, TORCH, MODULE = ("lightning", "2.6.6"), ("torch", "2.13.0"), "torch.nn:Module"
 NAMES = {
     "_ResultCollection": Private(
@@ -109,6 +116,12 @@ NAMES = {
     "_schedulers": Private(*TORCH, _scheduler, "the schedules inside SequentialLR and ChainedScheduler"),
     "_scaled_dot_product_flash_attention_for_cpu": Private(*TORCH, _aten, "the bench counts its operations"),
     "_scaled_dot_product_flash_attention_for_cpu_backward": Private(*TORCH, _aten, "the bench counts its operations"),
+    "_make_subclass": Private(*TORCH, "torch:Tensor", "a Parameter of another class over the same memory"),
+    "_nn": Private(*TORCH, "torch:_C", "where _parse_to is"),
+    "_parse_to": Private(*TORCH, lambda: torch._C._nn, "reads the arguments of Tensor.to()"),
+    "_option_string_actions": Private("jsonargparse", "4.53.0", _parser, "the options of a verb, to say which one was meant"),
+    "_lib": Private(*LLAMA_CPP, "llama_cpp.llama_cpp", "the library behind the binding, for ggml's own functions"),
+    "_base_path": Private(*LLAMA_CPP, "llama_cpp.llama_cpp", "the folder of its backends, which a build loads one by one"),
     "_convert_weight_packed_for_cpu_inverse": Private(
         "bitsandbytes", "0.50.2", "bitsandbytes.functional", "undoes the packing that an eval-mode forward does for good"
     ),
