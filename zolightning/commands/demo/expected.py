@@ -13,6 +13,7 @@ from .methods import Method
 from .run import Task
 
 _SHARE = 0.6  # of a lone product's speed that a run reaches, padding, attention, norms and updates counted in
+_SHORT = 0.6  # of a forward, at least, in a probe of a prompt's end: it reads the text's keys and values, measured on AVX2
 _START = 10.0  # seconds in which a run's process loads libraries and model
 
 
@@ -46,7 +47,7 @@ class Workload:
         """A step's cost for each example, in forwards of it."""
         if method.recipe is not None:
             probes = 2.0 * RECIPES[method.recipe].override(**method.overrides).num_queries
-            return 1.0 + self.ending * probes if method.interventions else probes
+            return 1.0 + max(self.ending, _SHORT) * probes if method.interventions else probes
         if method.lora:
             return 2.0  # the backward pass goes through the activations only
         return 4.0 if method.checkpointing else 3.0

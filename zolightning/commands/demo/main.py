@@ -44,7 +44,7 @@ def demo(
     Your own data: ``zolightning demo --model Qwen/Qwen2.5-0.5B --data reviews.csv --verbalizers '[" bad", " good"]'``.
 
     Args:
-        profile: 'quick' takes under ten minutes on two cores; 'full' makes the README's table.
+        profile: 'quick' takes about a quarter of an hour on two cores; 'full' makes the README's table.
         model: A Hugging Face id or a local folder. Default: SmolLM2-135M, 93 MB from the Python package index.
         data: A CSV or JSONL file, or a folder with train, validation and test files. Default: film-review snippets, 2.5 MB.
         text: The column with the texts.

@@ -146,7 +146,7 @@ def _methods(zo: int, reft: int, other_zo: int, backprop: int, batch_size: int, 
 
 PROFILES = {
     "quick": Profile(
-        _methods(zo=80, reft=50, other_zo=15, backprop=12, batch_size=16, seeds=1), validation=64, test=200, validations=3
+        _methods(zo=80, reft=30, other_zo=15, backprop=12, batch_size=16, seeds=1), validation=64, test=200, validations=3
     ),
     "full": Profile(
         _methods(zo=200, reft=200, other_zo=100, backprop=40, batch_size=32, seeds=3), validation=200, test=1000, validations=5
