@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +17,13 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from zolightning.engine.updates import apply_update, changes
 from zolightning.noise import DISTRIBUTIONS
+from zolightning.offload.disk import DiskTier
+from zolightning.offload.entry import Entry
+from zolightning.offload.files import OffloadError
 from zolightning.offload.residency import StoredParameter, bind, stored
 from zolightning.offload.schedule import Forecast
-from zolightning.offload.store import Entry, Store
-from zolightning.offload.tiers import DiskTier, HostTier, OffloadError, Tier
+from zolightning.offload.store import Store
+from zolightning.offload.tiers import HostTier, Tier
 from zolightning.space import Rank1, Structure, View, build_view
 from zolightning.space.structure import LowRank, Sparse
 from zolightning.types import Key, Term
@@ -39,7 +43,7 @@ def offloaded(module: nn.Module, tier: Tier, **options: Any) -> Store:
     store = Store(tier, **options)
     for name, parameter in module.named_parameters():
         if parameter.numel() > 1 << 16:
-            tier.write(name, parameter.detach())
+            tier.keep(name, parameter.detach())
             entry = Entry(name, parameter.shape, parameter.dtype, parameter.device)
             store.add(entry)
             bind(parameter, entry, store)
@@ -48,9 +52,7 @@ def offloaded(module: nn.Module, tier: Tier, **options: Any) -> Store:
 
 
 def disk() -> DiskTier:
-    tier = DiskTier({})
-    tier.work_in(Path("work.bin"))
-    return tier
+    return DiskTier(folder=Path("work"))
 
 
 @contextmanager
@@ -96,7 +98,8 @@ def update(optimizer: Optimizer, view: View, store: Store | None, terms: list[Te
     apply_update(optimizer, [leaf for leaf in view.leaves if id(leaf.parameter) not in away], terms, key)
     later = [leaf for leaf in view.leaves if id(leaf.parameter) in away]
     if store is not None:
-        store.defer((leaf.parameter.entry, leaf, change) for leaf, change in changes(optimizer, later, terms, key))
+        for change, members in changes(optimizer, later, terms, key):
+            store.defer(change, {leaf.parameter.entry: leaf for leaf in members})
 
 
 def same(a: Outcome, b: Outcome) -> bool:
@@ -236,7 +239,8 @@ def test_a_full_disk_stops_the_run_with_the_reason(monkeypatch: pytest.MonkeyPat
 def test_a_lost_work_file_is_noticed() -> None:
     module, tier = net(), disk()
     with running(offloaded(module, tier)) as store:
-        Path("work.bin").unlink()
+        trained(module, store, lambda p: SGD(p, lr=1e-3), steps=1)
+        shutil.rmtree("work")
         with pytest.raises(OffloadError, match="moved or deleted"):
             trained(module, store, lambda p: SGD(p, lr=1e-3), steps=1)
 

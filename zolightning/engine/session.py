@@ -43,7 +43,7 @@ from .step_size import StepSizes
 from .subspace import Calibration, Setting, Subspace, compute_dtype, find_subspace
 from .ties import TieWatch
 from .uninterrupted import uninterrupted
-from .updates import UpdateStats, apply_update, widened_state
+from .updates import Apply, UpdateStats, apply_update, widened_state
 
 Say: TypeAlias = Callable[[str], None]
 """Where a line for the user goes."""
@@ -68,6 +68,7 @@ class Session:
         muted: makes the context of forwards that are to log nothing: all of a step but the first.
         ledger: where the steps are recorded before they are applied, as a :class:`~zolightning.ledger.PendingLedger`; None:
             nowhere.
+        apply: has a step reach the weights, those that are not in memory too.
         inform: gets what the fit found out.
         warn: gets what the user should change.
 
@@ -87,6 +88,7 @@ class Session:
         repeatable: bool = True,
         muted: Muted = nullcontext,
         ledger: Recording | None = None,
+        apply: Apply = apply_update,
         inform: Say = _log.info,
         warn: Say = warnings.warn,
     ) -> None:
@@ -102,7 +104,7 @@ class Session:
         self.last_stats = UpdateStats()
         self.measure_update = False
         """Measure how the next update changes the weights, for :attr:`last_stats`."""
-        self._ledger, self._inform, self._warn = ledger, inform, warn
+        self._ledger, self._apply_update, self._inform, self._warn = ledger, apply, inform, warn
         self._isolation = Isolation(module, self.device)
         self._setting = Setting(module, self.config, self.estimator, self._isolation, repeatable, muted)
         self._subspaces: dict[int, Subspace] = {}
@@ -320,7 +322,7 @@ class Session:
             recorder.step(place, stepper, leaves, record)
         read = [leaf for i, leaf in enumerate(leaves) if i not in record.unread]
         key = Key(self.seed, record.step)
-        self.last_stats = apply_update(stepper, read, record.terms, key, measure=self.measure_update)
+        self.last_stats = self._apply_update(stepper, read, record.terms, key, measure=self.measure_update)
         if recorder is not None:
             recorder.applied()
 

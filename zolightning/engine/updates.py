@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +33,15 @@ class UpdateStats(NamedTuple):
     lost: float | None = None
     negative: int | None = None
     saturated: int | None = None
+
+
+class Apply(Protocol):
+    """Has a step reach the weights: :func:`apply_update`, or one that lets some of them wait."""
+
+    def __call__(
+        self, optimizer: Optimizer, leaves: Sequence[Leaf], terms: Sequence[Term], key: Key, *, measure: bool = False
+    ) -> UpdateStats:
+        """See :func:`apply_update`."""
 
 
 @torch.no_grad()
@@ -98,13 +107,15 @@ class Change(NamedTuple):
         return alone.state[leaf.parameter]  # type: ignore[no-any-return]
 
 
-def changes(optimizer: Optimizer, leaves: Sequence[Leaf], terms: Sequence[Term], key: Key) -> Iterator[tuple[Leaf, Change]]:
-    """The step that :func:`apply_update` would take now, for each leaf that it would change."""
+def changes(
+    optimizer: Optimizer, leaves: Sequence[Leaf], terms: Sequence[Term], key: Key
+) -> Iterator[tuple[Change, list[Leaf]]]:
+    """The step that :func:`apply_update` would take now: of each parameter group with leaves whose turn it is."""
     by_parameter = {id(leaf.parameter): leaf for leaf in leaves if leaf.active(key)}
     for group, members in _members(optimizer, by_parameter):
-        settings = {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
-        change = Change(optimizer, settings, tuple(terms), key)
-        yield from ((leaf, change) for leaf in members)
+        if members:
+            settings = {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items() if k != "params"}
+            yield Change(optimizer, settings, tuple(terms), key), members
 
 
 def _members(optimizer: Optimizer, by_parameter: Mapping[int, Leaf]) -> Iterator[tuple[dict[str, Any], list[Leaf]]]:

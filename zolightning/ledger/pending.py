@@ -71,6 +71,11 @@ class PendingLedger:
                     )
         return self.recorder
 
+    @property
+    def mark(self) -> bytes:
+        """Names the last record; b"" without a ledger."""
+        return b"" if self.recorder is None else self.recorder.mark
+
     def skipped(self, step: int) -> None:
         """This step left the weights as they are."""
         if self.recorder is not None:
@@ -87,8 +92,8 @@ class PendingLedger:
 
     def close(self) -> None:
         """End the ledger, or give back the right to write one."""
+        claim, self.claim = self.claim, None
         if self.recorder is not None:
             self.recorder.close()
-        elif self.claim is not None:
-            self.claim.release()
-        self.claim = None
+        elif claim is not None:
+            claim.release()

@@ -137,6 +137,11 @@ class Recorder:
         self._step, self._applying = record.step + 1, True
         self._moved.update(method.leaves)
 
+    @property
+    def mark(self) -> bytes:
+        """Names the last record, and with it all before it."""
+        return self._writer.digest
+
     def applied(self) -> None:
         """The step has been applied in full."""
         self._applying = False
@@ -186,8 +191,10 @@ class Recorder:
 
     def close(self) -> None:
         """End with a fingerprint."""
-        self.end()
-        self._writer.close()
+        try:
+            self.end()
+        finally:
+            self._writer.close()
 
     def _method(self, place: int, optimizer: Optimizer, leaves: Sequence[Leaf], options: Options) -> Method:
         slots = {id(p): slot for slot, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -14,9 +14,9 @@ from ..engine.updates import apply_update
 from ..methods.optimizers import optimizer_type
 from ..noise import DISTRIBUTIONS
 from ..space import LEAVES, Cycle, Leaf, Turn
-from ..types import Key
+from ..types import Key, Term
 from .fingerprint import fingerprint
-from .format import Check, LedgerError, Method, Options, Record, Step
+from .format import DIGEST, Check, LedgerError, Method, Options, Record, Step
 from .reader import Ledger
 
 
@@ -37,13 +37,31 @@ class Replayed:
     checked: int | None = None
 
 
-def replay(ledger: Ledger, parameters: Mapping[str, nn.Parameter], until: int | None = None) -> Replayed:
+class ApplyMarked(Protocol):
+    """Has a recorded step reach weights."""
+
+    def __call__(self, optimizer: Optimizer, leaves: Sequence[Leaf], terms: Sequence[Term], key: Key, mark: bytes) -> object:
+        """Take the step that :func:`~zolightning.engine.updates.apply_update` takes, now or later.
+
+        Args:
+            optimizer, leaves, terms, key: see there.
+            mark: the digest of the step's record, which names it.
+        """
+
+
+def replay(
+    ledger: Ledger,
+    parameters: Mapping[str, nn.Parameter],
+    until: int | None = None,
+    apply: ApplyMarked | None = None,
+) -> Replayed:
     """Bring the base's weights to those of a step, in place, bit for bit.
 
     Args:
         ledger: the run.
         parameters: all parameters of the module by name, as the run found them; changed in place.
         until: optimizer steps; None: all there are, of a ledger without damage.
+        apply: has the steps reach the weights, which are not compared with the run's then. None: at once.
 
     Raises:
         LedgerError: the parameters are not the run's base, the step is not in the ledger, the ledger is damaged before it,
@@ -54,8 +72,8 @@ def replay(ledger: Ledger, parameters: Mapping[str, nn.Parameter], until: int | 
     until = ledger.last if until is None else until
     check_range(ledger, until)
     check_base(ledger, parameters)
-    work = _Replay(ledger, parameters)
-    for record in records_until(ledger, until):
+    work = _Replay(ledger, parameters, apply)
+    for record, work.mark in records_until(ledger, until):
         try:
             work.take(record)
         except LedgerError:
@@ -69,7 +87,9 @@ def replay(ledger: Ledger, parameters: Mapping[str, nn.Parameter], until: int | 
 class _Replay:
     """Takes one record after another."""
 
-    def __init__(self, ledger: Ledger, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, ledger: Ledger, parameters: Mapping[str, nn.Parameter], apply: ApplyMarked | None) -> None:
+        self.mark = b""
+        self._apply = apply
         self.state = Replayed(ledger.header.start)
         self._ledger, self._parameters = ledger, parameters
         self._leaves: dict[int, list[Leaf]] = {}
@@ -83,8 +103,10 @@ class _Replay:
         elif isinstance(record, Step):
             self._step(record)
         elif isinstance(record, Check):
-            _compare(self._ledger, record, self._parameters)
-            self.state.step = self.state.checked = record.step
+            self.state.step = record.step
+            if self._apply is None:
+                _compare(self._ledger, record, self._parameters)
+                self.state.checked = record.step
 
     def _method(self, method: Method) -> None:
         place, state = method.optimizer, self.state
@@ -110,7 +132,11 @@ class _Replay:
         for group, lr in zip(optimizer.param_groups, step.lrs, strict=True):
             group["lr"] = lr
         leaves = [leaf for place, leaf in enumerate(self._leaves[step.optimizer]) if place not in step.unread]
-        apply_update(optimizer, leaves, step.terms, Key(self._ledger.header.seed, step.step))
+        key = Key(self._ledger.header.seed, step.step)
+        if self._apply is None:
+            apply_update(optimizer, leaves, step.terms, key)
+        else:
+            self._apply(optimizer, leaves, step.terms, key, self.mark)
         self.state.step = step.step + 1
 
 
@@ -143,14 +169,14 @@ def check_base(ledger: Ledger, parameters: Mapping[str, nn.Parameter]) -> None:
         )
 
 
-def records_until(ledger: Ledger, until: int) -> Iterator[Record]:
-    """The records that lead to the weights after ``until`` steps, checks of these weights included."""
-    for record in ledger:
+def records_until(ledger: Ledger, until: int) -> Iterator[tuple[Record, bytes]]:
+    """The records that lead to the weights after ``until`` steps, checks of these weights included, and their digests."""
+    for record, (_, end) in zip(ledger, ledger.spans, strict=True):
         if isinstance(record, Step) and record.step >= until:
             return
         if isinstance(record, Check) and record.step > until:
             return
-        yield record
+        yield record, ledger.data[end - DIGEST : end]
 
 
 def describe(parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[str, tuple[int, ...]]]:

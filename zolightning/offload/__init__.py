@@ -1,1 +1,30 @@
 """Training what does not fit: weights in host memory or on a disk, one matrix at a time where operations read it."""
+
+from .attach import attach, left_in_memory
+from .disk import DiskTier
+from .entry import Entry
+from .files import OffloadError
+from .notes import resume
+from .options import Offload
+from .pretrained import from_pretrained
+from .residency import StoredParameter, bind, move, stored
+from .store import Store
+from .tiers import HostTier, Tier
+
+__all__ = [
+    "DiskTier",
+    "Entry",
+    "HostTier",
+    "Offload",
+    "OffloadError",
+    "Store",
+    "StoredParameter",
+    "Tier",
+    "attach",
+    "bind",
+    "from_pretrained",
+    "left_in_memory",
+    "move",
+    "resume",
+    "stored",
+]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,20 +13,27 @@ from torch import Tensor
 from ..space import Leaf
 
 State = dict[str, Any]
-Change = Callable[[Leaf, State], State]
-"""Applies one step to a leaf, given the optimizer's state of it; returns the state after it."""
 
 
-class Written(NamedTuple):
-    """What the tier holds of an entry.
+class Change(Protocol):
+    """One step."""
+
+    def __call__(self, leaf: Leaf, state: State, /) -> State:
+        """Apply it to a leaf, given the optimizer's state of it; returns the state after it."""
+
+
+class Update(NamedTuple):
+    """One step of one parameter group, as the entries that lack it hold it.
 
     Args:
-        updates: that are in these bytes, since training began.
-        mark: names the last of them in the ledger; b"" for none.
+        change: what to do.
+        leaves: of which entries.
+        mark: names the step in the ledger; b"" where there is none.
     """
 
-    updates: int = 0
-    mark: bytes = b""
+    change: Change
+    leaves: Mapping[Entry, Leaf]
+    mark: bytes
 
 
 @dataclass(eq=False)
@@ -44,8 +51,9 @@ class Entry:
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-    written: Written = field(default_factory=Written)
-    log: list[tuple[Leaf, Change, bytes]] = field(default_factory=list)
+    mark: bytes = b""
+    """Names the last update that the tier's bytes have."""
+    log: list[Update] = field(default_factory=list)
     """The updates that the tier's bytes lack, oldest first."""
     state: dict[str, str] = field(default_factory=dict)
     """The optimizer's state: its name → its name in the tier."""

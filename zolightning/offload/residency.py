@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..space.probe import IN_PLACE, METADATA
 from .entry import Entry
+from .files import OffloadError
 from .store import Store
-from .tiers import OffloadError
 
 _T = torch.Tensor
 
@@ -71,6 +71,14 @@ def bind(parameter: nn.Parameter, entry: Entry, store: Store) -> None:
         ) from error
     assert isinstance(parameter, StoredParameter)
     parameter.entry, parameter.store = entry, store
+
+
+def move(parameters: Iterable[Tensor], device: torch.device) -> None:
+    """Have operations read those of them that are stored on this device from now on."""
+    for parameter in stored(parameters):
+        if parameter.entry.device != device:
+            parameter.entry.device = device
+            bind(parameter, parameter.entry, parameter.store)
 
 
 def stored(parameters: Iterable[Tensor]) -> list[StoredParameter]:
@@ -142,6 +150,11 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     _T.stride: _contiguous_strides,
     _T.untyped_storage: _own_storage,  # who compares addresses, or counts memory, looks at it
     _T.to: _convert,
+    _T.cpu: lambda parameter: _convert(parameter, "cpu"),
+    _T.double: lambda parameter: _convert(parameter, torch.float64),
+    _T.float: lambda parameter: _convert(parameter, torch.float32),
+    _T.half: lambda parameter: _convert(parameter, torch.float16),
+    _T.bfloat16: lambda parameter: _convert(parameter, torch.bfloat16),
     _T.data.__set__: _set_data,  # type: ignore[attr-defined]
     _T.data.__get__: lambda parameter: parameter.store.hold([parameter.entry])[0].detach(),  # type: ignore[attr-defined]
 }

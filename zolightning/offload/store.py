@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..space import Leaf
-from .entry import Change, Entry, Slot, State, Written
+from .entry import Change, Entry, Slot, Update
+from .files import OffloadError
+from .memory import Memory
+from .notes import note
 from .schedule import Forecast
-from .tiers import OffloadError, Tier
+from .tiers import Tier
 
 
 class Store:
@@ -34,26 +36,32 @@ class Store:
         self.tier, self.prefetch, self.write_every = tier, prefetch, write_every
         self._pool = pool
         self.entries: list[Entry] = []
-        self.on_written: Callable[[Entry, Tensor, State], None] | None = None
-        """Told of each entry that the tier holds anew."""
         self.misses = 0
         """Reads that nobody had foreseen."""
-        self._slots: dict[Entry, Slot] = {}
+        self._memory = Memory(Forecast([]))
         self._loading: set[Entry] = set()
         self._held: dict[int, tuple[Entry, ...]] = {}
         self._writes: deque[Entry] = deque()
         self._cv = threading.Condition()
-        self._forecast = Forecast([])
         self._threads: list[threading.Thread] = []
-        self._running = False
+        self.running = False
+        """Whether it reads ahead and writes behind."""
+        self._urgent = 0
         self._failure: BaseException | None = None
-        self.in_memory = self.most_in_memory = 0
-        """Bytes of weights and state in memory now, and at most."""
 
     def add(self, entry: Entry) -> None:
         """One more; the tier has its bytes."""
         self.entries.append(entry)
-        self._forecast = Forecast(self.entries)
+        self._memory.forecast = Forecast(self.entries)
+
+    @property
+    def most_in_memory(self) -> int:
+        """Bytes of weights and state that were in memory at once, at most."""
+        return self._memory.most_taken
+
+    def configure(self, *, pool: int | None, prefetch: int, write_every: int) -> None:
+        """Set the options anew, before :meth:`start`."""
+        self._pool, self.prefetch, self.write_every = pool, prefetch, write_every
 
     @property
     def pool(self) -> int:
@@ -75,11 +83,9 @@ class Store:
             for count, entry in enumerate(wanted, 1):
                 self._take(entry)
                 self._held[me] = wanted[:count]
-        slots = [self._slots[entry] for entry in wanted]
+        slots = [self._memory.slots[entry] for entry in wanted]
         for entry, slot in zip(wanted, slots, strict=True):
             self._bring_up_to_date(entry, slot)
-        if not self._running:
-            self._write_now()
         return [slot.tensor for slot in slots]
 
     def let_go(self) -> None:
@@ -87,22 +93,24 @@ class Store:
         held = self._held.pop(threading.get_ident(), ())
         with self._cv:
             for entry in held:
-                slot = self._slots[entry]
+                slot = self._memory.slots[entry]
                 slot.users -= 1
-                self._refuse_written(entry, slot)
+                self._memory.refuse_written(entry, slot)
             self._cv.notify_all()
 
-    def defer(self, changes: Iterable[tuple[Entry, Leaf, Change]], mark: bytes = b"") -> None:
-        """Note an update of these entries, which their next reads apply.
+    def defer(self, change: Change, leaves: Mapping[Entry, Leaf], mark: bytes = b"") -> None:
+        """Note an update, which the next read of an entry applies.
 
         Args:
-            changes: entry, its leaf, and what to do with it.
+            change: what to do with each leaf.
+            leaves: of the entries that are updated.
             mark: names the update in the ledger.
         """
         self._check()
+        update = Update(change, leaves, mark)
         with self._cv:
-            for entry, leaf, change in changes:
-                entry.log.append((leaf, change, mark))
+            for entry in leaves:
+                entry.log.append(update)
 
     def flush(self) -> None:
         """Bring every entry in the tier up to date.
@@ -115,71 +123,80 @@ class Store:
             if entry.log:
                 self.hold([entry])
                 with self._cv:
-                    self._queue(entry, self._slots[entry])
+                    self._queue(entry, self._memory.slots[entry])
         self.let_go()
         self._write_now()
         with self._cv:
-            while self._failure is None and any(slot.writing for slot in self._slots.values()):
+            while self._failure is None and any(slot.writing for slot in self._memory.slots.values()):
                 self._cv.wait()
         self._check()
-        self.tier.sync()
+        self.tier.commit({entry.name: note(entry) for entry in self.entries})
 
     # ------------------------------------------------------------------ threads
 
     def start(self) -> None:
         """Read ahead and write behind from now on."""
-        if self._running:
+        if self.running:
             return
-        self._running, self._failure = True, None
+        self.running, self._failure = True, None
         work = [self._write_behind, *([self._read_ahead] if self.prefetch else [])]
         self._threads = [threading.Thread(target=w, name=f"zolightning{w.__name__}", daemon=True) for w in work]
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
-        """Let the threads end, and what is in memory go. Reads still work, one at a time."""
+        """Let the threads end, and what is in memory go. Reads still work, one at a time; nothing is written any more."""
         with self._cv:
-            self._running = False
+            self.running = False
             self._cv.notify_all()
         for thread in self._threads:
             thread.join()
         self._threads = []
+        self._writes.clear()
+        for slot in self._memory.slots.values():
+            slot.writing = False
+        self.empty()
+
+    def empty(self) -> None:
+        """Let everything go that is in memory and not on its way into the tier."""
         self.let_go()
         with self._cv:
-            for entry in [e for e, slot in self._slots.items() if not slot.users]:
-                self._slots[entry].writing = False
-                self._drop(entry)
-            self._writes.clear()
+            while self._memory.evict(keep=()):
+                pass
 
     @torch.no_grad()
     def _read_ahead(self) -> None:
         while True:
             with self._cv:
-                entry = self._next_ahead() if self._running else None
-                while self._running and entry is None:
-                    self._cv.wait()
-                    entry = self._next_ahead() if self._running else None
-                if entry is None:
+                try:
+                    while self.running and (entry := self._next_ahead()) is None:
+                        self._cv.wait()
+                except OffloadError as error:  # a weight that went had been written to
+                    self._failure = error
+                    return
+                if not self.running or entry is None:
                     return
                 self._loading.add(entry)
             try:
                 self._load(entry, ahead=True)
             except Exception:  # whoever needs it will meet the same, and be told
                 with self._cv:
-                    self._forecast.wasted(entry)
+                    self._memory.forecast.wasted(entry)
 
     def _next_ahead(self) -> Entry | None:
         """What to read now, with room made for it: the nearest that is missing, if it fits beside those before it."""
-        ahead = list(self._forecast.ahead(self.prefetch))
+        if self._urgent:
+            return None
+        ahead = list(self._memory.forecast.ahead(self.prefetch))
         for entry in ahead:
             assert isinstance(entry, Entry)
             if entry in self._loading:
                 return None  # in turn
-            if entry not in self._slots:
-                while self.in_memory + entry.nbytes > self.pool:
-                    if not self._evict(keep=ahead):
+            if entry not in self._memory.slots:
+                while self._memory.taken + entry.nbytes > self.pool:
+                    if not self._memory.evict(keep=ahead):
                         return None
-                self._grow(entry.nbytes)
+                self._memory.grow(entry.nbytes)
                 return entry
         return None
 
@@ -187,9 +204,9 @@ class Store:
     def _write_behind(self) -> None:
         while True:
             with self._cv:
-                while self._running and not self._writes:
+                while self.running and (not self._writes or self._failure is not None):
                     self._cv.wait()
-                if not self._writes:
+                if not self._writes or self._failure is not None:
                     return
             self._write_now()
 
@@ -200,11 +217,10 @@ class Store:
                 if not self._writes or self._failure is not None:
                     return
                 entry = self._writes.popleft()
-                slot = self._slots[entry]
+                slot = self._memory.slots[entry]
                 count = slot.applied
-                after = Written(entry.written.updates + count, entry.log[count - 1][2])
             try:
-                self._write(entry, slot, after)
+                self._write(entry, slot)
             except Exception as error:
                 with self._cv:
                     self._failure = error
@@ -212,6 +228,7 @@ class Store:
                     self._cv.notify_all()
                 return
             with self._cv:
+                entry.mark = entry.log[count - 1].mark
                 del entry.log[:count]
                 slot.applied -= count
                 slot.writing = False
@@ -221,27 +238,27 @@ class Store:
 
     def _take(self, entry: Entry) -> Slot:
         with self._cv:
-            self._forecast.note(entry)
+            self._memory.forecast.note(entry)
             self._cv.notify_all()  # the reader goes on
             while True:
-                slot = self._slots.get(entry)
+                slot = self._memory.slots.get(entry)
                 if slot is not None:
                     slot.users += 1
                     if slot.ahead:
                         slot.ahead = False
-                        self._forecast.used(entry)
+                        self._memory.forecast.used(entry)
                     return slot
                 if entry not in self._loading:
                     break
+                self._memory.awaited.append(entry)
                 self._cv.wait()
+                self._memory.awaited.remove(entry)
             self.misses += 1
-            while self.in_memory + entry.nbytes > self.pool and self._evict(keep=()):
+            self._urgent += 1  # nothing is read ahead into the room that is waited for
+            while self._memory.taken + entry.nbytes > self.pool and (self._memory.evict(keep=()) or self._wait_for_room()):
                 pass
-            while self.in_memory + entry.nbytes > self.pool and self._will_shrink():
-                self._cv.wait()
-                while self.in_memory + entry.nbytes > self.pool and self._evict(keep=()):
-                    pass
-            self._grow(entry.nbytes)
+            self._urgent -= 1
+            self._memory.grow(entry.nbytes)
             self._loading.add(entry)
         return self._load(entry, ahead=False)
 
@@ -249,20 +266,24 @@ class Store:
         """Read it into the room made for it, bring it up to date, and let others see it."""
         size = entry.nbytes
         try:
-            tensor = self.tier.read(entry.name)
-            state = {key: self.tier.read(name) for key, name in entry.state.items()} | entry.plain
-            slot = Slot(tensor, state, size, users=0 if ahead else 1, ahead=ahead)
-            self._bring_up_to_date(entry, slot)
+            with torch.inference_mode(False):  # a validation's tensors outlive it
+                return self._loaded(entry, size, ahead)
         except BaseException:
             with self._cv:
                 self._loading.discard(entry)
-                self.in_memory -= size
+                self._memory.taken -= size
                 self._cv.notify_all()
             raise
+
+    def _loaded(self, entry: Entry, size: int, ahead: bool) -> Slot:
+        tensor = self.tier.read(entry.name)
+        state = {key: self.tier.read(name).to(entry.device) for key, name in entry.state.items()} | entry.plain
+        slot = Slot(tensor.to(entry.device), state, size, users=0 if ahead else 1, ahead=ahead)
+        self._bring_up_to_date(entry, slot)
         with self._cv:
             self._loading.discard(entry)
-            self._slots[entry] = slot
-            if slot.applied >= self.write_every:
+            self._memory.slots[entry] = slot
+            if self.running and slot.applied >= self.write_every:
                 self._queue(entry, slot)
             self._cv.notify_all()
         return slot
@@ -270,25 +291,32 @@ class Store:
     def _bring_up_to_date(self, entry: Entry, slot: Slot) -> None:
         if slot.applied == len(entry.log):
             return
-        with entry.lock, torch.no_grad():
+        with entry.lock, torch.inference_mode(False), torch.no_grad():
             with self._cv:
-                while slot.writing and self._failure is None and self._running:
+                while slot.writing and self._failure is None and self.running:
                     self._cv.wait()
                 todo = entry.log[slot.applied :]
             self._check()
             if not todo:
                 return
             weight = nn.Parameter(slot.tensor.data)  # another Parameter: nobody else sees it half-way
-            for leaf, change, _ in todo:
-                slot.state = change(leaf.on(weight), slot.state)
+            try:
+                for update in todo:
+                    slot.state = update.change(update.leaves[entry].on(weight), slot.state)
+            except BaseException:
+                with self._cv:  # the tier's bytes and the noted updates make the entry anew
+                    self._memory.discard(entry, slot)
+                    self._held = {me: tuple(e for e in held if e is not entry) for me, held in self._held.items()}
+                    self._cv.notify_all()
+                raise
             with self._cv:
                 slot.applied += len(todo)
                 more = sum(v.nbytes for v in slot.state.values() if isinstance(v, Tensor))
                 if more != entry.state_bytes:  # made by the first update
-                    self._grow(more - entry.state_bytes)
+                    self._memory.grow(more - entry.state_bytes)
                     slot.size += more - entry.state_bytes
                     entry.state_bytes = more
-                if self._slots.get(entry) is slot and slot.applied >= self.write_every:
+                if self.running and self._memory.slots.get(entry) is slot and slot.applied >= self.write_every:
                     self._queue(entry, slot)
 
     def _queue(self, entry: Entry, slot: Slot) -> None:
@@ -297,7 +325,7 @@ class Store:
             self._writes.append(entry)
             self._cv.notify_all()
 
-    def _write(self, entry: Entry, slot: Slot, after: Written) -> None:
+    def _write(self, entry: Entry, slot: Slot) -> None:
         for key, value in slot.state.items():
             if isinstance(value, Tensor):
                 entry.state[key] = f"{entry.name}#{key}"
@@ -305,47 +333,16 @@ class Store:
             else:
                 entry.plain[key] = value
         self.tier.write(entry.name, slot.tensor)
-        entry.written = after
-        if self.on_written is not None:
-            self.on_written(entry, slot.tensor, slot.state)
 
-    # ------------------------------------------------------------------ memory
-
-    def _grow(self, size: int) -> None:
-        self.in_memory += size
-        self.most_in_memory = max(self.most_in_memory, self.in_memory)
-
-    def _evict(self, keep: Iterable[Any]) -> bool:
-        """Make room: let an entry go that nobody uses, last those that come next."""
-        kept = set(keep)
-        idle = [e for e, slot in self._slots.items() if not slot.users and not slot.writing and e not in kept]
-        if not idle:
-            return False
-        self._drop(min(idle, key=lambda e: self._slots[e].ahead))
-        return True
-
-    def _will_shrink(self) -> bool:
-        writes = self._failure is None and self._running and any(slot.writing for slot in self._slots.values())
-        return writes or bool(self._loading)
-
-    def _drop(self, entry: Entry) -> None:
-        slot = self._slots.pop(entry)
-        self._refuse_written(entry, slot)
-        if slot.ahead:
-            self._forecast.wasted(entry)
-        self.in_memory -= slot.size
-        self._cv.notify_all()
-
-    def _refuse_written(self, entry: Entry, slot: Slot) -> None:
-        if slot.tensor._version != slot.seen:
-            slot.seen = slot.tensor._version
-            raise OffloadError(
-                f"{entry.name!r} was written to by something else than the optimizer while its weights are offloaded; the "
-                "change would be lost. Change weights before `fit` begins, or train without offload"
-            )
+    def _wait_for_room(self) -> bool:
+        """Wait until a write or a read has ended; False when there is none to wait for."""
+        writes = self._failure is None and self.running and any(slot.writing for slot in self._memory.slots.values())
+        return (writes or bool(self._loading)) and self._cv.wait()
 
     def _check(self) -> None:
         if self._failure is not None:
+            if isinstance(self._failure, OffloadError):
+                raise self._failure
             raise OffloadError(
                 f"updated weights could not be written ({self._failure}); the ledger has all steps up to this one: make room "
                 "or repair the folder, and resume from the last checkpoint"

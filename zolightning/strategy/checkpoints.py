@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -10,7 +10,8 @@ from torch import nn
 from ..engine.session import Session
 from ..ledger import LedgerError, PendingLedger, Position
 from ..methods.optimizers import OPTIMIZERS
-from ._lightning import rank_zero_warn
+from ..offload import OffloadError
+from ._lightning import MisconfigurationException, rank_zero_warn
 from .ledger_io import STATE, slim
 
 
@@ -21,6 +22,7 @@ def saved(
     module: nn.Module,
     *,
     positions: bool,
+    away: Collection[str] = (),
     warn: Callable[[str], None],
 ) -> dict[str, Any]:
     """The checkpoint with the session's part; with a position in the ledger in place of the weights, where wanted.
@@ -31,15 +33,32 @@ def saved(
         ledger: of the fit.
         module: whose weights the checkpoint holds.
         positions: hold a position in place of weights, when the ledger can give them.
+        away: names of the weights that are not in memory, and for which there is nothing but a position.
         warn: gets the reason when it cannot.
+
+    Raises:
+        OffloadError: it cannot, and weights are not in memory.
     """
     resumable = "optimizer_states" in checkpoint  # not under save_weights_only
+    if away:
+        positions, warn = True, _refuse
+        if ledger.open(module, session.seed, session.step) is None:
+            _refuse("this run keeps no ledger; give it a place with ZOStrategy(ledger='path/ledger.zo')")
+    else:
+        say, warn = warn, lambda reason: say(f"checkpoints are whole ones, not positions in the ledger: {reason}")
     position = _position(ledger, warn if positions else None) if positions or resumable else None
     if resumable:
         checkpoint[STATE] = {**session.state_dict(), "ledger": position}
     if not positions or position is None or ledger.recorder is None:
         return checkpoint
-    return slim(checkpoint, position, dict(module.named_parameters()), ledger.recorder.slots())
+    here = {name: parameter for name, parameter in module.named_parameters() if name not in away}
+    lean = slim(checkpoint, position, here, ledger.recorder.slots())
+    lean[STATE]["replayed"].update({name: name for name in away})
+    return lean
+
+
+def _refuse(reason: str) -> None:
+    raise OffloadError(f"a checkpoint of offloaded weights is a position in the run's ledger: {reason}")
 
 
 def _position(ledger: PendingLedger, warn: Callable[[str], None] | None) -> dict[str, str] | None:
@@ -50,7 +69,7 @@ def _position(ledger: PendingLedger, warn: Callable[[str], None] | None) -> dict
         return ledger.recorder.position()._asdict()
     except LedgerError as error:
         if warn is not None:
-            warn(f"checkpoints are whole ones, not positions in the ledger: {error}")
+            warn(str(error))
         return None
 
 
@@ -72,3 +91,12 @@ def restored(checkpoint: Mapping[str, Any], session: Session, ledger: PendingLed
     ledger.resumed = None if position is None or another else Position(**position)
     rng: dict[str, Any] = state["rng"]
     return rng
+
+
+def check_whole(checkpoint: Mapping[str, Any], path: str) -> None:
+    """Refuse one that holds a position in place of weights."""
+    if checkpoint.get(STATE, {}).get("replayed") is not None:
+        raise MisconfigurationException(
+            f"{path} holds a position in a replay ledger instead of weights; read it with "
+            "Trainer(plugins=[LedgerCheckpointIO()]), or with ZOStrategy(offload=...) if it comes from an offloaded fit"
+        )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,9 @@ from ..methods.ranking import forward_of
 from ..methods.recipes import name_of
 from ..methods.recipes import recipe as named_recipe
 from ..mixin import ZOMixin
+from ..offload import Offload, stored
 from ..probing.isolation import set_rng_state
-from ..space import Rounds, View, expose_scales
+from ..space import View, expose_scales
 from ..types import StepOutput, StepRecord
 from . import checkpoints
 from ._lightning import (
@@ -40,9 +41,11 @@ from ._lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
-from .ledger_io import STATE, keeps_positions
+from .ledger_io import keeps_positions
 from .muted import muted
+from .offloading import InMemory, residency
 from .one_device import OneDeviceStrategy
+from .requirements import DRAWS_BATCHES, NEEDS_CLOSURE, NEEDS_LOSS, check_fit, check_layers
 from .run_ledger import RunLedger
 
 
@@ -56,6 +59,8 @@ class ZOStrategy(OneDeviceStrategy):
         precision_plugin: likewise.
         ledger: where the replay ledger goes, from which :mod:`zolightning.ledger` rebuilds the weights of any step. True:
             ``ledger.zo`` beside the run's checkpoints, if the run keeps any files; a path; False: none.
+        offload: where weights are while no operation needs them: "cpu" or "disk", or an :class:`~zolightning.offload.Offload`.
+            None: in memory.
         **overrides: fields of :class:`~zolightning.ZOConfig` that replace the recipe's, as in
             ``ZOStrategy("mezo", lr=1e-7)`` or ``ZOStrategy(eps=1e-3, num_queries=4)``.
 
@@ -73,19 +78,22 @@ class ZOStrategy(OneDeviceStrategy):
         checkpoint_io: Any = None,
         precision_plugin: Any = None,
         ledger: bool | str | Path = True,
+        offload: Literal["cpu", "disk"] | Offload | None = None,
         **overrides: Unpack[Overrides],
     ) -> None:
         super().__init__(accelerator, checkpoint_io, precision_plugin)
         base = recipe if isinstance(recipe, ZOConfig) else named_recipe(recipe)
         self.config = base.override(**overrides)
         self.recipe_name = recipe if isinstance(recipe, str) else name_of(recipe)
-        self.ledger = ledger
+        self.ledger, self.offload = ledger, offload
         self.measure_update = False
         """Set by whoever wants ``last_stats`` of the next step."""
         self.records: list[StepRecord] = []
         """Optimizer steps of the last batch: none inside an accumulation window, several in a manual training step."""
         self._session: Session | None = None
         self._run_ledger: RunLedger | None = None
+        self._weights: InMemory | None = None
+        self._loaded_from = ""
         self._resumed_rng: dict[str, Any] | None = None
         self._inside_closure = False
         self._closure_loss: Tensor | None = None
@@ -108,6 +116,13 @@ class ZOStrategy(OneDeviceStrategy):
         if module is None:
             raise RuntimeError("ZOStrategy has no LightningModule yet; call trainer.fit(...) first")
         return module
+
+    @property
+    def weights(self) -> InMemory:
+        """Where the module's weights are."""
+        if self._weights is None:
+            self._weights = InMemory(self.module)  # until the strategy is set up
+        return self._weights
 
     @property
     def estimator(self) -> Estimator:
@@ -159,20 +174,12 @@ class ZOStrategy(OneDeviceStrategy):
         before, self._session, self._run_ledger, self._resumed_rng = self._session, None, None, None
         super().setup(trainer)
         module = self.module
-        if not all(optimizer.param_groups for optimizer in self.optimizers):
-            raise MisconfigurationException(
-                "configure_optimizers returned None, so there is nothing to train; return an optimizer (under ZOStrategy "
-                "torch.optim.SGD needs no memory)"
-            )
-        if self.config.cuda_graphs and not isinstance(module, ZOMixin):
-            raise MisconfigurationException(
-                f"`cuda_graphs=True` records `zo_objective`, which {type(module).__name__} does not have; derive it from "
-                "ZOMixin, or leave cuda_graphs out"
-            )
+        check_fit(module, self.optimizers, self.config)
         settings = {"recipe": self.recipe_name, **self.config.to_dict()}
         self._run_ledger = RunLedger(trainer, self.ledger, settings, keeps_positions(self.checkpoint_io))
         others = [c for c in trainer.callbacks if not isinstance(c, RunLedger)]  # type: ignore[attr-defined]
         trainer.callbacks[:] = [self._run_ledger, *others]  # type: ignore[attr-defined]
+        self.weights.begin(self._run_ledger.pending)
         self._session = Session(
             module,
             self.optimizers,
@@ -183,6 +190,7 @@ class ZOStrategy(OneDeviceStrategy):
             repeatable=isinstance(module, ZOMixin),
             muted=partial(muted, trainer),
             ledger=self._run_ledger.pending,
+            apply=self.weights.apply,
             inform=rank_zero_info,
             warn=rank_zero_warn,
         )
@@ -193,24 +201,30 @@ class ZOStrategy(OneDeviceStrategy):
         self.precision_plugin.main_params = lambda optimizer: iter([self._projected])  # type: ignore[method-assign]
 
     def model_to_device(self) -> None:
-        super().model_to_device()
         module = self.module
-        if self.recipe_name == "zeroqat" and not any(isinstance(m, Rounds) for m in module.modules()):
-            raise MisconfigurationException(
-                "ZOStrategy('zeroqat') trains through the rounding of fake-quantised layers, and the module has none; call "
-                "zolightning.adapt.fakequant.fake_quantize(model) first, or use ZOStrategy() for plain weights"
-            )
+        self._weights = residency(self.offload, module, self.root_device, module.trainer, self.checkpoint_io)
+        super().model_to_device()
+        check_layers(module, self.recipe_name)
         if self.config.scales != "frozen":  # only now are the layers quantised, and the optimizers come next
             expose_scales(module)
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """A checkpoint's scales need their Parameters."""
-        return self.config.scales != "frozen"
+        """A checkpoint's scales need their Parameters, and offloaded weights their store."""
+        return self.config.scales != "frozen" or self._offloads
+
+    @property
+    def _offloads(self) -> bool:
+        module = self.lightning_module
+        return self.offload is not None or (module is not None and bool(stored(module.parameters())))
 
     def teardown(self) -> None:
-        if self._session is not None:
-            self._session.close()
+        try:
+            if self._session is not None:
+                self._session.close()
+        finally:
+            if self._weights is not None:
+                self._weights.close()
         self.precision_plugin.__dict__.pop("main_params", None)
         super().teardown()
 
@@ -224,10 +238,7 @@ class ZOStrategy(OneDeviceStrategy):
             with torch.no_grad():
                 return super().training_step(*args, **kwargs)
         if isinstance(args[0], Iterator):
-            raise MisconfigurationException(
-                "training_step(self, dataloader_iter) draws its own batches, so the probes of a step would see different ones; "
-                "under ZOStrategy take the batch as the argument"
-            )
+            raise MisconfigurationException(DRAWS_BATCHES)
         if isinstance(module, ZOMixin):
             prepare = None if type(module).zo_prepare is ZOMixin.zo_prepare else self._in_precision(module.zo_prepare)
             forward = self._in_precision(forward_of(module, session.estimator))
@@ -246,10 +257,7 @@ class ZOStrategy(OneDeviceStrategy):
         module, plugin = self.module, self.precision_plugin
         if not module.automatic_optimization:
             if not self._inside_closure:
-                raise MisconfigurationException(
-                    "manual_backward(loss); opt.step() needs gradients, which ZOStrategy does not have. Give the optimizer the "
-                    "loss as a function: `opt.step(closure=lambda: loss_fn(batch))` (the closure may call manual_backward)"
-                )
+                raise MisconfigurationException(NEEDS_CLOSURE)
             self._closure_loss = closure_loss.detach()
             return self._closure_loss
         # the base class's methods: a mixed precision plugin would scale the loss
@@ -283,10 +291,7 @@ class ZOStrategy(OneDeviceStrategy):
             self._inside_closure = False
         loss = returned if returned is not None else self._closure_loss
         if loss is None:
-            raise MisconfigurationException(
-                "under ZOStrategy manual optimisation needs the loss as a function: `opt.step(closure=...)`, where the "
-                "closure returns the loss or calls self.manual_backward(loss)"
-            )
+            raise MisconfigurationException(NEEDS_LOSS)
         return loss
 
     def _clipped(self, optimizer: Optimizer, values: Sequence[float]) -> list[float]:
@@ -299,6 +304,9 @@ class ZOStrategy(OneDeviceStrategy):
 
     # checkpoints
 
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return self.weights.state_dict()
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if self._session is not None and self._run_ledger is not None:
             checkpoint = checkpoints.saved(
@@ -307,17 +315,17 @@ class ZOStrategy(OneDeviceStrategy):
                 self._run_ledger.pending,
                 self.module,
                 positions=keeps_positions(self.checkpoint_io),
+                away=self.weights.away,
                 warn=partial(self._session.warn_once, "whole"),
             )
+            self.weights.save()
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, *args, **kwargs)
-        if checkpoint.get(STATE, {}).get("replayed") is not None:
-            raise MisconfigurationException(
-                f"{checkpoint_path} holds a position in a replay ledger instead of weights; read it with "
-                "Trainer(plugins=[LedgerCheckpointIO()])"
-            )
+        self._loaded_from = str(checkpoint_path)
+        if not self._offloads:
+            checkpoints.check_whole(checkpoint, self._loaded_from)
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -326,7 +334,7 @@ class ZOStrategy(OneDeviceStrategy):
             self._run_ledger.restart(module.trainer)
         if isinstance(self.precision_plugin, DoublePrecision):  # else Lightning loads float64 weights into float32 ones
             self.precision_plugin.convert_module(module)
-        super().load_model_state_dict(checkpoint, strict)
+        self.weights.load(checkpoint, self._loaded_from, strict)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The groups of the module's optimizer, and the state of what applies its steps."""
@@ -334,7 +342,9 @@ class ZOStrategy(OneDeviceStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         if self._run_ledger is not None:
-            self._resumed_rng = checkpoints.restored(checkpoint, self.session, self._run_ledger.pending)
+            states = self.weights.optimizer_states(checkpoint["optimizer_states"])
+            whole = {**checkpoint, "optimizer_states": states}
+            self._resumed_rng = checkpoints.restored(whole, self.session, self._run_ledger.pending)
 
     def _resume_rng(self, trainer: pl.Trainer) -> None:
         """In the middle of an epoch the data loader, which draws a seed when it starts, has moved the generator since."""

@@ -1,0 +1,77 @@
+"""From a module to a store of its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..space.leaf import SMALL
+from ..space.view import compiled_regions
+from .disk import DiskTier
+from .entry import Entry
+from .files import OffloadError
+from .options import Offload
+from .residency import StoredParameter, bind, move, stored
+from .store import Store
+from .tiers import HostTier, Tier
+
+
+def attach(module: nn.Module, options: Offload, device: torch.device, folder: Path) -> Store:
+    """Move the module's matrices to where the options say; those of :func:`from_pretrained` are there already.
+
+    Vectors and what else has at most 65,536 weights stay in memory.
+
+    Args:
+        module: not on its device yet: its matrices never all are.
+        options: the user's.
+        device: where operations read the weights.
+        folder: of the work files.
+
+    Raises:
+        OffloadError: the module cannot be streamed in this way; nothing has been moved then.
+    """
+    if compiled_regions(module):
+        raise OffloadError(
+            "offload does not stream weights into compiled code yet; leave torch.compile out, or train without offload"
+        )
+    large = {name: p for name, p in module.named_parameters() if p.numel() > SMALL}
+    before = {p.store for p in stored(large.values())}
+    if len(before) > 1:
+        raise OffloadError("the module holds parts of several offloaded models; give from_pretrained the whole one")
+    store = before.pop() if before else Store(_tier(options, device, folder))
+    tier = store.tier
+    if isinstance(tier, DiskTier) != (options.tier == "disk"):
+        raise OffloadError(
+            f"the weights are offloaded by {type(tier).__name__} already, and offload={options.tier!r} was asked for"
+        )
+    store.configure(pool=options.pool, prefetch=options.prefetch, write_every=options.write_every)
+    if isinstance(tier, DiskTier):
+        if tier.folder is None:
+            tier.folder, tier.numbered = folder, options.folder is None
+        tier.check_space(
+            sum(p.nbytes for p in large.values() if p.requires_grad and type(p) in (nn.Parameter, StoredParameter))
+        )
+    for name, parameter in large.items():
+        if type(parameter) is nn.Parameter:
+            tier.keep(name, parameter.detach())
+            entry = Entry(name, parameter.shape, parameter.dtype, device)
+            bind(parameter, entry, store)
+            store.add(entry)
+    move(module.parameters(), device)
+    return store
+
+
+def _tier(options: Offload, device: torch.device, folder: Path) -> Tier:
+    return HostTier(device) if options.tier == "cpu" else DiskTier(folder=folder, numbered=options.folder is None)
+
+
+def left_in_memory(module: nn.Module) -> dict[str, int]:
+    """Type → bytes of large parameters that offload does not move: codes of quantised layers, tensor subclasses."""
+    found: dict[str, int] = {}
+    for parameter in module.parameters():
+        if parameter.numel() > SMALL and type(parameter) not in (nn.Parameter, StoredParameter):
+            kind = type(parameter).__name__
+            found[kind] = found.get(kind, 0) + parameter.nbytes
+    return found

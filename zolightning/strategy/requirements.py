@@ -1,0 +1,51 @@
+"""What a module must have for the fit that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ..methods.config import ZOConfig
+from ..mixin import ZOMixin
+from ..space import Rounds
+from ._lightning import MisconfigurationException
+
+DRAWS_BATCHES = (
+    "training_step(self, dataloader_iter) draws its own batches, so the probes of a step would see different ones; "
+    "under ZOStrategy take the batch as the argument"
+)
+
+NEEDS_CLOSURE = (
+    "manual_backward(loss); opt.step() needs gradients, which ZOStrategy does not have. Give the optimizer the "
+    "loss as a function: `opt.step(closure=lambda: loss_fn(batch))` (the closure may call manual_backward)"
+)
+
+NEEDS_LOSS = (
+    "under ZOStrategy manual optimisation needs the loss as a function: `opt.step(closure=...)`, where the "
+    "closure returns the loss or calls self.manual_backward(loss)"
+)
+
+
+def check_fit(module: nn.Module, optimizers: Sequence[Optimizer], config: ZOConfig) -> None:
+    """Refuse a module that has nothing to train, or no objective to record."""
+    if not all(optimizer.param_groups for optimizer in optimizers):
+        raise MisconfigurationException(
+            "configure_optimizers returned None, so there is nothing to train; return an optimizer (under ZOStrategy "
+            "torch.optim.SGD needs no memory)"
+        )
+    if config.cuda_graphs and not isinstance(module, ZOMixin):
+        raise MisconfigurationException(
+            f"`cuda_graphs=True` records `zo_objective`, which {type(module).__name__} does not have; derive it from "
+            "ZOMixin, or leave cuda_graphs out"
+        )
+
+
+def check_layers(module: nn.Module, recipe: str) -> None:
+    """Refuse a recipe for layers that the module does not have."""
+    if recipe == "zeroqat" and not any(isinstance(m, Rounds) for m in module.modules()):
+        raise MisconfigurationException(
+            "ZOStrategy('zeroqat') trains through the rounding of fake-quantised layers, and the module has none; call "
+            "zolightning.adapt.fakequant.fake_quantize(model) first, or use ZOStrategy() for plain weights"
+        )
