@@ -103,10 +103,9 @@ def test_the_recipe_for_an_estimator_trains() -> None:
     assert float(along) == pytest.approx(record.projected_grad**2, rel=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.integration
 def test_the_notebook_runs(tmp_path: Path) -> None:
-    """Half a minute of CPU time; no download. ``pytest -m slow tests/test_docs.py``."""
+    """Half a minute of CPU time; no download."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells), "keep the notebook without outputs"
