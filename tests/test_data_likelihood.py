@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from zolightning.data import answer_log_likelihood, candidates, generate_answers, likelihood, text_cache
 from zolightning.noise import Rademacher
 from zolightning.space import build_view
-from zolightning.types import Key, Term
+from zolightning.types import Key, PerExample, Term
 
 SEQUENCES = [[3, 4, 5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15]]
 LENGTHS = torch.tensor([2, 1, 3])
@@ -150,7 +150,7 @@ def test_each_example_of_a_batch_is_answered_along_its_own_direction(tokenizer: 
     batch = tokenizer(PROMPTS, padding=True, return_tensors="pt")
     view = build_view(model, model.parameters(), Rademacher(), structure="rank1")
     offsets = torch.tensor([0.3, -0.3, 0.0])
-    with torch.no_grad(), view.along_each(Key(5, 0), torch.arange(3), offsets):
+    with torch.no_grad(), view.at(PerExample(Key(5, 0), torch.arange(3), offsets)):
         found = generate_answers(model, tokenizer, batch, 8)
     for place, (answer, offset) in enumerate(zip(found, offsets.tolist(), strict=True)):
         with torch.no_grad(), view.along(Key(5, 0, place), offset):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from zolightning.noise import Gaussian, Rademacher
 from zolightning.space import Rank1, View, build_view
-from zolightning.types import Key, PerExampleError, Term
+from zolightning.types import Key, PerExample, PerExampleError, Term
 
 KEY, QUERIES = Key(11, 3), torch.tensor([4, 5, 6, 4])
 OFFSETS = torch.tensor([0.1, -0.2, 0.3, -0.1])
@@ -72,7 +72,7 @@ def test_each_example_reads_a_vector_of_its_own(way: str, distribution: Rademach
     assert len(view.leaves) == 3, "the vector, the layer's matrix and its bias"
     assert view.per_example
     before = [p.clone() for p in module.parameters()]
-    with view.along_each(KEY, QUERIES, OFFSETS):
+    with view.at(PerExample(KEY, QUERIES, OFFSETS)):
         together = module(x)
     torch.testing.assert_close(together, alone(module, view, x), rtol=1e-5, atol=1e-6)
     assert all(torch.equal(p, b) for p, b in zip(module.parameters(), before, strict=True))
@@ -94,7 +94,7 @@ def test_norms_of_a_language_model_take_part(kind: str, select: str) -> None:
     ids = torch.randint(0, 32, (4, 5), generator=torch.Generator().manual_seed(1))
     view = build_view(module, module.parameters(), Rademacher(), select_spec=select, structure="rank1")
     assert any(leaf.parameter.dim() == 1 for leaf in view.leaves)
-    with view.along_each(KEY, QUERIES, OFFSETS):
+    with view.at(PerExample(KEY, QUERIES, OFFSETS)):
         together = module(ids)
     torch.testing.assert_close(together, alone(module, view, ids), rtol=1e-4, atol=1e-4)
 
@@ -114,7 +114,7 @@ def test_norms_of_a_language_model_take_part(kind: str, select: str) -> None:
 def test_a_vector_read_otherwise_is_refused_by_name(how: Callable[[Tensor, Tensor], Tensor]) -> None:
     module = Reads(how)
     view = build_view(module, module.parameters(), Rademacher(), structure="rank1")
-    with pytest.raises(PerExampleError, match="'vector' is read in another way"), view.along_each(KEY, QUERIES, OFFSETS):
+    with pytest.raises(PerExampleError, match="'vector' is read in another way"), view.at(PerExample(KEY, QUERIES, OFFSETS)):
         module(torch.randn(4, 3, 6))
 
 

@@ -21,7 +21,7 @@ from zolightning.data import Encoded, candidate_logits, collate, common_ending, 
 from zolightning.ledger import read, replay
 from zolightning.noise import Rademacher
 from zolightning.space import build_view
-from zolightning.types import Key
+from zolightning.types import Key, PerExample
 
 ITEMS = [Encoded([5, 6, 7, 8, 1, 2], 0), Encoded([9, 1, 2], 1), Encoded([3, 4, 11, 1, 2], 1), Encoded([20, 21, 1, 2], 0)]
 BATCH = collate(ITEMS, 0)
@@ -242,7 +242,7 @@ def test_each_example_reads_vectors_of_its_own() -> None:
     view = build_view(model, model.parameters(), Rademacher(), structure="rank1")
     assert view.per_example
     queries, offsets = torch.arange(4), torch.tensor([0.3, -0.3, 0.1, 0.5])
-    with view.along_each(Key(1, 2), queries, offsets):
+    with view.at(PerExample(Key(1, 2), queries, offsets)):
         together = candidate_logits(model, BATCH, WORDS)
     for n in range(4):
         with view.along(Key(1, 2, n), float(offsets[n])):

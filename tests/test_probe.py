@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from zolightning.noise import Distribution, Gaussian, Rademacher
 from zolightning.records.memory import MemoryMeter
-from zolightning.space import View, build_view
+from zolightning.space import Both, View, build_view
 from zolightning.space.leaf import HEAD_BLOCK, DenseLeaf
 from zolightning.types import Key, PerExampleError, Term
 
@@ -376,7 +376,7 @@ def both_sides(
     """The output with both sides in one batch, and that of each side by itself."""
     key = Key(3, 1, 2)
     with torch.no_grad():
-        with view.along_both(key, 0.1, 6):
+        with view.at(Both(Term(key, 0.1), 6)):
             together = forward()
         apart = []
         for half, offset in zip(halves, (0.1, -0.1), strict=True):
@@ -433,6 +433,6 @@ def test_both_sides_need_examples_where_a_weight_is_read(call: Callable[..., Ten
     net = Calls(call, torch.randn(6, 8), linear=nn.Linear(8, 8))
     view = build_view(net, net.parameters(), Rademacher(), select_spec="all", structure="dense")
     before = weights(net)
-    with pytest.raises(PerExampleError, match="one_batch=False"), view.along_both(Key(0, 0), 0.1, 6):
+    with pytest.raises(PerExampleError, match="one_batch=False"), view.at(Both(Term(Key(0, 0), 0.1), 6)):
         net()
     assert_same(weights(net), before)

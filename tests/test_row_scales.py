@@ -19,7 +19,7 @@ from zolightning.adapt.quantize import quantize
 from zolightning.ledger import fingerprint, read, replay
 from zolightning.noise import Distribution, Gaussian, Rademacher, sample
 from zolightning.space import DenseLeaf, Rank1Leaf, RelativeScaleLeaf, RowScaleLeaf, View, build_view, expose_scales
-from zolightning.types import Key, PerExampleError, Term
+from zolightning.types import Key, PerExample, PerExampleError, Term
 
 pytest.importorskip("bitsandbytes", reason="pip install 'bitsandbytes>=0.50'")
 
@@ -83,7 +83,7 @@ def test_each_example_sees_scales_of_its_own(kind: str, flattened: bool) -> None
     before, x = weights(module), torch.randn(4, 5, 192, generator=torch.Generator().manual_seed(1))
     expected, view = module(x), view_of(module, Gaussian())
     queries, offsets = torch.tensor([3, 0, 7, 1]), torch.tensor([0.1, -0.1, 0.02, 0.0])
-    with view.along_each(Key(1, 2), queries, offsets):
+    with view.at(PerExample(Key(1, 2), queries, offsets)):
         probed = module(x.flatten(0, 1) if flattened else x).view(4, 5, 3)
     for i, (query, offset) in enumerate(zip(queries.tolist(), offsets.tolist(), strict=True)):
         twin = copy.deepcopy(module)
@@ -94,9 +94,12 @@ def test_each_example_sees_scales_of_its_own(kind: str, flattened: bool) -> None
         torch.testing.assert_close(probed[i], twin(x[i]), rtol=1e-4, atol=1e-4)
     assert_same(weights(module), before)
     assert torch.equal(module(x), expected)
-    with pytest.raises(PerExampleError, match="to hold the 3 examples"), view.along_each(Key(1, 2), queries[:3], offsets[:3]):
+    with (
+        pytest.raises(PerExampleError, match="to hold the 3 examples"),
+        view.at(PerExample(Key(1, 2), queries[:3], offsets[:3])),
+    ):
         module(x)
-    with pytest.raises(RuntimeError), view.along_each(Key(1, 2), queries, offsets):
+    with pytest.raises(RuntimeError), view.at(PerExample(Key(1, 2), queries, offsets)):
         module(x[..., :5])
     assert torch.equal(module(x), expected)
 

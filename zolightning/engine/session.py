@@ -146,6 +146,7 @@ class Session:
         """
         optimizer = optimizer or self.optimizers[0]
         try:
+            given = batch
             if prepare is not None:
                 batch = self._prepared(prepare, forward, batch, optimizer)
             space = self.subspace(forward, batch, optimizer)
@@ -160,7 +161,7 @@ class Session:
         except SkipStep:
             return None
         estimate = self.estimator.tell(key, ran.answers)
-        estimate = estimate._replace(forwards=estimate.forwards + (prepare is not None) + looks)
+        estimate = estimate._replace(forwards=estimate.forwards + (batch is not given) + looks)
         self._report(space, ran.refused, ran.dtype, estimate)
         self._window.append(estimate)
         if self.config.conservative:
