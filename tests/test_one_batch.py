@@ -50,7 +50,7 @@ def test_trains_as_in_two_forwards(kind: str, loss: Any, config: Any) -> None:
     sizes: list[int] = []
     together = PerExampleTask(tiny_causal_lm(kind), sized(loss, sizes))
     strategy = fit(together, token_batches(3), config).strategy
-    assert sizes == [2, 2, 4] + [4] * (3 * config.num_queries)  # three looks before the first step
+    assert sizes == [2, 2, 2, 4] + [4] * (3 * config.num_queries)  # a rehearsal and three looks before the first step
     apart = PerExampleTask(tiny_causal_lm(kind), loss)
     fit(apart, token_batches(3), config.override(one_batch=False))
     assert_same(weights(together), weights(apart), tolerance=1e-5)
@@ -66,10 +66,10 @@ def test_said_when_training_starts(caplog: pytest.LogCaptureFixture) -> None:
 def test_large_batches_take_two_forwards() -> None:
     sizes: list[int] = []
     fit(PerExampleTask(mlp(), sized(per_example_mse, sizes)), batches(2, size=2) + batches(2, size=65) + batches(1, size=3))
-    assert sizes == [2, 2, 4, 4, 4, 65, 65, 65, 65, 6]
+    assert sizes == [2, 2, 2, 4, 4, 4, 65, 65, 65, 65, 6]
     sizes.clear()
     fit(PerExampleTask(mlp(), sized(per_example_mse, sizes)), batches(1, size=65) + batches(2, size=2))
-    assert sizes == [65, 65, 2, 2, 2, 2]  # the first batch decides
+    assert sizes == [65, 65, 65, 2, 2, 2, 2]  # the first batch decides
 
 
 def test_large_batches_with_a_direction_for_each_example_take_two_forwards() -> None:
@@ -78,7 +78,7 @@ def test_large_batches_with_a_direction_for_each_example_take_two_forwards() -> 
     module = PerExampleTask(mlp(), sized(per_example_mse, sizes))
     apart, items = copy.deepcopy(module), batches(2) + batches(1, size=1025)
     fit(module, items, ZOConfig(select="all", eps=1e-2, lr=1e-2))
-    assert sizes == [5, 5, 10, 10, 10, 1025, 1025]
+    assert sizes == [5, 5, 5, 10, 10, 10, 1025, 1025]
     fit(apart, items, ZOConfig(select="all", eps=1e-2, lr=1e-2, one_batch=False))
     assert_same(weights(module), weights(apart), tolerance=1e-5)
 
@@ -134,7 +134,7 @@ def test_tried_again_when_something_is_unfrozen() -> None:
 
     sizes: list[int] = []
     fit(Thawed(nn.Sequential(Reads(), nn.Linear(3, 3)), sized(per_example_mse, sizes)), batches(4))
-    assert sizes == [5, 5, 10, 10, 10] + [5, 5, 10] + [5] * 4
+    assert sizes == [5, 5, 5, 10, 10, 10] + [5, 5, 5, 10] + [5] * 4
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_code_that_takes_no_doubled_batch(config: ZOConfig) -> None:
     module = PerExampleTask(Fixed(), sized(per_example_mse, sizes))
     twin = copy.deepcopy(module)
     fit(module, batches(3), config)
-    looks = 3  # of which the last is at a doubled batch
+    looks = 4  # of which the last is at a doubled batch
     assert sizes == [5] * (looks - 1) + [10] + [5] * 2 * 3
     fit(twin, batches(3), config.override(one_batch=False))
     assert_same(weights(module), weights(twin))
@@ -186,7 +186,7 @@ def test_two_forwards_on_request_when_resuming(tmp_path: Path) -> None:
     sizes.clear()
     trainer = quiet_trainer(ZOStrategy(PLAIN, one_batch=False), max_epochs=2)
     trainer.fit(module, loader(batches(2)), ckpt_path=tmp_path / "x.ckpt")
-    assert sizes == [5] * 4
+    assert sizes == [5] * 5
 
 
 def test_a_resumed_run_goes_on_as_it_began(tmp_path: Path) -> None:
@@ -205,5 +205,5 @@ def test_a_resumed_run_goes_on_as_it_began(tmp_path: Path) -> None:
     whole, _ = run()
     (path,) = (tmp_path / "True").glob("step=2.ckpt")
     again, sizes = run(path)
-    assert sizes == [70, 70, 6, 6]
+    assert sizes == [70, 70, 70, 6, 6]
     assert_same(weights(again), weights(whole))

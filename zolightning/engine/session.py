@@ -40,7 +40,7 @@ from .recording import Recording
 from .skips import SkipWatch
 from .step import finish, keep_best, merge
 from .step_size import StepSizes
-from .subspace import Calibration, Setting, Subspace, compute_dtype, find_subspace
+from .subspace import Calibration, Setting, Subspace, compute_dtype, find_subspace, listed
 from .ties import TieWatch
 from .uninterrupted import uninterrupted
 from .updates import Apply, UpdateStats, apply_update, widened_state
@@ -293,7 +293,8 @@ class Session:
 
     def _prepared(self, prepare: Callable[[Batch], Batch], forward: Forward, batch: Batch, optimizer: Optimizer) -> Batch:
         # the first time its result says what is trained, and must not be read here
-        space = self._subspaces.get(id(optimizer)) or self.subspace(forward, prepare(batch), optimizer)
+        tried = partial(self._isolation.tried, prepare, batch)
+        space = self._subspaces.get(id(optimizer)) or self.subspace(forward, tried(), optimizer)
         with space.view.refusing_reads():
             return prepare(batch)
 
@@ -309,8 +310,7 @@ class Session:
         """Places of the leaves whose turn it was and that no probe read: they get no update."""
         view = self.view(optimizer)
         if unread := view.unread(Key(self.seed, record.step)):
-            names = [view.leaves[place].name for place in unread]
-            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            some = listed([view.leaves[place].name for place in unread])
             line = f"ZO: no probe of step {record.step} read {some}; weights that the loss does not read get no update"
             self.warn_once("unread", line, self._inform)
         return unread

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from ..probing.block_reuse import block_reuse
 from ..probing.cuda_graphs import Graphs
 from ..probing.inspection import Examples, inspect_step, takes_both
 from ..probing.isolation import Isolation
+from ..probing.rehearsal import rehearse
 from ..probing.runner import Muted, Runner, opposite
 from ..space import Rank1, Select, Structure, View, build_view, dominant_block, take_turns
 from ..types import Batch, Forward, Key
@@ -67,14 +69,21 @@ class Subspace(NamedTuple):
     """Ids of the optimizer's parameters that were trainable."""
     select: Select
     """The selection; the block that 'dominant' stands for."""
+    state: int
+    """Places at which the module was seen to keep state."""
 
     @property
     def view(self) -> View:
         return self.runner.view
 
     def holds(self, batch: Batch) -> bool:
-        """Whether nothing was frozen, unfrozen or added since, and the batch can show no more of its examples."""
-        return self.trainable == trainable(self.optimizer) and self.runner.examples.hold(batch)
+        """Whether nothing was frozen, unfrozen or added since, and the batch can show no more of its examples.
+
+        State that began to change only now may not be that of one forward when the batch is repeated.
+        """
+        examples, changing = self.runner.examples, len(self.runner.isolation.changing)
+        alike = changing == self.state or not (examples.repeats or examples.both)
+        return alike and self.trainable == trainable(self.optimizer) and examples.hold(batch)
 
     def release(self) -> None:
         """Give the probes' memory back."""
@@ -91,10 +100,17 @@ class Subspace(NamedTuple):
         probes = ", both probes in one batch" if examples.repeats or examples.both else ""
         turn = self.view.leaves[0].turn
         turns = "" if turn is None else f"; {min(turn.cycle.blocks, turn.of)} of {turn.of} blocks in each step"
+        hidden = listed([leaf.name for leaf in self.view.behind])
+        behind = f"; {hidden} perturbed in copies, since no function mode sees all that reads them" if hidden else ""
         return (
             f"ZO: {estimator!r}, {direction}{probes}; {leaves}, {self.view.numel:,} of "
-            f"{weights:,} weights (select={self.select!r}){turns}; all other weights are frozen"
+            f"{weights:,} weights (select={self.select!r}){turns}{behind}; all other weights are frozen"
         )
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first of the names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def trainable(optimizer: Optimizer) -> tuple[int, ...]:
@@ -123,8 +139,10 @@ def find_subspace(setting: Setting, optimizer: Optimizer, forward: Forward, batc
                 calibration.dominant = dominant_block(module, lambda: forward(batch))
         selected = calibration.dominant
 
+    behind: set[str] = set()
+
     def build(structure: str | Structure) -> View:
-        return build_view(
+        view = build_view(
             module,
             [p for g in optimizer.param_groups for p in g["params"]],
             config.build_distribution(),
@@ -134,8 +152,13 @@ def find_subspace(setting: Setting, optimizer: Optimizer, forward: Forward, batc
             compiled=getattr(module, "_compiler_ctx", None) is not None,
             before=calibration.leaves,
         )
+        view.swap(leaf for leaf in view.leaves if leaf.name in behind)
+        return view
 
     view, examples = build("dense" if config.structure == "auto" else config.structure), Examples(losses=False, repeats=False)
+    with setting.muted():
+        behind.update(leaf.name for leaf in rehearse(forward, batch, view, isolation))
+    view.swap(leaf for leaf in view.leaves if leaf.name in behind)
     repeatable = config.one_batch and setting.repeatable
     if setting.estimator.per_example:
         # vectors too, if the model reads them where an example can have its own
@@ -161,7 +184,7 @@ def find_subspace(setting: Setting, optimizer: Optimizer, forward: Forward, batc
     calibration.leaves.update({leaf.name: leaf.settings for leaf in view.leaves if leaf.settings})
     graphs = Graphs(view, isolation) if config.cuda_graphs else None
     runner = Runner(view, isolation, examples, block_reuse(view) or None, graphs, setting.muted)
-    return Subspace(optimizer, runner, trainable(optimizer), selected)
+    return Subspace(optimizer, runner, trainable(optimizer), selected, len(isolation.changing))
 
 
 def _asks_for_pairs(estimator: Estimator) -> bool:

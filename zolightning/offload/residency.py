@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..space.probe import IN_PLACE, METADATA
+from ..space.probe import METADATA, write_targets
 from .entry import Entry
 from .files import OffloadError
 from .store import Store
@@ -104,12 +104,10 @@ def _replaced(value: Any, weights: dict[int, Tensor]) -> Any:
 
 
 def _refuse_write(func: Any, args: Any, kwargs: Any) -> None:
-    name = getattr(func, "__name__", "")
-    targets = [kwargs["out"]] if "out" in kwargs else [*args, *kwargs.values()][:1] if IN_PLACE.fullmatch(name) else []
-    if written := _stored(targets):
+    if written := _stored(write_targets(func, args, kwargs)):
         raise OffloadError(
-            f"`{name}` writes to {written[0].entry.name!r}, whose weights are offloaded; they change by the optimizer's steps "
-            "only. Change weights before `fit` begins, or train without offload"
+            f"`{getattr(func, '__name__', func)}` writes to {written[0].entry.name!r}, whose weights are offloaded; "
+            "they change by the optimizer's steps only. Change weights before `fit` begins, or train without offload"
         )
 
 

@@ -63,7 +63,7 @@ def block_reuse(view: View) -> BlockReuse:
     """The blocks of the module's stack before the first one with a trained parameter, as far as they may be left out."""
     root, trained = view.root, [leaf.parameter for leaf in view.leaves]
     name, length = blocks(root)
-    stack = list(root.get_submodule(name).children()) if length and not view.compiled else []
+    stack = list(root.get_submodule(name).children()) if length and not view.opaque else []
     ids = {id(p) for p in trained}
     first = next((i for i, block in enumerate(stack) if any(id(p) in ids for p in block.parameters())), 0)
     later = {id(m) for block in stack[first:] for m in block.modules()}

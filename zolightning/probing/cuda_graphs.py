@@ -167,6 +167,8 @@ class Graphs:
             return f"the module is on {self._device}"
         if self._view.compiled:
             return "part of the module runs as compiled code"
+        if self._view.behind:
+            return f"{self._view.behind[0].name!r} is read where a probe does not see it"
         others = {type(leaf).__name__ for leaf in self._view.leaves if type(leaf) not in _RECORDED}
         return f"{', '.join(sorted(others))} cannot be recorded" if others else ""
 

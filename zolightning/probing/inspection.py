@@ -79,7 +79,7 @@ def inspect_step(forward: Forward, batch: Batch, view: View, isolation: Isolatio
     if not repeatable or batch_numel(batch) > _LARGE:
         return Examples(True, False, shown=shown)
     try:
-        double = losses(2, torch.zeros(2 * examples, dtype=torch.float32))
+        double = losses(2, torch.zeros(2 * examples, dtype=torch.float32)) if _keeps_alike(forward, batch, isolation) else None
     except Exception:  # code that takes no other batch than its own, or no memory for two
         return Examples(True, False, shown=shown)
     return Examples(True, double is not None and _close(double, plain.repeat(2)), shown=shown)
@@ -91,6 +91,22 @@ def _losses(
     """(count,) of the batch's examples inside the probe, or None; without a trace."""
     with isolation.dry(), probe, LossSplitter(count) as splitter:
         return example_losses(forward(batch), count, splitter)
+
+
+def _keeps_alike(forward: Forward, batch: Batch, isolation: Isolation) -> bool:
+    """Whether a step keeps the same of a batch and of one that holds it twice; sums and counts of examples are not."""
+    if not isolation.changing:
+        return True
+    with isolation.dry():
+        forward(batch)
+        once = isolation.state()
+    try:
+        with isolation.dry():
+            forward(repeat_batch(batch, batch_examples(batch) or 0, 2))
+            twice = isolation.state()
+    except Exception:  # code that takes no other batch than its own, or no memory for two
+        return False
+    return all(kept.like(twice[slot]) for slot, kept in once.items())
 
 
 def _close(left: Tensor, right: Tensor) -> bool:
@@ -107,7 +123,9 @@ def takes_both(forward: Forward, batch: Batch, view: View, isolation: Isolation)
         isolation: of the module.
     """
     examples = batch_examples(batch)
-    if examples is None or view.compiled or block_reuse(view) or batch_numel(batch) > _SMALL:
+    if examples is None or view.opaque or block_reuse(view) or batch_numel(batch) > _SMALL:
+        return False
+    if not _keeps_alike(forward, batch, isolation):
         return False
     twice = repeat_batch(batch, examples, 2)
     for offset in (_FAR, 0.1 * _FAR, 0.02 * _FAR):

@@ -11,7 +11,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from ..types import SkipStep, StepOutput
+from ..types import Batch, Forward, SkipStep, StepOutput
 from .loss_splitter import LossSplitter
 
 
@@ -35,6 +35,23 @@ def _is_number(value: object) -> bool:
     if isinstance(value, (Tensor, np.ndarray)):
         return isinstance(loss := loss_of(value), Tensor) and loss.numel() == 1 and not loss.is_complex()
     return isinstance(value, numbers.Real)
+
+
+def evaluated(forward: Forward, batch: Batch) -> StepOutput:
+    """``forward(batch)``.
+
+    Raises:
+        RuntimeError: among the step's own errors, that it asks for gradients where no graph is recorded.
+    """
+    try:
+        return forward(batch)
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise RuntimeError(
+            "the training step asks for gradients (torch.autograd.grad, backward), but a ZO probe records no graph for them; "
+            f"put the part that is differentiated and the call into `with torch.enable_grad():`. {error}"
+        ) from error
 
 
 def loss_value(out: StepOutput, examples: int | None = None) -> float:

@@ -125,7 +125,11 @@ def _linear_weights(root: nn.Module) -> set[int]:
     for module in root.modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(module)
-    return {key for key, modules in owners.items() if all(isinstance(m, nn.Linear) and id(m.weight) == key for m in modules)}
+    return {
+        key
+        for key, modules in owners.items()
+        if all(isinstance(m, nn.Linear) and id(m._parameters.get("weight")) == key for m in modules)
+    }
 
 
 def _refuse_shared_storage(parameters: dict[str, nn.Parameter]) -> None:

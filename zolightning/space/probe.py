@@ -8,7 +8,7 @@ parametrizations. So restoring is exact by construction, also when a probe raise
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from ..types import Key, PerExample, PerExampleError, Point, Shared, Tangent, Term
 from .compute import Compute, compute_with
 from .leaf import DenseLeaf, Leaf, PerExampleLeaf, Scratch, Vectors
+from .linked import DIFFERENTIATES, linked
 
 
 class Both(NamedTuple):
@@ -119,13 +120,15 @@ class Probe(TorchFunctionMode):
             return self._linear(*args, **kwargs)
         if func is F.embedding:
             return self._embedding(*args, **kwargs)
+        if func in DIFFERENTIATES and isinstance(self.point, Shared):
+            return func(*args, **kwargs)
         self._refuse_write(func, args, kwargs)
         if isinstance(self.point, PerExample):
             if func in _ELEMENTWISE:
                 return self._elementwise(func, args, kwargs)
             if func is F.layer_norm or func is F.rms_norm:
                 return self._norm(func, *args, **kwargs)
-        elif isinstance(self.point, Shared) and func is _T.__getitem__:
+        elif isinstance(self.point, Shared) and func is _T.__getitem__ and not torch.is_grad_enabled():
             leaf = self._leaf(args[0])
             if leaf is not None and _is_row_index(args[1]):
                 return leaf.rows(args[1], self.point.terms)
@@ -172,19 +175,10 @@ class Probe(TorchFunctionMode):
         return func(*self._substitute(args), **{k: self._substitute(v) for k, v in kwargs.items()})
 
     def _reads_leaf(self, values: Iterable[Any]) -> bool:
-        return _reads(self._leaves, values)
+        return reads(self._leaves, values)
 
     def _refuse_write(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        name = getattr(func, "__name__", "")
-        targets = [kwargs["out"]] if "out" in kwargs else [*args, *kwargs.values()][:1] if IN_PLACE.fullmatch(name) else []
-        if self._reads_leaf(targets):
-            names = [leaf.name for leaf in self._leaves.values() if any(_is_or_holds(t, leaf.parameter) for t in targets)]
-            raise RuntimeError(
-                f"`{name}` writes to the trained parameter {names[0]!r} inside the training step; a ZO probe evaluates the "
-                "loss at perturbed weights, which are read-only. Move the write out of training_step, or leave this "
-                "parameter out with ZOStrategy(select=...). Where the model itself rescales its weights between train() and "
-                "eval(), switch that off in its configuration (RWKV: config.rescale_every = 0)."
-            )
+        refuse_write(self._leaves, func, args, kwargs)
 
     def _leaf(self, value: Any) -> Leaf | None:
         """The leaf whose parameter the value is, which counts as read."""
@@ -198,7 +192,7 @@ class Probe(TorchFunctionMode):
         if leaf is not None:
             if isinstance(self.point, Shared):
                 ready = self._ready.get(id(value))
-                return leaf.perturbed(self.point.terms) if ready is None else ready
+                return linked(value, leaf.perturbed(self.point.terms) if ready is None else ready)
             if isinstance(self.point, Tangent):
                 tangent = leaf.gradient([Term(self.point.key, 1.0)])
                 return fwAD.make_dual(leaf.parameter.detach(), tangent.to(leaf.parameter.dtype))  # type: ignore[no-untyped-call]
@@ -207,10 +201,7 @@ class Probe(TorchFunctionMode):
                 f"{leaf.name!r} is read in another way; leave it out with ZOStrategy(select=...), or use "
                 "ZOStrategy(estimator='spsa')"
             )
-        if isinstance(value, (list, tuple)) and self._reads_leaf(value):
-            items = [self._substitute(v) for v in value]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        return value
+        return substituted(value, self._leaves, self._substitute)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         if isinstance(self.point, PerExample) and id(bias) in self._leaves:
@@ -222,7 +213,7 @@ class Probe(TorchFunctionMode):
         input, bias = self._substitute(input), self._substitute(bias)
         if isinstance(self.point, Shared):
             if torch.is_grad_enabled():  # autograd would keep the scratch
-                return F.linear(input, leaf.perturbed(self.point.terms), bias)
+                return F.linear(input, linked(weight, leaf.perturbed(self.point.terms)), bias)
             return leaf.linear(input, bias, self.point.terms, self._scratch)
         if not isinstance(leaf, PerExampleLeaf):
             return self._substitute(weight)  # which says why not
@@ -277,7 +268,8 @@ class Probe(TorchFunctionMode):
         **kwargs: Any,
     ) -> Any:
         leaf = self._leaf(weight)
-        if leaf is None or max_norm is not None or not isinstance(self.point, Shared) or _outside(input, weight.shape[0]):
+        whole = max_norm is not None or torch.is_grad_enabled()
+        if leaf is None or whole or not isinstance(self.point, Shared) or _outside(input, weight.shape[0]):
             return self._elsewhere(F.embedding, (input, weight, padding_idx, max_norm, *args), kwargs)
         return leaf.rows(input, self.point.terms)  # the other arguments matter to the backward pass alone
 
@@ -295,21 +287,53 @@ class Unread(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in METADATA and _reads(self._leaves, (*args, *kwargs.values())):
-            for leaf in self._leaves.values():
-                if any(_is_or_holds(value, leaf.parameter) for value in (*args, *kwargs.values())):
-                    raise RuntimeError(
-                        f"`zo_prepare` reads the trained parameter {leaf.name!r}, but its result is the same for all probes of "
-                        "a step: leave this part to `zo_objective`, or the parameter out with ZOStrategy(select=...)"
-                    )
+        if func not in METADATA and (leaf := _first_read(self._leaves, (*args, *kwargs.values()))) is not None:
+            raise RuntimeError(
+                f"`zo_prepare` reads the trained parameter {leaf.name!r}, but its result is the same for all probes of "
+                "a step: leave this part to `zo_objective`, or the parameter out with ZOStrategy(select=...)"
+            )
         return func(*args, **kwargs)
 
 
-def _reads(leaves: Mapping[int, Leaf], values: Iterable[Any]) -> bool:
+def reads(leaves: Mapping[int, Any], values: Iterable[Any]) -> bool:
+    """Whether a leaf's Parameter is among the values, or in lists among them."""
     for value in values:  # noqa: SIM110  a generator would take twice as long, at every operation of the model
-        if id(value) in leaves or (isinstance(value, (list, tuple)) and _reads(leaves, value)):
+        if id(value) in leaves or (isinstance(value, (list, tuple)) and reads(leaves, value)):
             return True
     return False
+
+
+def _first_read(leaves: Mapping[int, Any], values: Sequence[Any]) -> Any:
+    """A leaf whose Parameter is among the values, or None."""
+    return next((leaf for key, leaf in leaves.items() if reads({key: leaf}, values)), None) if reads(leaves, values) else None
+
+
+def substituted(value: Any, leaves: Mapping[int, Any], weight: Callable[[Any], Tensor]) -> Any:
+    """The value, or list of values, with ``weight`` of each Parameter in its place."""
+    if id(value) in leaves:
+        return weight(value)
+    if isinstance(value, (list, tuple)) and reads(leaves, value):
+        items = [substituted(v, leaves, weight) for v in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def refuse_write(leaves: Mapping[int, Any], func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raise RuntimeError when the operation writes into a leaf's Parameter."""
+    if (written := _first_read(leaves, write_targets(func, args, kwargs))) is not None:
+        raise RuntimeError(
+            f"`{getattr(func, '__name__', func)}` writes to the trained parameter {written.name!r} inside the training step; a "
+            "ZO probe evaluates the loss at perturbed weights, which are read-only. Move the write out of training_step, or "
+            "leave this parameter out with ZOStrategy(select=...). Where the model itself rescales its weights between train() "
+            "and eval(), switch that off in its configuration (RWKV: config.rescale_every = 0)."
+        )
+
+
+def write_targets(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """What the call of an operation writes into."""
+    if "out" in kwargs:
+        return [kwargs["out"]]
+    return [*args, *kwargs.values()][:1] if IN_PLACE.fullmatch(getattr(func, "__name__", "")) else []
 
 
 def _is_row_index(index: Any) -> bool:
@@ -322,7 +346,3 @@ def _outside(indices: Tensor, rows: int) -> bool:
         return False
     low, high = indices.aminmax()
     return bool(low < 0) or bool(high >= rows)
-
-
-def _is_or_holds(target: Any, parameter: Tensor) -> bool:
-    return target is parameter or (isinstance(target, (list, tuple)) and any(_is_or_holds(t, parameter) for t in target))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..types import Key, PerExample, Point, Shared, Tangent, Term
+from .behind import hiding
 from .leaf import Leaf, Scratch, Vectors
 from .probe import Both, Probe, Unread
 
@@ -36,13 +37,22 @@ class View:
         self._probe: Probe | None = None
         self.read: set[int] = set()
         """Ids of the parameters that probes have read since somebody cleared it."""
+        self.behind: tuple[Leaf, ...] = ()
+        """Leaves that are read where no function mode sees it, beside those of compiled code."""
         self.refresh()
 
     def refresh(self) -> None:
         """Look again which submodules run as compiled code."""
         self._regions = [] if self._compiled_root else compiled_regions(self.root)
-        inside = {id(p) for region in self._regions for p in region.parameters()}
+        inside = {id(p) for region in self._regions for p in region.parameters()} | {id(leaf.parameter) for leaf in self.behind}
         self._swapped = [leaf for leaf in self.leaves if self._compiled_root or id(leaf.parameter) in inside]
+        swapped = set(map(id, self._swapped))
+        self._seen = [leaf for leaf in self.leaves if id(leaf) not in swapped]  # a probe that saw a swapped one moved it twice
+
+    def swap(self, leaves: Iterable[Leaf]) -> None:
+        """From now on perturb these by swapping their memory: they are read where no function mode sees it."""
+        self.behind = (*self.behind, *leaves)
+        self.refresh()
 
     @property
     def numel(self) -> int:
@@ -71,6 +81,11 @@ class View:
             elif isinstance(point, Tangent):
                 if self.compiled:
                     raise ValueError("a forward derivative does not pass through compiled code; leave torch.compile out")
+                if self.behind:
+                    raise ValueError(
+                        f"a forward derivative does not reach {self.behind[0].name!r}, which is read in a scripted function, "
+                        "in another thread or by code that is not PyTorch's; use estimator='spsa', or freeze it"
+                    )
                 stack.enter_context(fwAD.dual_level())
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused attention has no forward derivative
             elif isinstance(point, PerExample):
@@ -88,6 +103,24 @@ class View:
         """Whether part of the module runs as compiled code."""
         return self._compiled_root or bool(self._regions)
 
+    @property
+    def opaque(self) -> bool:
+        """Whether function modes do not see all that reads a leaf."""
+        return self.compiled or bool(self.behind)
+
+    def visible(self) -> tuple[Leaf, ...]:
+        """Leaves that are read where function modes see it, as far as is known; offloaded ones are NaN to all other code."""
+        return tuple(leaf for leaf in self._seen if type(leaf.parameter) is nn.Parameter)
+
+    @contextmanager
+    def hiding(self, leaves: Iterable[Leaf]) -> Iterator[None]:
+        """Context in which a read of these leaves gives their weights if a function mode sees it, and NaN if none does."""
+        with ExitStack() as stack:
+            for region in self._regions:
+                stack.enter_context(_without_modes(region))
+            stack.enter_context(hiding({leaf.name: leaf.parameter for leaf in leaves}))
+            yield
+
     def refusing_reads(self) -> Unread:
         """Context in which no leaf may be read."""
         return Unread({id(leaf.parameter): leaf for leaf in self.leaves})
@@ -95,8 +128,8 @@ class View:
     @contextmanager
     def probe(self, point: Point | Both) -> Iterator[None]:
         """:meth:`at`, of what function modes see, with the point's tensors on the device."""
-        key = point.key
-        active = {id(leaf.parameter): leaf for leaf in self.leaves if leaf.turn is None or leaf.active(key)}
+        key, leaves = point.key, self._seen
+        active = {id(leaf.parameter): leaf for leaf in leaves if leaf.turn is None or leaf.active(key)}
         outer = self._probe
         if outer is not None:
             outer.resting = True

@@ -1,0 +1,109 @@
+"""The user's step tried on the first batch, without a trace: what it reads and writes where a probe does not see it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..space import Leaf, View
+from ..types import Batch, Forward, Key, Shared, SkipStep, Term
+from .isolation import Isolation
+from .objective import evaluated, loss_value
+
+_FAR = 0.05
+_TERMS = tuple((Term(Key(0, 0), side),) for side in (_FAR, -_FAR))
+_TRIES = 64
+"""Forwards that the search for single leaves may take."""
+
+
+def rehearse(forward: Forward, batch: Batch, view: View, isolation: Isolation) -> list[Leaf]:
+    """Try the step: find the state that it keeps, and the leaves that it reads where no function mode sees it.
+
+    One forward for a step that does neither.
+
+    Args:
+        forward: batch → the user's output.
+        batch: the first micro-batch.
+        view: of the weights.
+        isolation: of the module; gets to know the state.
+
+    Returns:
+        The leaves that are read behind the probes' backs.
+
+    Raises:
+        SkipStep: the step returned None.
+        RuntimeError: the step writes what follows the trained weights: an average of them, a teacher.
+    """
+    step = _Rehearsal(forward, batch, view, isolation)
+    if not step.goes_wrong(view.visible()):
+        found: list[Leaf] = []
+    elif not math.isfinite(step.loss()):  # nothing can be told from it
+        found = []
+    else:
+        found = step.behind(view.visible())
+    shapes = {leaf.parameter.shape for leaf in view.leaves if leaf.parameter.dim() > 1}
+    if step.writes_weights or isolation.holds(shapes):
+        step.refuse_averages()
+    return found
+
+
+class _Rehearsal:
+    def __init__(self, forward: Forward, batch: Batch, view: View, isolation: Isolation) -> None:
+        self._forward, self._batch, self._view, self._isolation = forward, batch, view, isolation
+        self._left = _TRIES
+        self.writes_weights = False
+        """The step writes parameters."""
+
+    def loss(self, hidden: Iterable[Leaf] = ()) -> float:
+        with self._isolation.rehearsal() as probes:
+            with self._view.hiding(hidden), probes.forward():
+                out = evaluated(self._forward, self._batch)
+            self.writes_weights = self.writes_weights or bool(probes.written)
+        return loss_value(out)
+
+    def goes_wrong(self, hidden: Sequence[Leaf]) -> bool:
+        """Whether the loss is NaN, or there is none, while these leaves are hidden."""
+        self._left -= 1
+        try:
+            return not math.isfinite(self.loss(hidden))
+        except SkipStep:
+            raise
+        except Exception:  # code that asks whether its numbers are finite
+            return True
+
+    def behind(self, leaves: Sequence[Leaf]) -> list[Leaf]:
+        """Those of the leaves, one of which at least is read behind the probe's back, that are."""
+        if len(leaves) == 1 or self._left <= 0:
+            return list(leaves)
+        halves = leaves[: len(leaves) // 2], leaves[len(leaves) // 2 :]
+        if not self.goes_wrong(halves[0]):
+            return self.behind(halves[1])
+        return self.behind(halves[0]) + (self.behind(halves[1]) if self.goes_wrong(halves[1]) else [])
+
+    def refuse_averages(self) -> None:
+        """Raise RuntimeError where a parameter gets other values at other points, or a tensor moves towards a weight."""
+        with self._isolation.rehearsal() as probes:
+            for terms in _TERMS:
+                with self._view.at(Shared(terms)), probes.forward():
+                    self._forward(self._batch)
+                if probes.count == 1:
+                    for name, was, now in probes.moved():
+                        self._refuse_average(name, was, now, terms)
+
+    def _refuse_average(self, name: str, was: Tensor, now: Tensor, terms: Sequence[Term]) -> None:
+        for leaf in self._view.leaves:
+            if leaf.parameter.shape == was.shape and was.dim() > 1 and _moves_towards(was, now, leaf.perturbed(terms)):
+                raise RuntimeError(
+                    f"the training step moves {name!r} towards the trained weights {leaf.name!r}, which are perturbed there. "
+                    "Move the average to `on_train_batch_end`, where they are not"
+                )
+
+
+def _moves_towards(was: Tensor, now: Tensor, weight: Tensor) -> bool:
+    """Whether now = (1 − b)·was + b·weight for some 0 < b ≤ 1/2. Larger ones are of what is made afresh from weights."""
+    change, way = (x.detach().double().flatten() - was.detach().double().flatten() for x in (now, weight))
+    share = float(change @ way) / max(float(way @ way), torch.finfo(torch.double).tiny)
+    return 0 < share <= 0.5 and float((change - share * way).norm()) <= 0.05 * float(change.norm())

@@ -1,0 +1,36 @@
+"""Perturbed weights that a step can differentiate by: inner gradient steps, test-time training, gradients of a penalty."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DIFFERENTIATES: frozenset[Any] = frozenset((torch.autograd.grad, torch.Tensor.backward))
+"""What names weights without reading them."""
+
+
+class _Linked(torch.autograd.Function):
+    """The value, with the parameter in its place in the graph: dL/dW is the gradient at the value."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(parameter: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def linked(parameter: Tensor, value: Tensor) -> Tensor:
+    """The value; where a graph is recorded, one whose gradient is the parameter's."""
+    if not (torch.is_grad_enabled() and parameter.requires_grad):
+        return value
+    return _Linked.apply(parameter, value)  # type: ignore[no-any-return, no-untyped-call]
