@@ -190,7 +190,7 @@ def test_exact_restore() -> None:
 
 def test_a_forward_gradient_names_what_it_does_not_reach() -> None:
     net = Reader("scripted")
-    session = Session(net, SGD(net.parameters(), lr=1e-3), PLAIN.override(estimator="forward"))
+    session = Session(net, SGD(net.parameters(), lr=1e-3), PLAIN.override(estimator="forward_gradient"))
     with pytest.raises(ValueError, match=r"first\.weight"):
         session.estimate(lambda batch: mse(net, batch), batches(1)[0])
 

@@ -11,8 +11,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import PLAIN, Task, assert_same, batches, fit, loader, mlp, mse, quiet_trainer, weights
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from lightning.pytorch.tuner import Tuner
+from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import (
     ChainedScheduler,
@@ -190,3 +191,27 @@ def test_optimizer_advice() -> None:
         fit(Task(mlp(), optimizer=lambda p: AdamW(p)), batches(1))
     with pytest.warns(UserWarning, match=r"lr=0.5 is far from the rates"):
         fit(Task(mlp(), optimizer=lambda p: SGD(p, lr=0.5)), batches(1), ZOStrategy("spsa"))
+
+
+class Started(Callback):
+    """The weights with which each epoch starts."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.weights.append(weights(pl_module))
+
+
+@pytest.mark.parametrize(
+    "strategy", ["auto", ZOStrategy(PLAIN), ZOStrategy("default", seed=1)], ids=["stock", "spsa", "default"]
+)
+def test_weight_averaging_is_the_mean_over_epochs(strategy: Any) -> None:
+    """As under the stock strategy: the module ends with the mean of the weights at the starts of epochs 1 to 4."""
+    module, started = Task(mlp()), Started()
+    averaging = StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=2, annealing_epochs=1)
+    fit(module, batches(4), strategy, max_epochs=5, callbacks=[started, averaging])
+    assert module.trainer.global_step == 20
+    assert not torch.equal(started.weights[1]["net.0.weight"], started.weights[4]["net.0.weight"])
+    mean = {name: torch.stack([w[name] for w in started.weights[1:5]]).mean(0) for name in weights(module)}
+    assert_same(weights(module), mean, tolerance=1e-6)
