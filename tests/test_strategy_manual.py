@@ -119,7 +119,7 @@ def test_autocast_reaches_the_closure() -> None:
         module.optimizers().step(closure=closure)
 
     fit(Manual(step), batches(1), precision="bf16-mixed")
-    assert dtypes == [torch.bfloat16] * 2
+    assert dtypes == [torch.bfloat16] * 3
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

@@ -19,11 +19,12 @@ from zolightning import ZOStrategy
 
 ROOT = str(Path(zolightning.__file__).parent)
 LIMITS = {"spsa": 139, "default": 250}
-"""Recipe → switches from file to file in the third step of a small MLP with a ledger, at a given step size."""
+"""Recipe → switches from file to file in the sixth step of a small MLP with a ledger, at a given step size; the
+first ones also look for state."""
 
 
-class Third(pl.Callback):
-    """The files of the calls within the package during the third step, in order."""
+class Sixth(pl.Callback):
+    """The files of the calls within the package during the sixth step, in order."""
 
     def __init__(self) -> None:
         self.files: list[str] = []
@@ -34,7 +35,7 @@ class Third(pl.Callback):
             self.files.append(file[len(ROOT) + 1 :])
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 2:
+        if batch_idx == 5:
             sys.setprofile(self._profile)
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -43,9 +44,9 @@ class Third(pl.Callback):
 
 @pytest.mark.parametrize("recipe", LIMITS)
 def test_a_step_stays_in_few_files(recipe: str, tmp_path: Path) -> None:
-    third = Third()
+    sixth = Sixth()
     trainer = quiet_trainer(
-        ZOStrategy(recipe, select="all", lr=1e-3, ledger=tmp_path / "ledger.zo"), max_steps=4, callbacks=[third]
+        ZOStrategy(recipe, select="all", lr=1e-3, ledger=tmp_path / "ledger.zo"), max_steps=7, callbacks=[sixth]
     )
     data = TensorDataset(torch.randn(64, 8), torch.randint(4, (64,)))
     before = sys.getprofile()
@@ -55,7 +56,7 @@ def test_a_step_stays_in_few_files(recipe: str, tmp_path: Path) -> None:
         )
     finally:
         sys.setprofile(before)
-    switches = sum(a != b for a, b in zip(third.files, third.files[1:], strict=False))
-    print(f"{recipe}: {len(third.files)} calls in {len(set(third.files))} files, {switches} switches")
-    assert trainer.global_step == 4
+    switches = sum(a != b for a, b in zip(sixth.files, sixth.files[1:], strict=False))
+    print(f"{recipe}: {len(sixth.files)} calls in {len(set(sixth.files))} files, {switches} switches")
+    assert trainer.global_step == 7
     assert 0 < switches <= LIMITS[recipe]

@@ -83,7 +83,7 @@ class Isolation:
         Raises:
             RuntimeError: the probes write frozen parameters, each with other values.
         """
-        later = self._steps > 0 and self._steps & (self._steps - 1) == 0  # state may begin to change: 1, 2, 4, 8, …
+        later = self._steps in (1, 2, 3) or self._steps & (self._steps - 1) == 0 < self._steps  # state may begin to change
         probes = Probes(self, everywhere=later or not self.looked)
         self._steps += 1
         try:

@@ -38,11 +38,10 @@ def rehearse(forward: Forward, batch: Batch, view: View, isolation: Isolation) -
         RuntimeError: the step writes what follows the trained weights: an average of them, a teacher.
     """
     step = _Rehearsal(forward, batch, view, isolation)
-    if not step.goes_wrong(view.visible()):
-        found: list[Leaf] = []
-    elif not math.isfinite(step.loss()):  # nothing can be told from it
-        found = []
-    else:
+    found: list[Leaf] = []
+    if view.compiled:  # as in a probe, so that it is compiled once
+        step.loss()
+    elif step.goes_wrong(view.visible()) and math.isfinite(step.loss()):  # of a loss that is NaN by itself nothing can be told
         found = step.behind(view.visible())
     shapes = {leaf.parameter.shape for leaf in view.leaves if leaf.parameter.dim() > 1}
     if step.writes_weights or isolation.holds(shapes):
@@ -59,7 +58,8 @@ class _Rehearsal:
 
     def loss(self, hidden: Iterable[Leaf] = ()) -> float:
         with self._isolation.rehearsal() as probes:
-            with self._view.hiding(hidden), probes.forward():
+            point = self._view.at(Shared(_TERMS[0])) if self._view.compiled else self._view.hiding(hidden)
+            with point, probes.forward():
                 out = evaluated(self._forward, self._batch)
             self.writes_weights = self.writes_weights or bool(probes.written)
         return loss_value(out)

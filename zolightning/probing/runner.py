@@ -23,7 +23,7 @@ from .cuda_graphs import Graphs
 from .inspection import Examples
 from .isolation import Isolation, Probes
 from .loss_splitter import LossSplitter
-from .objective import evaluated, example_losses, loss_of, loss_value, slope_of
+from .objective import example_losses, loss_of, loss_value, slope_of
 
 Ask = Callable[[int | None], Sequence[Point]]
 
@@ -172,7 +172,7 @@ class Ran:
 
     def _called(self, batch: Batch, point: Point | None) -> StepOutput:
         try:
-            return evaluated(self._forward, batch)
+            return self._forward(batch)
         except NotImplementedError as error:
             if not isinstance(point, Tangent):
                 raise
