@@ -300,7 +300,7 @@ class Session:
 
     def _trial(self, forward: Forward, batch: Batch, space: Subspace, terms: Sequence[Term]) -> float:
         """The loss of a micro-batch at θ + Σ_k c_k z_k, which leaves no trace."""
-        with self._setting.muted(), self._isolation.dry(), space.view.at(Shared(tuple(terms))):
+        with self._setting.muted(), self._isolation.dry(everywhere=False), space.view.at(Shared(tuple(terms))):
             try:
                 return loss_value(forward(batch))
             except SkipStep:

@@ -87,9 +87,9 @@ class Graphs:
         try:
             first = graph is None
             if graph is None:
-                with self._isolation.dry():
+                with self._isolation.dry(everywhere=False):
                     graph = self._record(forward, batch, point)
-            with self._isolation.dry():
+            with self._isolation.dry(everywhere=False):
                 set_rng_state(start, self._device)
                 replayed = graph.replay(batch, point)
         except Exception as error:  # whatever it is, the plain forward works, or says it better

@@ -76,6 +76,11 @@ class Isolation:
         """Whether a forward has shown what it changes."""
         self._steps = 0
 
+    @property
+    def due(self) -> bool:
+        """Whether the next step looks for state that nobody knew of: it may begin to change later, or deeper down."""
+        return not self.looked or self._steps in (1, 2, 3) or self._steps & (self._steps - 1) == 0 < self._steps
+
     @contextmanager
     def step(self) -> Iterator[Probes]:
         """Around the probes of one micro-batch: its :meth:`Probes.forward` goes around each of them.
@@ -83,8 +88,7 @@ class Isolation:
         Raises:
             RuntimeError: the probes write frozen parameters, each with other values.
         """
-        later = self._steps in (1, 2, 3) or self._steps & (self._steps - 1) == 0 < self._steps  # state may begin to change
-        probes = Probes(self, everywhere=later or not self.looked)
+        probes = Probes(self, everywhere=self.due)
         self._steps += 1
         try:
             yield probes
@@ -101,9 +105,9 @@ class Isolation:
             probes.undo()
 
     @contextmanager
-    def dry(self) -> Iterator[None]:
-        """Around a forward that leaves no trace."""
-        with self.rehearsal(everywhere=not self.looked) as probes, probes.forward():
+    def dry(self, everywhere: bool = True) -> Iterator[None]:
+        """Around a forward that leaves no trace, ``everywhere`` or in the state that is known to change."""
+        with self.rehearsal(everywhere or self.due) as probes, probes.forward():
             yield
 
     def tried(self, call: Callable[[Any], Any], argument: Any) -> Any:

@@ -192,7 +192,8 @@ class Probe(TorchFunctionMode):
         if leaf is not None:
             if isinstance(self.point, Shared):
                 ready = self._ready.get(id(value))
-                return linked(value, leaf.perturbed(self.point.terms) if ready is None else ready)
+                moved = leaf.perturbed(self.point.terms) if ready is None else ready
+                return linked(value, moved) if torch.is_grad_enabled() else moved
             if isinstance(self.point, Tangent):
                 tangent = leaf.gradient([Term(self.point.key, 1.0)])
                 return fwAD.make_dual(leaf.parameter.detach(), tangent.to(leaf.parameter.dtype))  # type: ignore[no-untyped-call]
