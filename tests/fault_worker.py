@@ -31,12 +31,11 @@ from torch.optim import SGD, Adagrad, AdamW, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from zolightning import LedgerCheckpointIO, ZOConfig, ZOStrategy
-from zolightning.ledger import Recorder
+from zolightning.engine.session import Session
+from zolightning.ledger import PendingLedger, Recorder
 from zolightning.ledger import base as base_module
 from zolightning.ledger.writer import LedgerWriter
 from zolightning.space import DenseLeaf, Leaf
-from zolightning.strategy import strategy as strategy_module
-from zolightning.strategy.run_ledger import RunLedger
 
 PHASES = ("starting", "probing", "recording", "updating", "saving", "ending")
 END = -1  # in place of a step's number
@@ -189,9 +188,15 @@ def watch(progress: Progress, module: nn.Module) -> None:
 
     Recorder.applied = noted  # type: ignore[method-assign]
     Recorder.step = within("recording", Recorder.step)  # type: ignore[method-assign]
-    strategy_module.apply_update = within("updating", strategy_module.apply_update)
+    begun = Session.__init__
+
+    def begin(self: Session, *args: Any, **settings: Any) -> None:
+        begun(self, *args, **settings)
+        self._apply_update = within("updating", self._apply_update)
+
+    Session.__init__ = begin  # type: ignore[method-assign]
     ZOStrategy.save_checkpoint = within("saving", ZOStrategy.save_checkpoint)  # type: ignore[method-assign]
-    RunLedger.close = within("ending", RunLedger.close)  # type: ignore[method-assign]
+    PendingLedger.close = within("ending", PendingLedger.close)  # type: ignore[method-assign]
     ZOStrategy.training_step = within("probing", ZOStrategy.training_step)  # type: ignore[method-assign]
 
 

@@ -90,7 +90,7 @@ def test_outer_sum() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_the_library_can_be_loaded_in_the_middle_of_a_step(dtype: torch.dtype) -> None:
-    library = backends.library()
+    library = backends.native_backend()
     if library is None:
         pytest.skip("no native kernels")
     with default(dtype):

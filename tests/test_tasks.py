@@ -251,7 +251,9 @@ def test_sentences_are_stripped() -> None:
 
 def test_without_datasets_or_rows_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"nyu-mll/glue/sst2 needs .*`pip install \"zolightning\[tasks\]\"`, or give `path`"):
+    with pytest.raises(
+        ImportError, match=r"nyu-mll/glue/sst2 needs .*`pip install \"zolightning\[tasks\]\"`, or give a folder"
+    ):
         load_task(TASKS["sst2"])
     with pytest.raises(ValueError, match="no source"):
         load_task(TextTask("text", "{x}"))
