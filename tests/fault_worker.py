@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import safetensors.torch
 import torch
 from helpers import PLAIN, PerExampleTask, Resumable, Task, batches, dropped, mlp, mse, per_example_mse, quiet_trainer
 from ledgers import hashed
@@ -33,7 +34,6 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 from zolightning import LedgerCheckpointIO, ZOConfig, ZOStrategy
 from zolightning.engine.session import Session
 from zolightning.ledger import PendingLedger, Recorder
-from zolightning.ledger import base as base_module
 from zolightning.ledger.writer import LedgerWriter
 from zolightning.space import DenseLeaf, Leaf
 
@@ -235,13 +235,13 @@ def arm(where: str, count: int, how: str) -> None:
     elif where == "checkpoint":  # the position is noted, the file is not there
         before(TorchCheckpointIO, "save_checkpoint")
     else:  # the base is written and has no name yet
-        save = base_module.save_file
+        save = safetensors.torch.save_file
 
         def unnamed(*args: Any) -> None:
             save(*args)
             die(how)
 
-        base_module.save_file = unnamed
+        safetensors.torch.save_file = unnamed
 
 
 def die(how: str) -> NoReturn:

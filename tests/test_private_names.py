@@ -125,6 +125,10 @@ NAMES = {
     "_convert_weight_packed_for_cpu_inverse": Private(
         "bitsandbytes", "0.50.2", "bitsandbytes.functional", "undoes the packing that an eval-mode forward does for good"
     ),
+    "_from_config": Private(
+        "transformers", "5.23.0", "transformers:PreTrainedModel", "a model of a class that is no Auto class"
+    ),
+    "_init_weights": Private("transformers", "5.23.0", "transformers:PreTrainedModel", "first weights of a new head"),
     "_keep_in_fp32_modules": Private(
         "transformers", "5.23.0", "transformers:PreTrainedModel", "layers that transformers will not quantise"
     ),
