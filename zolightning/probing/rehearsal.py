@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..space import Leaf, View
-from ..types import Batch, Forward, Key, Shared, SkipStep, Term
+from ..types import Batch, Candidate, Forward, Key, Shared, SkipStep, StepOutput, Term
 from .isolation import Isolation
 from .objective import evaluated, loss_value
 
@@ -43,6 +43,8 @@ def rehearse(forward: Forward, batch: Batch, view: View, isolation: Isolation) -
         step.loss()
     elif step.goes_wrong(view.visible()) and math.isfinite(step.loss()):  # of a loss that is NaN by itself nothing can be told
         found = step.behind(view.visible())
+        if step.error is not None and not found:  # it came by itself, once
+            raise step.error
     shapes = {leaf.parameter.shape for leaf in view.leaves if leaf.parameter.dim() > 1}
     if step.writes_weights or isolation.holds(shapes):
         step.refuse_averages()
@@ -53,6 +55,8 @@ class _Rehearsal:
     def __init__(self, forward: Forward, batch: Batch, view: View, isolation: Isolation) -> None:
         self._forward, self._batch, self._view, self._isolation = forward, batch, view, isolation
         self._left = _TRIES
+        self.error: Exception | None = None
+        """The first one that the step raised."""
         self.writes_weights = False
         """The step writes parameters."""
 
@@ -62,7 +66,7 @@ class _Rehearsal:
             with point, probes.forward():
                 out = evaluated(self._forward, self._batch)
             self.writes_weights = self.writes_weights or bool(probes.written)
-        return loss_value(out)
+        return _number(out)
 
     def goes_wrong(self, hidden: Sequence[Leaf]) -> bool:
         """Whether the loss is NaN, or there is none, while these leaves are hidden."""
@@ -71,17 +75,18 @@ class _Rehearsal:
             return not math.isfinite(self.loss(hidden))
         except SkipStep:
             raise
-        except Exception:  # code that asks whether its numbers are finite
+        except Exception as error:  # code that asks whether its numbers are finite
+            self.error = self.error or error
             return True
 
     def behind(self, leaves: Sequence[Leaf]) -> list[Leaf]:
-        """Those of the leaves, one of which at least is read behind the probe's back, that are."""
+        """Those of the leaves that are read behind the probe's back."""
+        if not leaves or not self.goes_wrong(leaves):
+            return []
         if len(leaves) == 1 or self._left <= 0:
             return list(leaves)
-        halves = leaves[: len(leaves) // 2], leaves[len(leaves) // 2 :]
-        if not self.goes_wrong(halves[0]):
-            return self.behind(halves[1])
-        return self.behind(halves[0]) + (self.behind(halves[1]) if self.goes_wrong(halves[1]) else [])
+        middle = len(leaves) // 2
+        return self.behind(leaves[:middle]) + self.behind(leaves[middle:])
 
     def refuse_averages(self) -> None:
         """Raise RuntimeError where a parameter gets other values at other points, or a tensor moves towards a weight."""
@@ -100,6 +105,13 @@ class _Rehearsal:
                     f"the training step moves {name!r} towards the trained weights {leaf.name!r}, which are perturbed there. "
                     "Move the average to `on_train_batch_end`, where they are not"
                 )
+
+
+def _number(out: StepOutput) -> float:
+    """The loss, or NaN where it or the candidate that is ranked in its place holds one."""
+    if not isinstance(out, Candidate):
+        return loss_value(out)
+    return float(out.value.double().sum()) if isinstance(out.value, Tensor) else 0.0
 
 
 def _moves_towards(was: Tensor, now: Tensor, weight: Tensor) -> bool:
