@@ -15,7 +15,7 @@ if TYPE_CHECKING or find_spec("lightning") is not None:
     from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
     from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
     from lightning.pytorch.plugins.precision import DoublePrecision, Precision
-    from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy, StrategyRegistry
+    from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
     from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
@@ -29,7 +29,7 @@ else:
     from pytorch_lightning.plugins.io import CheckpointIO, TorchCheckpointIO
     from pytorch_lightning.plugins.io.wrapper import _WrappingCheckpointIO
     from pytorch_lightning.plugins.precision import DoublePrecision, Precision
-    from pytorch_lightning.strategies import SingleDeviceStrategy, Strategy, StrategyRegistry
+    from pytorch_lightning.strategies import SingleDeviceStrategy, Strategy
     from pytorch_lightning.trainer.connectors.logger_connector.result import _ResultCollection
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
     from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
@@ -45,7 +45,6 @@ __all__ = [
     "Precision",
     "SingleDeviceStrategy",
     "Strategy",
-    "StrategyRegistry",
     "TorchCheckpointIO",
     "_ResultCollection",
     "_WrappingCheckpointIO",

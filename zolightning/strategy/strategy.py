@@ -36,7 +36,6 @@ from ._lightning import (
     MisconfigurationException,
     Precision,
     SingleDeviceStrategy,
-    StrategyRegistry,
     pl,
     rank_zero_info,
     rank_zero_warn,
@@ -356,8 +355,5 @@ class ZOStrategy(OneDeviceStrategy):
 # Lightning allows a compiled LightningModule only under strategies it knows; this is a single device to it
 SingleDeviceStrategy.register(ZOStrategy)
 FabricStrategy.register(ZOStrategy)  # so that Fabric comes as far as ZOStrategy._precision, which says what to do instead
-for _name in ("zo", "zolightning.zostrategy"):  # the second is the form of `--trainer.strategy=zolightning.ZOStrategy`
-    if _name not in StrategyRegistry.available_strategies():
-        StrategyRegistry.register(_name, ZOStrategy, description="zeroth-order training: forward passes only")
 
 __all__ = ["ZOStrategy"]
