@@ -137,10 +137,6 @@ class Estimate(NamedTuple):
         """Mean loss over the probes, to second order in eps the loss at the unperturbed weights."""
         return sum(self.losses) / len(self.losses) if self.losses else math.nan  # fsum raises on inf - inf
 
-    @property
-    def finite(self) -> bool:
-        return all(map(math.isfinite, self.coefficients))
-
 
 class StepRecord(NamedTuple):
     """What one optimizer step did: enough to log it, and, with the base weights, to redo it.

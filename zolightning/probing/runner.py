@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,23 +152,17 @@ class Ran:
             with self._probes.forward(), reuse.first() if reuse else nullcontext():
                 out = self.output = self._called(batch, point)
             return out
-        with self._again(), reuse.later() if reuse else nullcontext():
+        with self._probes.forward(), self._runner.muted(), reuse.later() if reuse else nullcontext():
             out = self._called(batch, point)
         if reuse is None or not reuse.reused or reuse.blocks.proved:
             return out
-        with self._again():
+        with self._probes.forward(), self._runner.muted():
             full = self._called(batch, point)
         a, b = loss_of(out), loss_of(full)
         reuse.blocks.proved = torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
         if not reuse.blocks.proved:
             self._reuse = None
         return full
-
-    def _again(self) -> AbstractContextManager[Any]:
-        stack = ExitStack()
-        stack.enter_context(self._probes.forward())
-        stack.enter_context(self._runner.muted())
-        return stack
 
     def _called(self, batch: Batch, point: Point | None) -> StepOutput:
         try:
