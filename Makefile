@@ -42,7 +42,17 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
+# llama.cpp without compiling it: the binding only, and built libraries of its release (Linux on x86-64; needs npm).
+LLAMA := $(VENV)/llama
+llama: $(VENV)/dev.stamp
+	rm -rf $(LLAMA)
+	mkdir -p $(LLAMA)
+	$(BIN)/python -m pip install -q -c constraints.txt -C wheel.cmake=false llama-cpp-python==0.3.34
+	cd $(LLAMA) && npm pack --silent @node-llama-cpp/linux-x64@3.19.1 && tar xzf *.tgz --strip-components=3 package/bins/linux-x64
+	cd $(LLAMA) && rm *.tgz && ln -s libllama.b10068.so libllama.so
+	LLAMA_CPP_LIB_PATH=$(CURDIR)/$(LLAMA) $(BIN)/python -c "from zolightning.blackbox.llamacpp import library; library()"
+
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
-.PHONY: demo docs test test-fast test-slow lint clean
+.PHONY: demo docs llama test test-fast test-slow lint clean

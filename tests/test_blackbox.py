@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import math
 import re
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from services import Service, serving
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -173,66 +172,69 @@ def test_it_trains_what_stands_before_it(strategy: str) -> None:
         assert module.box.queries == asked + 16 + 25 * 16 * (1 + 4)
 
 
-class Service(HTTPServer):
-    """Doubles rows, or as the README's server; notes what it was asked."""
-
-    rows = 0
-    failures = 0
-    answer: Any = None
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Service
-
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if "numbers" in asked:
-            answer: Any = {"outputs": (torch.tensor(asked["x"]) @ torch.tensor(asked["numbers"]["w"])).tolist()}
-        else:
-            self.server.rows += len(asked["items"])
-            answer = {"answers": [[2 * v for v in row] for row in asked["items"]]}
-        status, self.server.failures = (503, self.server.failures - 1) if self.server.failures else (200, 0)
-        body = json.dumps(answer if self.server.answer is None else self.server.answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args: Any) -> None:
-        pass
+def doubled(asked: Any) -> Any:
+    return {"answers": [[2 * v for v in row] for row in asked["items"]]}
 
 
 @pytest.fixture
 def service() -> Iterator[Service]:
-    with Service(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
-
-def address(server: Service) -> str:
-    return f"http://127.0.0.1:{server.server_address[1]}/"
+    with serving(doubled) as found:
+        yield found
 
 
 @pytest.mark.integration
 def test_a_server_is_asked_again_when_it_refuses_and_counts_as_we_do(service: Service) -> None:
-    box = BlackBox(Served(HttpTransport(address(service), retries=1)))
+    box = BlackBox(Served(HttpTransport(service.url, retries=1)))
     rows = torch.randn(5, 3)
     torch.testing.assert_close(box(rows), 2 * rows)
-    assert service.rows == box.queries == 5
+    assert service.items == box.queries == 5
     service.failures = 1
     torch.testing.assert_close(box(rows), 2 * rows)
-    service.answer = {"answers": [[1.0]] * 3}
+    service.reply = lambda _: {"answers": [[1.0]] * 3}
     with pytest.raises(AnswerError, match="must answer with 5 answers"):
         box(rows)
-    service.answer = {"answers": [[1.0, 2.0, 3.0], [1.0]] + [[0.0] * 3] * 3}
+    service.reply = lambda _: {"answers": [[1.0, 2.0, 3.0], [1.0]] + [[0.0] * 3] * 3}
     with pytest.raises(AnswerError, match="lists of one shape"):
         box(rows)
     assert box.queries == 10  # those that were not answered are not counted
     with pytest.raises(AnswerError, match="failed, 0 retries included"):
         BlackBox(Served(HttpTransport("http://127.0.0.1:9/", retries=0)))(rows)
+
+
+FAULTS: dict[str, tuple[Callable[[Service], Any], str]] = {
+    "refuses": (lambda service: vars(service).update(failures=1, status=403), "failed, 0 retries included: 403"),
+    "breaks": (lambda service: vars(service).update(failures=1), "failed, 0 retries included: 503"),
+    "is slow": (lambda service: vars(service).update(slow=1.5), "failed, 0 retries included.*timed out"),
+    "says nothing": (lambda service: vars(service).update(raw=b""), "something that is not JSON"),
+    "answers fewer": (lambda service: vars(service).update(reply=lambda _: [[1.0, 2.0]]), "must answer with 3 answers"),
+    "answers wider": (lambda service: vars(service).update(reply=lambda _: [[1.0]] * 3), r"scores \(3, 2\), got \(3, 1\)"),
+    "answers words": (lambda service: vars(service).update(reply=lambda _: ["a"] * 3), "expected numbers"),
+    "answers NaN": (lambda service: vars(service).update(reply=lambda _: [[1.0, math.nan]] * 3), "not finite"),
+}
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_middle_costs_no_query_twice(service: Service, fault: str) -> None:
+    """Three rows are answered, then the server fails; when it is mended, they are not sent again."""
+    broken, message = FAULTS[fault]
+    transport, sent = HttpTransport(service.url, retries=0), list[int]()
+    served = Served(transport)
+
+    def predict(rows: Tensor) -> Tensor:
+        sent.append(len(rows))
+        if len(sent) == 2:
+            broken(service)
+            transport.timeout = 0.2 if service.slow else 60
+        return served(rows)
+
+    box, rows = BlackBox(predict, batch_size=3, cache_size=100), torch.randn(8, 2)
+    with pytest.raises(AnswerError, match=message):
+        box(rows)
+    vars(service).update(failures=0, slow=0.0, raw=None, reply=doubled)
+    transport.timeout = 60
+    torch.testing.assert_close(box(rows), 2 * rows)
+    assert sent == [3, 3, 3, 2]
 
 
 @pytest.mark.integration
@@ -249,7 +251,8 @@ def test_the_engine_of_the_readme_trains(service: Service) -> None:
     text = Path(zolightning.blackbox.__file__).with_name("README.md").read_text()
     names: dict[str, Any] = {}
     exec(re.search(r"<!-- engine -->\n```python\n(.*?)```", text, re.DOTALL)[1], names)  # type: ignore[index]
-    model = EngineModel(names["Server"](address(service), {"w": torch.zeros(12, 3)}))
+    service.reply = lambda asked: {"outputs": (torch.tensor(asked["x"]) @ torch.tensor(asked["numbers"]["w"])).tolist()}
+    model = EngineModel(names["Server"](service.url, {"w": torch.zeros(12, 3)}))
     x = torch.randn(16, 12)
     batch = {"x": x, "labels": x[:, :3].argmax(1)}
 

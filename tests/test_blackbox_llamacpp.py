@@ -26,6 +26,7 @@ from zolightning import ZOMixin, ZOStrategy
 from zolightning.blackbox.control_vectors import ControlVectors, export_control_vectors
 from zolightning.blackbox.engine import EngineError, EngineModel
 from zolightning.blackbox.llamacpp import LlamaContext, LlamaModel, library
+from zolightning.ledger import read, replay
 
 try:
     library()
@@ -153,13 +154,15 @@ def fit(model: EngineModel, **settings: Any) -> None:
 
 
 @pytest.mark.parametrize("estimator", ["per_example", "spsa"])
-def test_training_lowers_the_loss_and_repeats_to_the_bit(gguf: LlamaModel, estimator: str) -> None:
-    batch, models = batch_of(prompts(8)), [EngineModel(engine(gguf)) for _ in range(2)]
-    before = F.cross_entropy(models[0](batch), batch["labels"])
-    for model in models:
-        fit(model, estimator=estimator)
-    assert F.cross_entropy(models[0](batch), batch["labels"]) < 0.7 * before
-    assert torch.equal(*(model.numbers["vectors"] for model in models))
+def test_training_lowers_the_loss_and_repeats_to_the_bit(gguf: LlamaModel, estimator: str, tmp_path: Path) -> None:
+    batch, (one, two, base) = batch_of(prompts(8)), (EngineModel(engine(gguf)) for _ in range(3))
+    before = F.cross_entropy(one(batch), batch["labels"])
+    fit(one, estimator=estimator, ledger=tmp_path / "ledger.zo")
+    fit(two, estimator=estimator)
+    assert F.cross_entropy(one(batch), batch["labels"]) < 0.7 * before
+    assert torch.equal(one.numbers["vectors"], two.numbers["vectors"])
+    replay(read(tmp_path / "ledger.zo"), dict(Classifier(base).named_parameters()))
+    assert torch.equal(one.numbers["vectors"], base.numbers["vectors"])
 
 
 def test_the_exported_file_gives_the_trained_outputs(gguf: LlamaModel, tmp_path: Path) -> None:

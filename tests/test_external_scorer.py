@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from services import Service, serving
 
 from zolightning.objectives import CommandScorer, HttpScorer
 from zolightning.objectives.transport import AnswerError
@@ -106,56 +104,18 @@ def test_command_that_does_not_exist_and_bad_settings() -> None:
         HttpScorer("ftp://x")
 
 
-class Server(HTTPServer):
-    """Answers with lengths, after failing as often as it is told."""
-
-    failures = 0
-    asked = 0
-    answer: Any = None
-    raw = b""
-    retry_after = ""
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        self.server.asked += 1
-        found = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["items"]
-        status = 200
-        if self.server.failures:
-            self.server.failures -= 1
-            status = 503
-        scores = [len(item["prediction"]) for item in found]
-        body = json.dumps(self.server.answer if self.server.answer is not None else {"scores": scores}).encode()
-        body = self.server.raw or body
-        self.send_response(status)
-        if status == 503 and self.server.retry_after:
-            self.send_header("Retry-After", self.server.retry_after)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args: Any) -> None:
-        pass
+def lengths(asked: Any) -> Any:
+    return {"scores": [len(item["prediction"]) for item in asked["items"]]}
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    with Server(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+def server() -> Iterator[Service]:
+    with serving(lengths) as service:
+        yield service
 
 
-def address(server: Server) -> str:
-    return f"http://127.0.0.1:{server.server_address[1]}/score"
-
-
-def test_http_scores_are_cached_up_to_their_number(server: Server) -> None:
-    scorer = HttpScorer(address(server), cache_size=2)
+def test_http_scores_are_cached_up_to_their_number(server: Service) -> None:
+    scorer = HttpScorer(server.url, cache_size=2)
     assert scorer(items("ab", "abc", "ab")).tolist() == [2.0, 3.0, 2.0]
     assert scorer(items("abc")).tolist() == [3.0]
     assert server.asked == 1
@@ -166,26 +126,26 @@ def test_http_scores_are_cached_up_to_their_number(server: Server) -> None:
     assert server.asked == 3
 
 
-def test_http_tries_again_and_says_when_it_gives_up(server: Server) -> None:
+def test_http_tries_again_and_says_when_it_gives_up(server: Service) -> None:
     server.failures = 2
-    assert HttpScorer(address(server), retries=2)(items("ab")).tolist() == [2.0]
+    assert HttpScorer(server.url, retries=2)(items("ab")).tolist() == [2.0]
     server.failures = 2
     with pytest.raises(AnswerError, match=r"failed, 1 retries included.*503"):
-        HttpScorer(address(server), retries=1)(items("ab"))
+        HttpScorer(server.url, retries=1)(items("ab"))
 
 
 @pytest.mark.parametrize(
     ("answer", "message"), [([1.0, 2.0], "must answer with 1 scores"), ({"x": 1}, "1 scores"), ([None], "got None")]
 )
-def test_http_answers_are_checked(server: Server, answer: Any, message: str) -> None:
-    server.answer = answer
+def test_http_answers_are_checked(server: Service, answer: Any, message: str) -> None:
+    server.reply = lambda asked: answer
     with pytest.raises(AnswerError, match=message):
-        HttpScorer(address(server))(items("ab"))
+        HttpScorer(server.url)(items("ab"))
 
 
-def test_http_waits_no_longer_than_the_timeout_for_a_busy_server(server: Server) -> None:
+def test_http_waits_no_longer_than_the_timeout_for_a_busy_server(server: Service) -> None:
     server.failures, server.retry_after = 1, "3600"
-    assert HttpScorer(address(server), timeout=1.0)(items("ab")).tolist() == [2.0]
+    assert HttpScorer(server.url, timeout=1.0)(items("ab")).tolist() == [2.0]
 
 
 @pytest.mark.parametrize("url", ["http://localhost:port/x", "http://"])
@@ -194,10 +154,10 @@ def test_http_bad_addresses_are_said_to_be_those(url: str) -> None:
         HttpScorer(url)(items("a"))
 
 
-def test_http_answers_must_be_json(server: Server) -> None:
+def test_http_answers_must_be_json(server: Service) -> None:
     server.raw = b"oops"
     with pytest.raises(AnswerError, match="something that is not JSON"):
-        HttpScorer(address(server))(items("a"))
+        HttpScorer(server.url)(items("a"))
 
 
 def test_http_nobody_there() -> None:
