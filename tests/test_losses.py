@@ -12,8 +12,16 @@ from torch import Tensor, nn
 
 from zolightning.probing.loss_splitter import LossSplitter
 from zolightning.probing.objective import loss_of
+from zolightning.space.leaf import Scratch, Vectors
+from zolightning.space.probe import Probe
+from zolightning.types import Shared
 
 B, T, C = 4, 3, 5
+
+
+def splitting(splitter: LossSplitter) -> Probe:
+    """A probe of no weights, whose loss functions the splitter takes."""
+    return Probe({}, Shared(), Scratch(0), Vectors([]), set(), watch=splitter)
 
 
 def classes(*shape: int) -> Tensor:
@@ -38,7 +46,7 @@ def classes(*shape: int) -> Tensor:
     ids=lambda v: v.__name__ if callable(v) else "x".join(map(str, v.shape)),
 )
 def test_each_example_alone_gives_its_loss(function: Callable[..., Tensor], x: Tensor, y: Tensor) -> None:
-    with LossSplitter(B) as splitter:
+    with splitting(splitter := LossSplitter(B)):
         mean = function(x, y)
     losses = splitter.losses(mean)
     assert losses is not None
@@ -51,7 +59,7 @@ def test_each_example_alone_gives_its_loss(function: Callable[..., Tensor], x: T
 def test_ignored_targets_do_not_count(shape: tuple[int, int]) -> None:
     x, y = torch.randn(shape), classes(shape[0])
     y[1] = -100
-    with LossSplitter(B) as splitter:
+    with splitting(splitter := LossSplitter(B)):
         mean = nn.CrossEntropyLoss(label_smoothing=0.1)(x, y)
     losses = splitter.losses(mean)
     assert losses is not None
@@ -88,7 +96,7 @@ def by_hand(x: Tensor, y: Tensor) -> Tensor:
 def test_anything_but_the_mean_itself_is_left_alone(step: Callable[[Tensor, Tensor], Tensor]) -> None:
     x, y = torch.randn(B, C), classes(B)
     torch.manual_seed(3)
-    with LossSplitter(B) as splitter:
+    with splitting(splitter := LossSplitter(B)):
         loss = step(x, y)
     torch.manual_seed(3)
     torch.testing.assert_close(loss, step(x, y))
@@ -96,14 +104,14 @@ def test_anything_but_the_mean_itself_is_left_alone(step: Callable[[Tensor, Tens
 
 
 def test_a_batch_of_another_size_is_left_alone() -> None:
-    with LossSplitter(3) as splitter:
+    with splitting(splitter := LossSplitter(3)):
         loss = F.cross_entropy(torch.randn(B, C), classes(B))
     assert splitter.losses(loss) is None
 
 
 @pytest.mark.parametrize("wrap", [lambda v: v, lambda v: {"loss": v, "extra": 1}])
 def test_the_loss_may_be_in_a_dict(wrap: Callable[[Tensor], Any]) -> None:
-    with LossSplitter(B) as splitter:
+    with splitting(splitter := LossSplitter(B)):
         out = wrap(F.mse_loss(torch.randn(B, 2), torch.randn(B, 2)))
     losses = splitter.losses(loss_of(out))
     assert losses is not None
@@ -117,7 +125,7 @@ def test_a_hugging_face_language_model() -> None:
         vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
     )
     model, ids = LlamaForCausalLM(config), torch.randint(0, 32, (B, 6))
-    with torch.no_grad(), LossSplitter(B) as splitter:
+    with torch.no_grad(), splitting(splitter := LossSplitter(B)):
         loss = model(input_ids=ids, labels=ids).loss
     losses = splitter.losses(loss)
     assert losses is not None

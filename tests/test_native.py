@@ -47,9 +47,11 @@ def library() -> native.NativeBackend:
 
 
 @pytest.fixture
-def backend_restored() -> Iterator[None]:
+def backend_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
+    monkeypatch.undo()  # first: it may have hidden the compiler
     noise.set_backend("auto")
+    assert (noise.active_backend() == "torch") == bool(reason)
 
 
 keys = st.builds(Key, st.integers(-(2**63), 2**64), st.integers(0, 2**40), st.integers(0, 2**31 - 1))
@@ -311,11 +313,13 @@ class TestLadder:
     @pytest.mark.parametrize("mode", ["torch", "auto"])
     def test_environment(self, mode: str, backend_restored: None, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(backends, "_settled", False)
+        backends.backend_on.cache_clear()
         monkeypatch.setenv("ZOLIGHTNING_KERNELS", mode)
         assert noise.active_backend() == ("torch" if mode == "torch" or reason else "native")
 
     def test_environment_with_an_unknown_word(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(backends, "_settled", False)
+        backends.backend_on.cache_clear()
         monkeypatch.setenv("ZOLIGHTNING_KERNELS", "fastest")
         with pytest.raises(ValueError, match="one of auto, native, torch"):
             noise.active_backend()

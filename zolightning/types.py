@@ -17,6 +17,9 @@ StepOutput: TypeAlias = Any
 Forward: TypeAlias = Callable[[Batch], StepOutput]
 """The user's step: it evaluates the batch that it is given."""
 
+Operation: TypeAlias = Callable[..., Any]
+"""A function of PyTorch's, as a function mode sees it called."""
+
 
 class SkipStep(Exception):
     """The user's step returned None: this micro-batch gives no estimate."""

@@ -130,8 +130,8 @@ class StepSizes:
     @contextmanager
     def applied(self, place: int, optimizer: Optimizer) -> Iterator[None]:
         """The optimizer's rates, scaled so that the first group's base rate is the size; afterwards as they were."""
-        size, base = self._found.get(place), base_lr(optimizer.param_groups[0])
-        if size is None or base == 0:
+        size = self._found.get(place)
+        if size is None or not (base := base_lr(optimizer.param_groups[0])):
             yield
             return
         rates = [group["lr"] for group in optimizer.param_groups]

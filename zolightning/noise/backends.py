@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from functools import cache
 from typing import Literal, cast, get_args
 
 import torch
@@ -22,10 +23,9 @@ _settled = False
 _native: NativeBackend | None = None
 _mode: Mode = "auto"
 _on_gpu: dict[tuple[torch.device, int | None], Backend | None] = {}
-known: dict[tuple[torch.device, int | None], Backend | None] = {}
-"""What :func:`backend_on` has answered: each kernel asks it."""
 
 
+@cache  # each call of a kernel asks
 def backend_on(device: torch.device, kind: int | None = None) -> Backend | None:
     """The kernels for tensors there, or None on the torch backend.
 
@@ -34,11 +34,8 @@ def backend_on(device: torch.device, kind: int | None = None) -> Backend | None:
         kind: a distribution's ``native``; None for the kernels that make none of its noise.
     """
     if device.type == "cpu":
-        found: Backend | None = native_backend()
-    else:
-        found = gpu_backend(device, kind) if device.type == "cuda" else None
-    known[device, kind] = found
-    return found
+        return native_backend()
+    return gpu_backend(device, kind) if device.type == "cuda" else None
 
 
 def native_backend() -> NativeBackend | None:
@@ -98,7 +95,7 @@ def set_backend(mode: Mode) -> None:
     with _lock:
         _on_gpu.clear()
         _settle(mode)
-        known.clear()
+        backend_on.cache_clear()
 
 
 def _mode_from_environment() -> Mode:

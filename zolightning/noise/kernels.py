@@ -287,8 +287,7 @@ def mixed_sum(words: Tensor, first: int = 0) -> int:
 def _backend_for(*tensors: Tensor, kind: int | None = None) -> Backend | None:
     """The backend, with kernels of that kind of noise, of plain tensors of one device that it takes, or None."""
     device = tensors[0].device
-    known = backends.known
-    backend = known[device, kind] if (device, kind) in known else backends.backend_on(device, kind)
+    backend = backends.backend_on(device, kind)
     if backend is None:
         return None
     for t in tensors:

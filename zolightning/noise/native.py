@@ -22,7 +22,7 @@ from torch import Tensor
 from ..cache import cache_dir, private
 from ..types import Key, Term
 from .backend import Backend
-from .philox import philox_key, rounding_query
+from .philox import philox_key, rounding_query, step_words
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # the codes of native.cpp
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -186,7 +186,7 @@ def _directions(kind: int, terms: Sequence[Term]) -> tuple[int, ctypes.Array[_Te
 
 @lru_cache(maxsize=8)  # all leaves of a probe, and of an update, have the same terms
 def _array(terms: tuple[Term, ...]) -> ctypes.Array[_Term]:
-    return (_Term * len(terms))(*(_Term(*philox_key(key), key.query, c) for key, c in terms))
+    return (_Term * len(terms))(*[_Term(*step_words(key.seed, key.step), key.query, c) for key, c in terms])
 
 
 def _touch(tensor: Tensor) -> None:

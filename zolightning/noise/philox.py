@@ -56,10 +56,15 @@ def _finalise(x: int) -> int:
     return x ^ (x >> 31)
 
 
-@lru_cache(maxsize=256)  # every leaf of a step asks for the same few
 def philox_key(key: Key) -> tuple[int, int]:
     """The Philox key of a step: a bijection of the step for each seed, so no two steps of a run share noise."""
-    word = _finalise((_finalise((key.seed + 0x9E3779B97F4A7C15) & _MASK64) + key.step) & _MASK64)
+    return step_words(key.seed, key.step)
+
+
+@lru_cache(maxsize=256)  # every leaf and query of a step asks for the same
+def step_words(seed: int, step: int) -> tuple[int, int]:
+    """The two words of :func:`philox_key`."""
+    word = _finalise((_finalise((seed + 0x9E3779B97F4A7C15) & _MASK64) + step) & _MASK64)
     return word & _MASK32, word >> 32
 
 

@@ -7,6 +7,7 @@ row-major order whatever the memory layout. Chunks only bound the temporaries: t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ OuterSum = Callable[[Tensor, Tensor], Tensor]
 _LARGEST = {torch.bfloat16: 0x7F7F0000, torch.float16: 0x477FE000}  # the largest finite numbers, as bits of a float32
 
 
+@cache  # each read of a leaf asks
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """Where arithmetic on a leaf happens: float64 for float64 leaves, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

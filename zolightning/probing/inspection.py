@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..space import Both, View
-from ..types import Batch, Forward, Key, PerExample, PerExampleError, Term
+from ..types import Batch, Forward, Key, PerExample, PerExampleError, Point, Shared, Term
 from .batches import batch_examples, batch_numel, repeat_batch
 from .block_reuse import block_reuse
 from .isolation import Isolation
@@ -38,11 +37,11 @@ class Examples(NamedTuple):
     both: bool = False
     shown: bool = True
 
-    def hold(self, batch: Any) -> bool:
+    def hold(self, batch: Batch) -> bool:
         """Whether they are shown, or the batch cannot show more."""
         return self.shown or (batch_examples(batch) or 0) < 2
 
-    def of(self, batch: Any) -> tuple[int | None, bool]:
+    def of(self, batch: Batch) -> tuple[int | None, bool]:
         """How many examples with losses of their own the batch holds, or None, and whether it may be repeated."""
         size = batch_numel(batch)
         both = self.both and size <= _SMALL
@@ -66,7 +65,7 @@ def inspect_step(forward: Forward, batch: Batch, view: View, isolation: Isolatio
     def losses(copies: int, offsets: Tensor) -> Tensor | None:
         count = examples * copies
         point = PerExample(Key(0, 0), torch.arange(count), offsets)
-        return _losses(forward, repeat_batch(batch, examples, copies), count, view.at(point), isolation)
+        return _losses(forward, repeat_batch(batch, examples, copies), count, view, point, isolation)
 
     try:
         plain = losses(1, torch.zeros(examples, dtype=torch.float32))
@@ -85,11 +84,10 @@ def inspect_step(forward: Forward, batch: Batch, view: View, isolation: Isolatio
     return Examples(True, double is not None and _close(double, plain.repeat(2)), shown=shown)
 
 
-def _losses(
-    forward: Forward, batch: Batch, count: int, probe: AbstractContextManager[None], isolation: Isolation
-) -> Tensor | None:
-    """(count,) of the batch's examples inside the probe, or None; without a trace."""
-    with isolation.dry(), probe, LossSplitter(count) as splitter:
+def _losses(forward: Forward, batch: Batch, count: int, view: View, point: Point | Both, isolation: Isolation) -> Tensor | None:
+    """(count,) of the batch's examples at the point, or None; without a trace."""
+    splitter = LossSplitter(count)
+    with isolation.dry(), view.at(point, splitter):
         return example_losses(forward(batch), count, splitter)
 
 
@@ -135,7 +133,7 @@ def takes_both(forward: Forward, batch: Batch, view: View, isolation: Isolation)
 
 
 def _agree(
-    forward: Forward, batch: Batch, twice: Any, count: int, view: View, isolation: Isolation, offset: float
+    forward: Forward, batch: Batch, twice: Batch, count: int, view: View, isolation: Isolation, offset: float
 ) -> bool | None:
     """Whether the halves of the doubled batch have the losses that the batch has at either side; None: rounding hides it.
 
@@ -143,8 +141,8 @@ def _agree(
     """
     key = Key(0, 0)
 
-    def halves(probe: AbstractContextManager[None]) -> list[float] | None:
-        losses = _losses(forward, twice, count, probe, isolation)
+    def halves(point: Point | Both) -> list[float] | None:
+        losses = _losses(forward, twice, count, view, point, isolation)
         return None if losses is None else losses.view(2, count // 2).mean(1).tolist()
 
     each = []
@@ -155,12 +153,12 @@ def _agree(
     if not math.isfinite(apart):
         return False
     try:
-        if (sides := halves(view.at(Both(Term(key, offset), count)))) is None:
+        if (sides := halves(Both(Term(key, offset), count))) is None:
             return False
         off = max(abs(a - b) for a, b in zip(sides, each, strict=True))
         if off <= 1e-2 * apart:
             return True
-        alike = halves(view.along(key, offset))
+        alike = halves(Shared((Term(key, offset),)))
     except Exception:  # code that takes no other batch than its own, or no memory for two
         return False
     if alike is None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from ..types import Operation
 
 _MEANS = (F.cross_entropy, F.nll_loss, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
 _BINARY = (F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
 
 
-class LossSplitter(TorchFunctionMode):
-    r"""Watches for a loss function that averages, and keeps what it averages over.
+class LossSplitter:
+    r"""A probe's :class:`~zolightning.space.probe.Watch` for loss functions that average: it keeps what they average over.
 
     The mean of :math:`n` elements (of those whose target is not ignored) is the mean over examples of
 
@@ -28,23 +30,24 @@ class LossSplitter(TorchFunctionMode):
         examples: B, along dimension 0 of the loss's elements, which may be flattened as (B·T,).
     """
 
+    functions: ClassVar[frozenset[Operation]] = frozenset(_MEANS + _BINARY)
+
     def __init__(self, examples: int) -> None:
-        super().__init__()
         self._examples = examples
         self._mean: Tensor | None = None
         self._as_made: tuple[int, Tensor] | None = None
         self._losses: Tensor | None = None
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in _MEANS + _BINARY or not _plain_mean(args, kwargs):
-            return func(*args, **kwargs)
-        elements = func(*args, **{**kwargs, "reduction": "none"})
-        kept = elements.numel()
-        if func in (F.cross_entropy, F.nll_loss) and not args[1].is_floating_point():
-            kept = int((args[1] != kwargs.get("ignore_index", -100)).sum())
+    def call(self, func: Operation, args: Sequence[object], kwargs: Mapping[str, object]) -> Tensor:
+        """``func(*args, **kwargs)``, the mean made from its elements where it is a plain one."""
+        if not _plain_mean(args, kwargs):
+            return func(*args, **kwargs)  # type: ignore[no-any-return]
+        elements: Tensor = func(*args, **{**kwargs, "reduction": "none"})
+        kept, target = elements.numel(), args[1]
+        if func in (F.cross_entropy, F.nll_loss) and isinstance(target, Tensor) and not target.is_floating_point():
+            kept = int(target.ne(kwargs.get("ignore_index", -100)).sum())  # type: ignore[call-overload]
         if not elements.dim() or elements.shape[0] % self._examples:
-            return func(*args, **kwargs)
+            return func(*args, **kwargs)  # type: ignore[no-any-return]
         sums = elements.double().reshape(self._examples, -1).sum(1)
         self._losses = sums * (self._examples / kept if kept else math.nan)
         self._mean = (sums.sum() / (kept or math.nan)).to(elements.dtype)
@@ -65,7 +68,7 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _plain_mean(args: Any, kwargs: dict[str, Any]) -> bool:
+def _plain_mean(args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
     """An unweighted mean over (input, target), its options given by name as PyTorch's loss modules do."""
     deprecated = kwargs.get("size_average") is not None or kwargs.get("reduce") is not None
     return (

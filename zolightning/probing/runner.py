@@ -104,38 +104,38 @@ class Ran:
 
     def alone(self, point: Point) -> None:
         """One forward at one point."""
-        losses = slope = None
-        with self._runner.view.at(point):
-            if isinstance(point, PerExample):
-                losses = self._losses(self._batch, point.queries.numel())
-            else:
-                out = self._run(self._batch, point)
-                slope = slope_of(out) if isinstance(point, Tangent) else None  # which ends with the probe
-        if losses is None and isinstance(out, Candidate):
-            self.answers.append(Answer(math.nan, candidate=out))
+        if isinstance(point, PerExample):
+            losses = self._losses(point, self._batch, point.queries.numel())
+            self.answers.append(Answer(losses.mean().item(), losses))
             return
-        loss = loss_value(out, self._examples) if losses is None else losses.mean().item()
-        self.answers.append(Answer(loss, losses, slope))
+        with self._runner.view.at(point):
+            out = self._run(self._batch, point)
+            slope = slope_of(out) if isinstance(point, Tangent) else None  # which ends with the probe
+        if isinstance(out, Candidate):
+            self.answers.append(Answer(math.nan, candidate=out))
+        else:
+            self.answers.append(Answer(loss_value(out, self._examples), slope=slope))
 
     def in_one_batch(self, group: Sequence[Point], count: int) -> bool:
         """One forward of the batch, repeated for each point; False where the step does not take it."""
         copies = len(group)
-        with self._runner.view.at(_joined(group, count)):
-            try:
-                losses = self._losses(repeat_batch(self._batch, count, copies), count * copies)
-            except SkipStep:
-                raise
-            except Exception as error:  # tensors that have as many entries as there are examples by chance were repeated too
-                self.refused = f"a batch of {count} ran in two forwards, since doubling it failed: {error!r}"
-                return False
+        try:
+            losses = self._losses(_joined(group, count), repeat_batch(self._batch, count, copies), count * copies)
+        except SkipStep:
+            raise
+        except Exception as error:  # tensors that have as many entries as there are examples by chance were repeated too
+            self.refused = f"a batch of {count} ran in two forwards, since doubling it failed: {error!r}"
+            return False
         each = losses.view(copies, count)
         means = each.mean(1).tolist()
         own = each if isinstance(group[0], PerExample) else [None] * copies
         self.answers += [Answer(mean, losses) for mean, losses in zip(means, own, strict=True)]
         return True
 
-    def _losses(self, batch: Batch, count: int) -> Tensor:
-        with LossSplitter(count) as splitter:
+    def _losses(self, point: Both | PerExample, batch: Batch, count: int) -> Tensor:
+        """A loss for each of the batch's ``count`` examples."""
+        splitter = LossSplitter(count)
+        with self._runner.view.at(point, splitter):
             out = self._run(batch)
         losses = example_losses(out, count, splitter)
         if losses is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..types import Key, PerExample, PerExampleError, Point, Shared, Tangent, Term
+from ..types import Key, Operation, PerExample, PerExampleError, Point, Shared, Tangent, Term
 from .compute import Compute, compute_with
 from .leaf import DenseLeaf, Leaf, PerExampleLeaf, Scratch, Vectors
 from .linked import DIFFERENTIATES, linked
@@ -33,6 +33,15 @@ class Both(NamedTuple):
     @property
     def key(self) -> Key:
         return self.term.key
+
+
+class Watch(Protocol):
+    """Makes the calls of some functions, which read no leaf, while a probe is active."""
+
+    @property
+    def functions(self) -> frozenset[Operation]: ...
+
+    def call(self, func: Operation, args: Sequence[object], kwargs: Mapping[str, object]) -> object: ...
 
 
 _T = torch.Tensor
@@ -77,17 +86,25 @@ class Probe(TorchFunctionMode):
         vectors: buffers for the small ones.
         read: gets the ids of the parameters that are read.
         side: which of the buffers.
+        watch: makes the calls of some functions.
     """
 
     def __init__(
-        self, leaves: Mapping[int, Leaf], point: Point | Both, scratch: Scratch, vectors: Vectors, read: set[int], side: int = 0
+        self,
+        leaves: Mapping[int, Leaf],
+        point: Point | Both,
+        scratch: Scratch,
+        vectors: Vectors,
+        read: set[int],
+        side: int = 0,
+        watch: Watch | None = None,
     ) -> None:
         super().__init__()
         self.point = point
         self.resting = False
         """Another probe inside of this one is at work."""
         self._leaves, self._scratch, self._vectors, self._side = leaves, scratch, vectors, side
-        self._read = read
+        self._read, self._watch = read, watch
         self._ready: Mapping[int, Tensor] = {}
         self._sides: tuple[Probe, ...] = ()
         if isinstance(point, Both):
@@ -110,6 +127,8 @@ class Probe(TorchFunctionMode):
         if func is F.linear and not kwargs and len(args) > 1 and id(args[1]) in self._leaves:  # most common of all
             return self._linear_both(*args) if self._sides else self._linear(*args)
         if not self._reads_leaf(args) and not (kwargs and self._reads_leaf(kwargs.values())):
+            if self._watch is not None and func in self._watch.functions:
+                return self._watch.call(func, args, kwargs or {})
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if func in METADATA:

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..types import Key, PerExample, Point, Shared, Tangent, Term
 from .behind import hiding
 from .leaf import Leaf, Scratch, Vectors
-from .probe import Both, Probe, Unread
+from .probe import Both, Probe, Unread, Watch
 
 
 class View:
@@ -48,6 +48,8 @@ class View:
         self._swapped = [leaf for leaf in self.leaves if self._compiled_root or id(leaf.parameter) in inside]
         swapped = set(map(id, self._swapped))
         self._seen = [leaf for leaf in self.leaves if id(leaf) not in swapped]  # a probe that saw a swapped one moved it twice
+        self.per_example = not swapped and all(leaf.per_example for leaf in self.leaves)
+        """Whether every example of a batch can have a direction of its own."""
 
     def swap(self, leaves: Iterable[Leaf]) -> None:
         """From now on perturb these by swapping their memory: they are read where no function mode sees it."""
@@ -59,14 +61,13 @@ class View:
         """Trained weights."""
         return sum(leaf.parameter.numel() for leaf in self.leaves)
 
-    @property
-    def per_example(self) -> bool:
-        """Whether every example of a batch can have a direction of its own."""
-        return not self._swapped and all(leaf.per_example for leaf in self.leaves)
-
     @contextmanager
-    def at(self, point: Point | Both) -> Iterator[None]:
+    def at(self, point: Point | Both, watch: Watch | None = None) -> Iterator[None]:
         """Every read of a leaf that is active in the step of the point's key gives its value at the point.
+
+        Args:
+            point: where.
+            watch: makes the calls of some functions, where function modes see all that is read.
 
         Raises:
             ValueError: a tangent, where part of the module runs as compiled code, which none gets through.
@@ -91,7 +92,7 @@ class View:
             elif isinstance(point, PerExample):
                 device = self.leaves[0].parameter.device  # once: a copy in each layer would make a GPU wait there
                 point = point._replace(queries=point.queries.to(device), offsets=point.offsets.to(device))
-            stack.enter_context(self.probe(point))
+            stack.enter_context(self.probe(point, watch))
             yield
 
     def along(self, key: Key, offset: float) -> AbstractContextManager[None]:
@@ -126,15 +127,14 @@ class View:
         return Unread({id(leaf.parameter): leaf for leaf in self.leaves})
 
     @contextmanager
-    def probe(self, point: Point | Both) -> Iterator[None]:
+    def probe(self, point: Point | Both, watch: Watch | None = None) -> Iterator[None]:
         """:meth:`at`, of what function modes see, with the point's tensors on the device."""
-        key, leaves = point.key, self._seen
-        active = {id(leaf.parameter): leaf for leaf in leaves if leaf.turn is None or leaf.active(key)}
+        active = {id(leaf.parameter): leaf for leaf in self._seen if leaf.turn is None or leaf.active(point.key)}
         outer = self._probe
         if outer is not None:
             outer.resting = True
         try:
-            self._probe = Probe(active, point, self._scratch, self._vectors, self.read)
+            self._probe = Probe(active, point, self._scratch, self._vectors, self.read, watch=watch)
             self._probe.fill()
             with ExitStack() as stack:
                 for region in self._regions:
