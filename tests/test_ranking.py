@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import math
+import warnings
 from collections.abc import Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from helpers import quiet_trainer
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from zolightning import ZOConfig, ZOMixin, ZOStrategy
+from zolightning import ZOConfig, ZOMixin, ZOMonitor, ZOStrategy
 from zolightning.engine.session import Session
 from zolightning.methods.ranking import EndOfRanking, Ranking, RankingError, Terminal, by_comparison, by_score, ranking_weights
 from zolightning.methods.shaping import Ranks
@@ -81,12 +86,9 @@ class Point(ZOMixin, pl.LightningModule):
         return [optimizer], [{"scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9), "interval": "step"}]
 
 
-def fit(module: pl.LightningModule, oracle: Any, steps: int = 25) -> None:
-    trainer = pl.Trainer(
-        strategy=ZOStrategy("spsa", estimator=Ranking(oracle, eps=0.2), noise="gaussian", seed=3), max_steps=steps,
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(module, DataLoader([torch.zeros(1)] * steps, None))
+def fit(module: pl.LightningModule, oracle: Any = None, steps: int = 25, strategy: Any = None, **settings: Any) -> None:
+    strategy = strategy or ZOStrategy("spsa", estimator=Ranking(oracle, eps=0.2), noise="gaussian", seed=3)
+    quiet_trainer(strategy, max_steps=steps, **settings).fit(module, DataLoader([torch.zeros(1)] * steps, None))
 
 
 def test_rankings_find_what_only_the_rater_knows() -> None:
@@ -127,6 +129,22 @@ def test_a_rater_who_stops_or_fails_loses_nothing() -> None:
     equal = Point()
     fit(equal, lambda candidates, top: [range(len(candidates))], 3)
     assert torch.equal(equal.x, torch.zeros(8))
+
+
+@pytest.mark.parametrize("eps", [0.2, 1e-3])
+@pytest.mark.parametrize("ranked", [True, False])
+def test_rankings_log_no_loss_and_get_no_advice(ranked: bool, eps: float, tmp_path: Path) -> None:
+    """Nor do vectors that begin at 0, as control vectors: a learning rate of 0.4 is not far from theirs."""
+    oracle, module, logger = by_score(lambda c: float((c - 1.0).square().sum())), Point(), CSVLogger(tmp_path)
+    module.zo_objective = lambda batch: (module.x - 1.0).square().sum()  # type: ignore[method-assign]
+    strategy = ZOStrategy("spsa", estimator=Ranking(oracle, eps=eps)) if ranked else ZOStrategy("spsa", eps=eps)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(module, steps=2, strategy=strategy, logger=logger, callbacks=[ZOMonitor(min_seconds=0)])
+    assert not [w for w in caught if "far from the rates" in str(w.message)]
+    first, *_ = csv.DictReader((Path(logger.log_dir) / "metrics.csv").read_text().splitlines())
+    assert float(first["zo/projected_grad"]) > 0
+    assert ("train/loss" in first) == (not ranked)
 
 
 def test_bad_settings_are_refused() -> None:

@@ -27,6 +27,9 @@ class ZOMixin:
     def zo_objective(self, batch: Any) -> float | Tensor | np.ndarray[Any, Any] | Sequence[float]:
         """What is minimised on a batch. No gradient is needed.
 
+        Before the first step it is called once more than the step needs, to see which weights and which state it touches:
+        count on that where one call is expensive.
+
         Returns:
             A number or a tensor with one element: the batch's score (a loss, an error rate, 1 − F1, …), or a tensor of
             shape (B,): a score per example, along dimension 0 of the batch's tensors, which lets every example have a

@@ -172,3 +172,8 @@ class StepRecord(NamedTuple):
     def projected_grad(self) -> float:
         """Root mean square of the projected gradients: |g| when there is one query."""
         return math.sqrt(math.fsum(g * g for g in self.raw) / len(self.raw)) if self.raw else math.nan
+
+    @property
+    def ranked(self) -> bool:
+        """Whether probes were compared and none had a loss."""
+        return math.isnan(self.loss) and bool(self.raw) and all(map(math.isfinite, self.raw))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch.optim import Optimizer
 
 from ..methods.config import ZOConfig
+from ..methods.estimators import Estimator
 from ..methods.optimizers import is_plain_sgd, needs_closure
 from .rates import base_lr
 
@@ -33,8 +34,15 @@ def check_optimizer(config: ZOConfig, optimizer: Optimizer, stepper: Optimizer) 
         )
 
 
-def advice(config: ZOConfig, optimizer: Optimizer, stepper: Optimizer) -> Iterator[str]:
-    """The warnings for an optimizer that costs memory, or whose learning rate will hardly train."""
+def advice(config: ZOConfig, estimator: Estimator, optimizer: Optimizer, stepper: Optimizer) -> Iterator[str]:
+    """The warnings for an optimizer that costs memory, or whose learning rate will hardly train.
+
+    Args:
+        config: the settings.
+        estimator: built from them.
+        optimizer: the module's.
+        stepper: the one that applies its steps.
+    """
     plain = is_plain_sgd(stepper)
     if config.make_optimizer is None and not plain:
         yield (
@@ -42,9 +50,14 @@ def advice(config: ZOConfig, optimizer: Optimizer, stepper: Optimizer) -> Iterat
             "weight; ZOStrategy(optimizer='sgd') keeps none and needs the memory of inference"
         )
     lr = base_lr(optimizer.param_groups[0])
-    most = max(1e-2, 5 * (config.eps or 0.0))  # weights that bear large probes bear large steps
-    if config.normalize and not config.finds_lr and plain and not 1e-5 <= lr <= most and lr != 0:
+    most = max(1e-2, 5 * estimator.eps)  # weights that bear large probes bear large steps
+    if config.normalize and not config.finds_lr and plain and not 1e-5 <= lr <= most and lr != 0 and _pretrained(optimizer):
         yield (
             f"with normalised steps the learning rate is the RMS change per weight and step; lr={lr:g} is far from the rates "
             "that train (3e-4 to 3e-3 for a pretrained model). Set it with ZOStrategy(lr=...)"
         )
+
+
+def _pretrained(optimizer: Optimizer) -> bool:
+    """Whether there is a weight that is not 0; vectors that begin at 0 have the scale that their module gives them."""
+    return any(bool(p.detach().any()) for group in optimizer.param_groups for p in group["params"])

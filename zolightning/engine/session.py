@@ -121,7 +121,7 @@ class Session:
             if (lr := self.config.own_lr) is not None:
                 override_lr(optimizer, schedulers, lr)
             check_optimizer(self.config, optimizer, self.stepper(optimizer))
-            for line in advice(self.config, optimizer, self.stepper(optimizer)):
+            for line in advice(self.config, self.estimator, optimizer, self.stepper(optimizer)):
                 warn(line)
 
     @torch.no_grad()

@@ -150,6 +150,8 @@ class ZOMonitor(Callback):
             "memory/rss": rss(),
         }
         bar = {"loss": loss, "steps/s": metrics["speed/steps_per_second"], "peak_GB": metrics["memory/peak"] / 1e9}
+        if record is not None and record.ranked:  # there was no loss, which is not one that is NaN
+            del metrics["train/loss"], bar["loss"]
         if record is not None:
             count = max(1, len(record.raw))
             metrics |= {
