@@ -207,4 +207,4 @@ def test_training_is_the_same(caplog: pytest.LogCaptureFixture) -> None:
         for task in (plain, drawing):
             fit(task, [X] * 3, PLAIN.override(select="last:2", num_queries=2))
     assert_same(weights(plain), weights(drawing))
-    assert caplog.text.count("run in the first probe of a step alone") == 1
+    assert caplog.text.count("run only in the first probe of a step") == 1

@@ -1,4 +1,4 @@
-"""What to do about a package that is not installed, and about a name that is misspelled."""
+"""Answers to a package that is not installed, and to a name that is misspelled."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def needs(package: str, purpose: str, install: str = "zolightning", advice: str 
 
     Args:
         package: the name under which it is imported.
-        purpose: what needs it, the beginning of a sentence.
-        install: what pip is asked for: an extra of this package as ``zolightning[demo]``, or a package of its own.
-        advice: what can be done instead, the end of the sentence.
+        purpose: the feature that needs it, the beginning of a sentence.
+        install: the argument of pip: an extra of this package as ``zolightning[demo]``, or a package of its own.
+        advice: another way, the end of the sentence.
 
     Raises:
         ImportError: it is not installed, or a part of it is missing.

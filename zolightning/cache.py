@@ -1,4 +1,4 @@
-"""Where downloads, converted models and built kernels are kept, and whether that place is the user's alone."""
+"""Where downloads, converted models and built kernels are kept, and whether that place is only the user's."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def cache_dir() -> Path:
 
 
 def private(path: Path) -> bool:
-    """Whether nobody but this user and root can change what is at ``path`` or put something else there.
+    """Whether nobody but this user and root can change the file at ``path`` or replace it.
 
     Args:
         path: a file or folder that exists.
     """
     if os.name != "posix":
-        return True  # a user's folders are the user's alone there
+        return True  # a user's folders are only the user's there
     end = path.resolve()
     return all(_guarded(place.stat(), place == end) for place in (end, *end.parents))
 
@@ -42,7 +42,7 @@ def _guarded(info: os.stat_result, end: bool) -> bool:
 
 
 def _own_group(number: int) -> bool:
-    """Whether it is the group that many systems give each user alone, named as the user."""
+    """Whether it is the group that many systems give only to one user, named as the user."""
     import grp
     import pwd
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class ZOMixin:
-    """Beside LightningModule, for modules that say themselves what the probes evaluate.
+    """In addition to LightningModule, for modules that define the function that probes evaluate.
 
     ::
 
@@ -20,12 +20,12 @@ class ZOMixin:
                 return F.cross_entropy(self(batch["x"]), batch["y"], reduction="none")   # (B,): a loss per example
 
     Under :class:`~zolightning.ZOStrategy` the probes call ``zo_objective`` and nothing else,
-    on what ``zo_prepare`` makes of the batch. Under any other strategy the
+    on the result of ``zo_prepare``. Under any other strategy the
     mixin's ``training_step`` trains on the mean of ``zo_objective`` by backprop, so one module serves both.
     """
 
     def zo_objective(self, batch: Any) -> float | Tensor | np.ndarray[Any, Any] | Sequence[float]:
-        """What is minimised on a batch. No gradient is needed.
+        """The value that is minimised on a batch. No gradient is needed.
 
         Before the first step it is called once more than the step needs, to see which weights and which state it touches:
         count on that where one call is expensive.
@@ -38,19 +38,19 @@ class ZOMixin:
         raise NotImplementedError(f"{type(self).__name__} inherits ZOMixin, so it must define zo_objective(self, batch)")
 
     def zo_candidate(self, batch: Any) -> Any:
-        """What is ranked under ``ZOStrategy(estimator=Ranking(oracle))``: a picture, a text, any object but None."""
+        """The object that is ranked under ``ZOStrategy(estimator=Ranking(oracle))``: a picture, a text, any object but None."""
         raise NotImplementedError(
-            f"`estimator=Ranking(...)` ranks what a module makes: {type(self).__name__} must define zo_candidate(self, batch)"
+            f"`estimator=Ranking(...)` needs candidates: {type(self).__name__} must define zo_candidate(self, batch)"
         )
 
     def zo_prepare(self, batch: Any) -> Any:
-        """What a step computes once, before its probes, because no trained weight takes part in it.
+        """The part of a step that is computed once, before its probes, because no trained weight takes part in it.
 
         A frozen encoder's features, the keys and values of a prompt: all probes share them, and cost that much less. Reading
         a trained weight here is an error. It counts as one forward pass.
 
         Returns:
-            What ``zo_objective`` gets in place of the batch, examples along dimension 0 of its tensors too.
+            The value that ``zo_objective`` gets in place of the batch, examples along dimension 0 of its tensors too.
         """
         return batch
 

@@ -81,7 +81,7 @@ Point = Shared | PerExample | Tangent
 
 
 class Candidate:
-    """What a step gives where there is no loss: something that is ranked, see :class:`~zolightning.methods.ranking.Ranking`.
+    """The output of a step that has no loss: an object that is ranked, see :class:`~zolightning.methods.ranking.Ranking`.
 
     Args:
         value: a picture, a text, any object.
@@ -92,7 +92,7 @@ class Candidate:
 
 
 class Answer(NamedTuple):
-    """What the user's step gave at one point, in double precision.
+    """The output of the user's step at one point, in double precision.
 
     Args:
         loss: the mean loss.
@@ -142,7 +142,7 @@ class Estimate(NamedTuple):
 
 
 class StepRecord(NamedTuple):
-    """What one optimizer step did: enough to log it, and, with the base weights, to redo it.
+    """The record of one optimizer step: enough to log it, and, with the base weights, to redo it.
 
     Args:
         step: optimizer steps taken before this one.

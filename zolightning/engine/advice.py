@@ -1,4 +1,4 @@
-"""What a fit's settings and optimizer do to each other: refused where no step would be right, else said."""
+"""Settings and optimizers that do not go together: refused where no step would be right, else reported."""
 
 from __future__ import annotations
 

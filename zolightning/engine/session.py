@@ -69,8 +69,8 @@ class Session:
         ledger: where the steps are recorded before they are applied, as a :class:`~zolightning.ledger.PendingLedger`; None:
             nowhere.
         apply: has a step reach the weights, those that are not in memory too.
-        inform: gets what the fit found out.
-        warn: gets what the user should change.
+        inform: gets lines on the choices that the fit made.
+        warn: gets lines on settings that the user should change.
 
     Raises:
         ValueError: an optimizer that a zeroth-order step cannot go through, or a learning rate that cannot be scaled.
@@ -139,7 +139,7 @@ class Session:
             forward: batch → loss: a number, a tensor, per-example losses of shape (B,), or a mapping with 'loss'.
             batch: examples along dimension 0 of its tensors.
             optimizer: whose parameters are perturbed. None: the first one.
-            prepare: computes once for all probes what ``forward`` gets in place of the batch; it may read no trained weight.
+            prepare: makes once, for all probes, the value that ``forward`` gets in place of the batch; reads no trained weight.
 
         Returns:
             None when ``forward`` returned None: the micro-batch is skipped.
@@ -193,7 +193,7 @@ class Session:
         if trials and not record.skipped:
             record = keep_best(record, lambda terms: sum(trial(terms) for trial in trials) / len(trials), len(trials))
         self.last_stats = UpdateStats()
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look at; its step() may not be called
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers look at it, and its step() may not be called
         if found := self._skips(record):
             self.warn_once("skip", found)
         if not record.skipped:
@@ -242,7 +242,7 @@ class Session:
         return self._steppers[id(optimizer)]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on beside weights and optimizers, in types that a safe checkpoint holds."""
+        """All that the next step depends on in addition to weights and optimizers, in types that a safe checkpoint holds."""
         return {
             "seed": self.seed,
             "zo_step": self.step,
@@ -275,7 +275,7 @@ class Session:
         return groups if stepper is optimizer else {**groups, "state": stepper.state_dict()["state"]}
 
     def load_optimizer_state(self, optimizer: Optimizer, saved: dict[str, Any]) -> None:
-        """Put back what :meth:`optimizer_state` gave; state of low-precision weights stays float32."""
+        """Restore the result of :meth:`optimizer_state`; state of low-precision weights stays float32."""
         stepper = self.stepper(optimizer)
         if stepper is not optimizer:
             optimizer.load_state_dict({**saved, "state": {}})
@@ -292,7 +292,7 @@ class Session:
             space.release()
 
     def _prepared(self, prepare: Callable[[Batch], Batch], forward: Forward, batch: Batch, optimizer: Optimizer) -> Batch:
-        # the first time its result says what is trained, and must not be read here
+        # its first result decides the subspace, and no probe may be run on it
         tried = partial(self._isolation.tried, prepare, batch)
         space = self._subspaces.get(id(optimizer)) or self.subspace(forward, tried(), optimizer)
         with space.view.refusing_reads():
@@ -337,7 +337,7 @@ class Session:
         if dtype in (torch.float16, torch.bfloat16):
             self.warn_once(
                 "coarse",
-                f"the loss is {dtype}, whose steps are coarse beside the difference of two probes; compute it in float32 "
+                f"the loss is {dtype}, whose steps are coarse for the difference of two probes; compute it in float32 "
                 "(loss_fn(logits.float(), y))",
             )
         if estimate.terms and (found := self._ties(estimate.ties, len(estimate.terms), self.estimator.eps)):

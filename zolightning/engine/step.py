@@ -94,7 +94,7 @@ def keep_best(record: StepRecord, loss_at: Callable[[Sequence[Term]], float], fo
         value = loss_at([Term(t.key, -side * record.lrs[0] * t.coefficient) for t in record.terms] if side else [])
         return value if math.isfinite(value) else math.inf
 
-    best = min((0.0, 1.0, -1.0), key=loss)  # the first of equals: what does not lower the loss is not taken
+    best = min((0.0, 1.0, -1.0), key=loss)  # the first of equals: a step that does not lower the loss is not taken
     terms = tuple(Term(t.key, best * t.coefficient) for t in record.terms) if best else ()
     skipped = "" if best else "no trial step lowers the loss"
     return record._replace(terms=terms, forwards=record.forwards + 3 * forwards, skipped=skipped)

@@ -15,7 +15,7 @@ from ..space import Leaf
 from ..types import Key, StepRecord, Term
 from .rates import base_lr
 
-START = 1e-2  # of the RMS of the trained weights: what trains SmolLM2 on the demo's task
+START = 1e-2  # of the RMS of the trained weights; it trains SmolLM2 on the demo's task
 _BOUNDS = (3e-3, 1e-1)  # likewise; no more than ten times the start
 _EVERY, _FIRST, _LEAST = 10, 20, 5  # a look at every tenth step, at each of the first ones; looks before the first change
 _BETA, _CHANGE = 0.9, 1.5  # of the running means; most that a look changes
@@ -100,7 +100,7 @@ class StepSizes:
 
     Args:
         wanted: whether they are to be found; else the optimizers' rates stay as they are.
-        inform: gets what was found.
+        inform: gets a line on each size that was found.
     """
 
     def __init__(self, wanted: bool, inform: Callable[[str], None]) -> None:

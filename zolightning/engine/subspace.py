@@ -126,7 +126,7 @@ def find_subspace(setting: Setting, optimizer: Optimizer, forward: Forward, batc
         optimizer: whose parameters are searched.
         forward: the user's step.
         batch: the first micro-batch.
-        calibration: what was measured before; gets what is measured now.
+        calibration: earlier measurements; new ones are added to it.
 
     Raises:
         ValueError: there is nothing to train, or not in this way; see :func:`~zolightning.space.build_view`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class TieWatch:
-    """Looks at windows of steps, and says what to do where in most of them every pair of probes tied.
+    """Looks at windows of steps, and gives advice where in most of them every pair of probes tied.
 
     A metric that counts (an accuracy, exact match) changes in jumps; one direction whose probes tie is no loss, a step
     whose directions all tie is a wasted one.

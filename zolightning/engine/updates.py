@@ -20,7 +20,7 @@ _SAMPLE = 4096  # elements of each leaf that the statistics look at
 
 
 class UpdateStats(NamedTuple):
-    """What an update changed. The first two are measured on request, on the first elements of each leaf.
+    """The changes that an update made. The first two are measured on request, on the first elements of each leaf.
 
     Args:
         rms: root mean square of the realised change of a trained weight.
@@ -61,7 +61,7 @@ def apply_update(
 
     Args:
         optimizer: the user's; its state is created and kept as usual.
-        leaves: what is trained, of which those act whose turn it is; other parameters of the optimizer are left alone.
+        leaves: the trained weights, of which those whose turn it is are updated; the optimizer's others stay unchanged.
         terms: (key, coefficient) pairs of the estimate.
         key: the step's; it names the rounding bits and says whose turn it is.
         measure: also measure the change of the weights.
@@ -136,7 +136,7 @@ def _advance(optimizer: Optimizer, group: dict[str, Any], members: Sequence[Leaf
 
 
 def _project_(leaves: Sequence[Leaf]) -> tuple[int | None, int | None]:
-    """Move what is below its leaf's floor up to it; how many were zero or negative, and how many are at it now."""
+    """Move weights below their leaf's floor up to it; how many were zero or negative, and how many are at it now."""
     bounded = [(leaf.parameter.detach(), leaf.floor) for leaf in leaves if leaf.floor is not None and leaf.parameter.numel()]
     if not bounded:
         return None, None

@@ -1,4 +1,4 @@
-"""What a user can set, and how it becomes the pieces of a step."""
+"""The settings of a method, and the pieces of a step that are built from them."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ class ZOConfig:
 
     @property
     def make_optimizer(self) -> MakeOptimizer | None:
-        """What makes the optimizer that takes the place of the module's; None for the module's own."""
+        """The maker of the optimizer that replaces the module's; None: the module's own is used."""
         if isinstance(self.optimizer, str):
             return OPTIMIZERS.get(self.optimizer)
         return self.optimizer

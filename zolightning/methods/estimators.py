@@ -125,7 +125,7 @@ class ForwardGradient(Estimator):
 
     .. math:: g_k = z_k \cdot \nabla L(\theta)
 
-    One forward a direction, which carries a tangent beside every value: two to three times the work of a plain one, and
+    One forward a direction, which carries a tangent with every value: two to three times the work of a plain one, and
     twice its activations, with one weight's direction at a time in memory. No eps. Every operation must have a forward
     derivative; attention falls back to its plain form. Baydin et al., arXiv:2202.08587; in ZO-Bench, arXiv:2402.11592.
 

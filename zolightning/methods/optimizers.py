@@ -58,13 +58,13 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
     "sign": SignSGD,
     "adam": Adam,
 }
-"""By name. Beside the weights 'momentum' keeps one float32 number for each trained weight, 'adam' two, the others none."""
+"""By name. In addition to the weights 'momentum' keeps one float32 number for each trained weight, 'adam' two, the others none."""
 
 _OWN: dict[str, type[Optimizer]] = {"SignSGD": SignSGD}
 
 
 def optimizer_type(name: str) -> type[Optimizer] | None:
-    """The class of that name in torch.optim or here: what a ledger can name; None for any other."""
+    """The class of that name in torch.optim or here, which a ledger can name; None for any other."""
     found = _OWN.get(name, vars(torch.optim).get(name))
     return found if isinstance(found, type) and issubclass(found, Optimizer) else None
 

@@ -20,7 +20,7 @@ class RankingError(ValueError):
 
 
 class EndOfRanking(Exception):
-    """Whoever ranks has had enough. It ends the fit; the weights are those of the last ranking."""
+    """The person who ranks stops. It ends the fit; the weights are those of the last ranking."""
 
 
 class Oracle(Protocol):
@@ -39,7 +39,7 @@ class Ranking(FiniteDifference):
     over all pairs E of which i is better than j. The weights sum to 0: at rank r < k, counted from 0, without equal ones
     w = (2r − m + 1)/|E|, and k/|E| for the others. ZO-RankSGD, arXiv:2303.03751.
 
-    The module gives what is ranked by ``ZOMixin.zo_candidate(batch)``: a picture, a text, any object.
+    ``ZOMixin.zo_candidate(batch)`` gives the object that is ranked: a picture, a text, anything.
 
     Args:
         oracle: ranks the candidates; :func:`by_score`, :func:`by_comparison`, :class:`Terminal`, or any function.
@@ -78,7 +78,7 @@ class Ranking(FiniteDifference):
 
 
 def forward_of(module: ZOMixin, estimator: Estimator) -> Forward:
-    """What the probes call: the module's objective, or what it makes to be ranked."""
+    """The function that probes call: the module's objective, or its maker of candidates."""
     if isinstance(estimator, Ranking):
         return lambda batch: Candidate(module.zo_candidate(batch))
     return module.zo_objective

@@ -6,7 +6,7 @@ from ..space import Cycle, LowRank, Sparse
 from .config import ZOConfig, one_of
 
 DEFAULT = ZOConfig(lr="auto")
-"""Rank-1 directions per example on the middle blocks, normalised steps: what trained best on the demo task.
+"""Rank-1 directions per example on the middle blocks, normalised steps: the best on the demo task.
 
 A step whose examples have no losses of their own gets dense two-point SPSA on the same blocks. Of the module's learning rate
 only the shape of its schedule counts; ``lr="module"`` takes it as it is.
@@ -39,7 +39,7 @@ MEZO_PREFIX = MEZO.override(eps=1e-1, lr=1e-2)
 or 1e-3."""
 
 SPARSE_MEZO = MEZO.override(structure=Sparse(0.75))
-"""Sparse-MeZO, Liu et al. 2024, arXiv:2402.15751: MeZO on the weights with |θ| ≤ h alone, h a quantile of each parameter.
+"""Sparse-MeZO, Liu et al. 2024, arXiv:2402.15751: MeZO on only the weights with |θ| ≤ h, h a quantile of each parameter.
 
 Sparsity 0.75 or 0.8, by task: the share left as it is. eps and lr are MeZO's; the paper tunes larger ones too.
 """
@@ -55,7 +55,7 @@ CYCLIC = MEZO.override(cycle=Cycle())
 """MeZO on one block after another: block-wise ZO, Zhang et al. 2024, arXiv:2402.11592; MeZO-BCD, arXiv:2501.19099."""
 
 DOMINANT = MEZO.override(select="dominant")
-"""MeZO on one block alone, the first whose activations have outliers: Dominant-Layer ZO, Yu et al. 2026, arXiv:2606.05516."""
+"""MeZO on one block only, the first whose activations have outliers: Dominant-Layer ZO, Yu et al. 2026, arXiv:2606.05516."""
 
 MEAZO = MEZO.override(normalize=True, normalize_beta=0.99, lr=1e-4)
 """MEAZO, Dbouk et al. 2026, arXiv:2605.03869: θ ← θ − lr·g·z/√v̂, with v a running mean of g², one number of state.
@@ -124,7 +124,7 @@ ZO-Bench searches lr in 1e-5 … 1e-8 and eps in 1e-2 … 1e-4.
 FORWARD_GRADIENT = MEZO.override(estimator="forward_gradient", eps=None, lr=5e-7)
 """Forward gradient, Baydin et al. 2022, arXiv:2202.08587, in ZO-Bench, arXiv:2402.11592: θ ← θ − lr·(z·∇L)·z, exactly.
 
-lr is ZO-Bench's for OPT-1.3B on SST-2. One forward, with a tangent beside every activation.
+lr is ZO-Bench's for OPT-1.3B on SST-2. One forward, with a tangent for every activation.
 """
 
 REFT = ZOConfig(eps=0.2, lr=4e-2, num_queries=2)

@@ -1,4 +1,4 @@
-"""What happens to the projected gradients before the update: pure functions of (values, state)."""
+"""Transforms of the projected gradients before the update: pure functions of (values, state)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ State = dict[str, float]
 
 
 class Shaped(NamedTuple):
-    """What a transform made of a step's projected gradients.
+    """A step's projected gradients after a transform.
 
     Args:
         values: the shaped values.

@@ -1,4 +1,4 @@
-"""Anything that can be scored can be trained on: what ``zo_objective`` may return."""
+"""Anything that can be scored can be trained on: objectives for ``zo_objective``."""
 
 from .classification import f1_error, hinge, margins, soft_zero_one, zero_one
 from .external import CommandScorer, ExternalScorer, HttpScorer

@@ -11,8 +11,8 @@ from torchmetrics import Metric
 class MetricLoss:
     r"""The loss :math:`L = \mathrm{best} - M` of a metric M that is better when higher, else :math:`L = M`.
 
-    The metric is reset before and after, so that no probe sees what another one fed it. Keep a metric of its own for the
-    loss: what it had accumulated is lost. ::
+    The metric is reset before and after, so that no probe sees another one's data. Keep a metric of its own for the
+    loss: its accumulated state is lost. ::
 
         self.loss = MetricLoss(MulticlassF1Score(3, average="macro"))
         ...

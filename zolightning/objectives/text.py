@@ -43,7 +43,7 @@ def _f1(predicted: list[str], wanted: list[str]) -> float:
 
 
 def chrf(prediction: str, references: Sequence[str]) -> float:
-    """chrF, the F-score of character n-grams up to 6: what BLEU is to a corpus, for a single text; by torchmetrics."""
+    """chrF, the F-score of character n-grams up to 6: the counterpart of a corpus's BLEU for a single text; by torchmetrics."""
     from torchmetrics.functional.text import chrf_score
 
     return chrf_score([prediction], [list(references)], n_word_order=0).item()  # type: ignore[union-attr]

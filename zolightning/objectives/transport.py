@@ -44,7 +44,7 @@ class Transport(ABC):
 class CommandTransport(Transport):
     """A program that reads an item a line (JSON) and writes its answer a line, in order, flushing each or at the latest all.
 
-    It is started on first use and goes on for as long as it lives, so what it loads it loads once; after an error it is
+    It is started on first use and goes on for as long as it lives, so it loads its model once; after an error it is
     started anew.
 
     Args:

@@ -5,7 +5,7 @@ each of them gives that output at once. This is done only where it changes nothi
 
 - no trained parameter is used outside the later blocks, no block is compiled, none of the earlier ones has hooks;
 - the earlier blocks are entered once a forward, in order, and no random number is drawn while they run (dropout);
-- what enters the first block is, value by value, what entered it in the first probe, and holds nothing but tensors and
+- the input of the first block is, value by value, that of the first probe, and holds nothing but tensors and
   plain values (a cache of keys and values would stay empty: call the model with ``use_cache=False``);
 - the first forward that could reuse them is run again in full, and gives the same loss bit for bit.
 """
@@ -49,13 +49,13 @@ class BlockReuse:
         return Reuse(self, () if self.proved is False else self._blocks, self._device)
 
     def notice(self) -> str:
-        """What has been settled since the last call, for the log; else ""."""
+        """The decision made since the last call, for the log; else ""."""
         if self.proved is None or self._described:
             return ""
         self._described = True
         last = len(self) - 1
         if self.proved:
-            return f"blocks 0 to {last} of {self.name!r} are not perturbed and run in the first probe of a step alone"
+            return f"blocks 0 to {last} of {self.name!r} are not perturbed and run only in the first probe of a step"
         return f"blocks 0 to {last} of {self.name!r} run in every probe: without them the loss was another one"
 
 
@@ -76,7 +76,7 @@ def block_reuse(view: View) -> BlockReuse:
 
 
 class Reuse:
-    """What one micro-batch's probes share. Holds one activation, and gives it back with the object.
+    """The activation that one micro-batch's probes share. Holds one activation, and gives it back with the object.
 
     Args:
         blocks: told whether reuse gives the loss of a full forward.
@@ -165,7 +165,7 @@ def _comparable(value: Any) -> bool:
 
 
 def _copy(value: Any) -> Any:
-    """By value: whoever goes on with it may write into it."""
+    """By value: later code may write into it."""
     if type(value) in (tuple, list):
         return type(value)(map(_copy, value))
     if type(value) is dict:

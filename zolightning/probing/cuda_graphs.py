@@ -4,10 +4,10 @@ For small models and batches. A graph is recorded for each shape of batch and ki
 replayed from the fourth on:
 
 - the step's key, the batch and per-example queries lie in memory of their own, which a replay fills first;
-- what makes the GPU wait (``.item()``, a copy from the host) cannot be recorded, and is found before recording begins;
+- operations that make the GPU wait (``.item()``, a copy from the host) cannot be recorded, and are found before it begins;
 - a graph is taken only if it gave the bits of the plain forward twice, the second time with another key.
 
-Python code of the forward does not run in a replay: what it logs, counts or reads outside the batch stays as it was.
+Python code of the forward does not run in a replay: its logs, counters and other inputs than the batch stay.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Graphs:
         return self._tried(form, graph, forward, batch, point)
 
     def notices(self) -> list[str]:
-        """What was found since the last call, for the log."""
+        """Findings since the last call, for the log."""
         notices, self._notices = self._notices, []
         return notices
 
@@ -81,7 +81,7 @@ class Graphs:
         self._pool = None
 
     def _tried(self, form: Hashable, graph: _Graph | None, forward: Forward, batch: Any, point: Point | Both) -> Any:
-        """The plain forward, beside a replay that must give the same."""
+        """The plain forward, with which a replay must agree."""
         start = rng_state(self._device)
         why = ""
         try:
@@ -139,7 +139,7 @@ class Graphs:
         return _Graph(graph, held, point, batch, out, self._view.buffers(), read)
 
     def _form(self, batch: Any, point: Point | Both) -> Hashable | None:
-        """What must be the same for a graph to fit; None: none can."""
+        """The properties of a batch that must be equal for a graph to fit; None: none can."""
         kind: tuple[Hashable, ...]
         if isinstance(point, Shared) and len(point.terms) == 1:
             kind = (point.terms[0].coefficient,)
@@ -211,7 +211,7 @@ def _check(out: Any, point: Point | Both) -> None:
 
 @contextmanager
 def _refusing_to_wait() -> Iterator[None]:
-    """Operations that wait for the GPU raise an error; code that asks is told what it is told while a graph is recorded."""
+    """Operations that wait for the GPU raise an error; code that asks gets the answers of a recording."""
     before, asked = torch.cuda.get_sync_debug_mode(), torch.cuda.is_current_stream_capturing
     torch.cuda.set_sync_debug_mode("error")
     torch.cuda.is_current_stream_capturing = lambda: True

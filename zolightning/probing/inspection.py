@@ -1,4 +1,4 @@
-"""What a step can say of its examples, found by trying it on the first batch, without a trace."""
+"""Whether a step gives each example a loss of its own, found by trying it on the first batch, without a trace."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FAR = 0.05  # a perturbation that no loss can fail to notice
 
 
 class Examples(NamedTuple):
-    """What a step can say of its examples.
+    """How a step treats its examples.
 
     Args:
         losses: each has a loss of its own.
@@ -149,7 +149,7 @@ def _agree(
     for side in (offset, -offset):
         with isolation.dry(), view.along(key, side):
             each.append(loss_value(forward(batch)))
-    apart = abs(each[0] - each[1])  # what mixes the sides up is off by about that much
+    apart = abs(each[0] - each[1])  # a step that mixes the sides up is off by about that much
     if not math.isfinite(apart):
         return False
     try:

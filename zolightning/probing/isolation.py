@@ -1,6 +1,6 @@
 """Identical probes: every forward of a step starts from the same state and the step leaves the state of one forward.
 
-State is found by looking: what a forward changed is kept from then on and nothing else is, so that a step pays for the
+State is found by looking: state that a forward changed is kept from then on and nothing else is, so that a step pays for the
 state that it has and for no other.
 """
 
@@ -40,7 +40,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
-    """Put back what :func:`rng_state` gave."""
+    """Restore the result of :func:`rng_state`."""
     torch.set_rng_state(state["torch"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
@@ -57,7 +57,7 @@ class Isolation:
 
     Args:
         module: whose state is kept.
-        device: whose generator is kept beside the CPU's.
+        device: whose generator is kept in addition to the CPU's.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -73,7 +73,7 @@ class Isolation:
         self.changing: set[Slot] = set()
         """State that a forward was seen to change."""
         self.looked = False
-        """Whether a forward has shown what it changes."""
+        """Whether a forward has shown its changes."""
         self._steps = 0
 
     @property
@@ -117,7 +117,7 @@ class Isolation:
 
     def snapshot(self) -> dict[Slot, Kept]:
         """The state that is known to change."""
-        metrics = {  # states, and what a wrapper counts beside them
+        metrics = {  # states, and the counters of a wrapper
             Slot(owner, vars(metric), name): Kept(value, 1)
             for owner, metric in self._metrics
             for name, value in vars(metric).items()
@@ -134,7 +134,7 @@ class Isolation:
         return known | {s: Kept(s.value, DEPTH, self._weights, math.inf if s in known else limit) for s in self._places()}
 
     def state(self) -> dict[Slot, Kept]:
-        """What is seen to change, with all that it holds."""
+        """The state that was seen to change, with all that it holds."""
         return {slot: Kept(slot.value, DEPTH, self._weights) for slot in self.changing}
 
     def holds(self, shapes: AbstractSet[torch.Size]) -> bool:
@@ -143,7 +143,7 @@ class Isolation:
         return any(was.shape in shapes for k in kept for was, _ in k.tensors(k.value))
 
     def changed(self, before: dict[Slot, Kept], written: Mapping[Slot, Kept], complete: bool) -> dict[Slot, Kept]:
-        """What of ``before`` is to be restored, after a forward: the state that it changed is watched from now on.
+        """The part of ``before`` that is to be restored after a forward: the state that it changed is watched from now on.
 
         Args:
             before: from :meth:`everything`.

@@ -1,4 +1,4 @@
-"""The user's step tried on the first batch, without a trace: what it reads and writes where a probe does not see it."""
+"""The user's step tried on the first batch, without a trace: its reads and writes that a probe does not see."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def rehearse(forward: Forward, batch: Batch, view: View, isolation: Isolation) -
 
     Raises:
         SkipStep: the step returned None.
-        RuntimeError: the step writes what follows the trained weights: an average of them, a teacher.
+        RuntimeError: the step writes state that follows the trained weights: an average of them, a teacher.
     """
     step = _Rehearsal(forward, batch, view, isolation)
     found: list[Leaf] = []
@@ -115,7 +115,7 @@ def _number(out: StepOutput) -> float:
 
 
 def _moves_towards(was: Tensor, now: Tensor, weight: Tensor) -> bool:
-    """Whether now = (1 − b)·was + b·weight for some 0 < b ≤ 1/2. Larger ones are of what is made afresh from weights."""
+    """Whether now = (1 − b)·was + b·weight for some 0 < b ≤ 1/2. Larger ones belong to state made afresh from weights."""
     change, way = (x.detach().double().flatten() - was.detach().double().flatten() for x in (now, weight))
     share = float(change @ way) / max(float(way @ way), torch.finfo(torch.double).tiny)
     return 0 < share <= 0.5 and float((change - share * way).norm()) <= 0.05 * float(change.norm())

@@ -38,7 +38,7 @@ class Runner:
     Args:
         view: of the weights.
         isolation: of the module.
-        examples: what the step can say of its examples, and whether it takes a repeated batch.
+        examples: whether each example has a loss of its own, and whether the step takes a repeated batch.
         blocks: the unperturbed first blocks, which run once a step.
         graphs: recorded forwards, where they are asked for.
         muted: context of every forward but the first.
@@ -75,7 +75,7 @@ class Runner:
 
 
 class Ran:
-    """The forwards of one micro-batch, and what came out.
+    """The forwards of one micro-batch, and their answers.
 
     Args:
         runner: whose they are.

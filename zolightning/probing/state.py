@@ -1,4 +1,4 @@
-"""What user code keeps from one step to the next beside trained weights: buffers, and whatever modules hold in attributes.
+"""State that user code keeps from one step to the next, in addition to trained weights: buffers, and attributes of modules.
 
 Counters, lists of outputs, hidden states, averages, generators of their own: values of any nesting, found by looking before
 and after a forward.
@@ -25,9 +25,9 @@ MISSING = object()
 """The value of an attribute that is not there."""
 
 DEPTH = 8
-"""How far down what an attribute holds is looked at."""
+"""How far down the content of an attribute is looked at."""
 
-_LONG = 4096  # entries; what a longer container holds is taken to be data, which no step writes into
+_LONG = 4096  # entries; the content of a longer container is taken to be data, which no step writes into
 _ATOMS = (
     type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, Enum, type,
     FunctionType, BuiltinFunctionType, MethodType, partial,
@@ -134,7 +134,7 @@ def _holds_values(value: Any, seen: set[int]) -> bool:
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Whether numbers, of whichever kind, are the same but for rounding; what is no number is."""
+    """Whether numbers, of whichever kind, are the same but for rounding; True for other values."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         one, other = one.detach().cpu().numpy(force=True), other.detach().cpu().numpy(force=True)
     if isinstance(one, (int, float, np.ndarray)) and isinstance(other, (int, float, np.ndarray)):
@@ -147,7 +147,7 @@ class Kept:
 
     Args:
         value: the object.
-        depth: 0 keeps which object it is; 1 its content too; 2 the contents of what it holds, and so on.
+        depth: 0 keeps the object's identity; 1 its content too; 2 the contents of its entries, and so on.
         opaque: ids of objects that are not looked into.
         limit: bytes of the largest tensor whose content is kept.
     """
@@ -268,6 +268,6 @@ def _modules_in(value: Any, depth: int) -> list[nn.Module]:
 
 
 def attributes(module: nn.Module) -> dict[str, Any]:
-    """What a module holds beside parameters, buffers and parts."""
+    """The attributes of a module other than parameters, buffers and submodules."""
     own = ("_parameters", "_buffers", "_modules")
     return {name: value for name, value in vars(module).items() if name not in own}

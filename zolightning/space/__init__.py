@@ -1,4 +1,4 @@
-"""What is perturbed: leaves, the views that hold them, and the probes that read them perturbed."""
+"""The perturbed weights: leaves, the views that hold them, and the probes that read them perturbed."""
 
 from .build import Scales, build_view, take_turns
 from .compute import Rounds, compute_with
@@ -23,7 +23,7 @@ LEAVES: dict[str, type[Leaf]] = {
     "relative-scale": RelativeScaleLeaf,
     "row-scale": RowScaleLeaf,
 }
-"""The kinds by name: what a ledger calls them."""
+"""The kinds by the names that a ledger gives them."""
 
 __all__ = [
     "LEAVES",

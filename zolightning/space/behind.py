@@ -1,6 +1,6 @@
 """Reads that no function mode sees: scripted functions, other threads, transforms and code that is not PyTorch's.
 
-They are found by what they compute: while all trained Parameters hold NaN, and whoever reads them where a mode can see it
+They are found by their results: while all trained Parameters hold NaN, and code that reads them where a mode can see it
 gets the weights, only a read behind the mode's back makes the loss NaN.
 """
 
@@ -51,7 +51,7 @@ class Stored(TorchFunctionMode):
         refuse_write(self._hidden, func, args, kwargs)
         if func is compute_with:
             parameter, x, compute, *_ = args
-            with self:  # what else the layer reads
+            with self:  # for the layer's other reads
                 return compute(substituted(parameter, self._hidden, self._weight), x)
         args = [substituted(a, self._hidden, self._weight) for a in args]
         kwargs = {name: substituted(v, self._hidden, self._weight) for name, v in kwargs.items()}

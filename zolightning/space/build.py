@@ -35,10 +35,10 @@ def build_view(
 
     Args:
         root: the module that owns the parameters; its order of all parameters numbers the leaves.
-        parameters: what the optimizer holds; those with requires_grad=False are left out.
+        parameters: the optimizer's; those with requires_grad=False are left out.
         distribution: noise of every leaf.
         select_spec: see :func:`zolightning.space.select.select`.
-        structure: what z is: a :class:`~zolightning.space.Structure`, or its name in STRUCTURES.
+        structure: the form of z: a :class:`~zolightning.space.Structure`, or its name in STRUCTURES.
         scales: noise of the scales of quantised layers, whatever the structure; 'frozen' leaves them out.
         compiled: the root's steps themselves run as compiled code.
         before: name → settings of leaves that a resumed run goes on with.

@@ -12,17 +12,17 @@ Compute = Callable[[Tensor, Tensor], Tensor]
 
 
 class Rounds:
-    """Marks a layer that rounds its weight in the forward: what the recipe 'zeroqat' trains through."""
+    """Marks a layer that rounds its weight in the forward; the recipe 'zeroqat' trains through it."""
 
 
 def compute_with(parameter: Tensor, x: Tensor, compute: Compute, bias: Tensor | None = None) -> Tensor:
-    """``compute(parameter, x)``, of which a probe replaces the parameter, or for each example what goes in and comes out.
+    """``compute(parameter, x)``, of which a probe replaces the parameter, or the input and the output of each example.
 
     Args:
-        parameter: what the layer's matrix is made from.
+        parameter: the layer's matrix is made from it.
         x: (N, …, in).
         compute: gives (N, …, out), bias included.
-        bias: (out,), what ``compute`` adds.
+        bias: (out,), added by ``compute``.
     """
     if has_torch_function_unary(parameter):  # inside a probe, as torch's own functions ask
         return handle_torch_function(compute_with, (parameter,), parameter, x, compute, bias)

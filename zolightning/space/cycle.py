@@ -13,7 +13,7 @@ from ..types import Key
 class Cycle:
     """Train some blocks of the selection in each step, and all of them in turn.
 
-    What a step leaves out costs it nothing: no noise, no update, no weight decay, no change of the optimizer's state. A block
+    Weights that a step leaves out cost it nothing: no noise, no update, no weight decay, no optimizer state. A block
     is one of the module's stack; the selected parameters outside the stack make one more, the last. Block-wise ZO,
     arXiv:2402.11592; MeZO-BCD, arXiv:2501.19099.
     """

@@ -18,8 +18,8 @@ JUMP = 10.0
 def dominant_block(root: nn.Module, run: Callable[[], Any]) -> str:
     r"""The selection ('blocks:I-I') of the first block after which activations have outliers.
 
-    With :math:`r_i = \max|h_i| / \operatorname{median}|h_i|` of what block i puts out, and :math:`r_{-1}` of what the first
-    one takes in: the first block with :math:`r_i \ge 10\,r_{i-1}`, or the one with the largest :math:`r_i / r_{i-1}`
+    With :math:`r_i = \max|h_i| / \operatorname{median}|h_i|` of the output of block i, and :math:`r_{-1}` of the first one's
+    input: the first block with :math:`r_i \ge 10\,r_{i-1}`, or the one with the largest :math:`r_i / r_{i-1}`
     where none is. After "Dominant-Layer ZO", arXiv:2606.05516.
 
     Args:
@@ -62,6 +62,6 @@ def dominant_block(root: nn.Module, run: Callable[[], Any]) -> str:
 
 
 def _ratio(hidden: Tensor) -> float:
-    """max|h| / median|h|, of a sample of what is large."""
+    """max|h| / median|h|, of a sample where the tensor is large."""
     sizes = hidden.detach().float().abs().flatten()
     return float(sizes.max() / sizes.median().clamp(min=torch.finfo(torch.float32).tiny))

@@ -76,7 +76,7 @@ class Scratch:
 
 
 class Leaf(ABC):
-    """A trained tensor. Subclasses say what z is; reading and updating follow from it.
+    """A trained tensor. Subclasses define z; reading and updating follow from it.
 
     A new kind of perturbation is a subclass with :meth:`noise`: probes, updates by any optimizer, low precision and exact
     restore come with it. Override :meth:`linear`, :meth:`rows`, :meth:`perturb_into` and :meth:`sgd_` only where there is a
@@ -89,7 +89,7 @@ class Leaf(ABC):
         index: its place among *all* parameters of the module: the leaf word of the noise, so that freezing one
             parameter never changes the noise of another.
         parameter: the stored tensor; only ever read by a probe.
-        distribution: what z's coordinates are drawn from.
+        distribution: of z's coordinates.
     """
 
     def __init__(self, name: str, index: int, parameter: nn.Parameter, distribution: Distribution) -> None:
@@ -113,7 +113,7 @@ class Leaf(ABC):
 
     @property
     def settings(self) -> dict[str, float]:
-        """What the constructor takes beside a parameter and its place: ledgers and checkpoints keep it."""
+        """The constructor's further arguments, which ledgers and checkpoints keep."""
         return {}
 
     def active(self, key: Key) -> bool:
@@ -274,7 +274,7 @@ class PerExampleLeaf(Leaf, ABC):
         Args:
             x: (N, …, in), or (N·T, …, in) where an example holds T rows one after another: its flattened tokens, its options.
             compute: a linear layer, given its weight and input.
-            bias: what it adds.
+            bias: added by it.
             key: names the directions but for their queries.
             queries: (N,), int64.
             offsets: (N,), float32.
@@ -308,7 +308,7 @@ class PerExampleLeaf(Leaf, ABC):
 
 
 class Vectors:
-    """What a probe reads of dense vectors, made all at once when it begins: they are small, and many.
+    """The perturbed dense vectors of a probe, made all at once when it begins: they are small, and many.
 
     Args:
         leaves: of a view.
@@ -332,7 +332,7 @@ class Vectors:
 
     @property
     def buffers(self) -> list[Tensor]:
-        """What the probes have written until now."""
+        """The memory that probes have written until now."""
         return list(self._buffers.values())
 
     def _buffer(self, weight: Tensor, side: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 DIFFERENTIATES: frozenset[Any] = frozenset((torch.autograd.grad, torch.Tensor.backward))
-"""What names weights without reading them."""
+"""Functions that name weights without reading them."""
 
 
 class _Linked(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""A probe point: while it is active, whoever reads a trained weight reads it perturbed. The weight is never written.
+"""A probe point: while it is active, all code that reads a trained weight reads it perturbed. The weight is never written.
 
 A probe is a torch function mode. Every torch operation that takes a leaf's Parameter as an argument, wherever in the
 user's code it is called from, gets the perturbed tensor instead: layers, functional calls, slices of a tied head,
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeGuard, cast
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -21,6 +21,12 @@ from ..types import Key, Operation, PerExample, PerExampleError, Point, Shared, 
 from .compute import Compute, compute_with
 from .leaf import DenseLeaf, Leaf, PerExampleLeaf, Scratch, Vectors
 from .linked import DIFFERENTIATES, linked
+
+
+Args: TypeAlias = Sequence[Any]
+Kwargs: TypeAlias = Mapping[str, Any]
+Types: TypeAlias = Sequence[type]
+"""Of an operation's call, as a function mode gets them."""
 
 
 class Both(NamedTuple):
@@ -41,7 +47,7 @@ class Watch(Protocol):
     @property
     def functions(self) -> frozenset[Operation]: ...
 
-    def call(self, func: Operation, args: Sequence[object], kwargs: Mapping[str, object]) -> object: ...
+    def call(self, func: Operation, args: Args, kwargs: Kwargs) -> object: ...
 
 
 _T = torch.Tensor
@@ -56,24 +62,24 @@ _METHODS = """
 """
 _SETTERS = "grad requires_grad"  # of zero_grad() and toggle_optimizer() inside a closure
 _FUNCTIONS = "is_floating_point is_complex numel is_tensor"
-METADATA: frozenset[Any] = frozenset(
+METADATA: frozenset[object] = frozenset(
     [getattr(_T, name).__get__ for name in str.split(_PROPERTIES) if hasattr(_T, name)]
     + [getattr(_T, name).__set__ for name in str.split(_SETTERS)]
     + [getattr(_T, name) for name in str.split(_METHODS)]
     + [getattr(torch, name) for name in str.split(_FUNCTIONS)]
 )
-"""What can be asked of a weight without reading it."""
+"""Questions about a weight that do not read it."""
 
-_ELEMENTWISE: frozenset[Any] = frozenset(
+_ELEMENTWISE: frozenset[object] = frozenset(
     [getattr(owner, name) for owner in (torch, _T) for name in ("add", "sub", "mul", "multiply", "subtract")]
     + [getattr(_T, f"__{reflected}{name}__") for reflected in ("", "r") for name in ("add", "sub", "mul")]
 )
 """Where a vector stands beside activations, along their last dimension."""
 
-_BY_EXAMPLE: frozenset[Any] = _ELEMENTWISE | {
+_BY_EXAMPLE: frozenset[object] = _ELEMENTWISE | {
     F.linear, F.embedding, F.layer_norm, F.rms_norm, F.group_norm, F.conv1d, F.conv2d, F.conv3d, torch.addmm, compute_with
 }  # fmt: skip
-"""What treats the examples along dimension 0 of its input one by one."""
+"""Operations that treat the examples along dimension 0 of their input one by one."""
 
 
 class Probe(TorchFunctionMode):
@@ -119,14 +125,14 @@ class Probe(TorchFunctionMode):
         for side in self._sides:
             side.fill()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Operation, types: Types, args: Args = (), kwargs: Kwargs | None = None) -> object:
         if self.resting:
             return func(*args, **kwargs or {})
         if func is compute_with and not self._sides:
             return self._compute(*args)
         if func is F.linear and not kwargs and len(args) > 1 and id(args[1]) in self._leaves:  # most common of all
             return self._linear_both(*args) if self._sides else self._linear(*args)
-        if not self._reads_leaf(args) and not (kwargs and self._reads_leaf(kwargs.values())):
+        if not reads(self._leaves, args) and not (kwargs and reads(self._leaves, kwargs.values())):
             if self._watch is not None and func in self._watch.functions:
                 return self._watch.call(func, args, kwargs or {})
             return func(*args, **kwargs) if kwargs else func(*args)
@@ -141,7 +147,7 @@ class Probe(TorchFunctionMode):
             return self._embedding(*args, **kwargs)
         if func in DIFFERENTIATES and isinstance(self.point, Shared):
             return func(*args, **kwargs)
-        self._refuse_write(func, args, kwargs)
+        refuse_write(self._leaves, func, args, kwargs)
         if isinstance(self.point, PerExample):
             if func in _ELEMENTWISE:
                 return self._elementwise(func, args, kwargs)
@@ -153,10 +159,10 @@ class Probe(TorchFunctionMode):
                 return leaf.rows(args[1], self.point.terms)
         return self._elsewhere(func, args, kwargs)
 
-    def _both(self, func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _both(self, func: Operation, types: Types, args: Args, kwargs: Kwargs) -> Tensor:
         """The halves of the examples, each by the probe of its side."""
         assert isinstance(self.point, Both)
-        self._refuse_write(func, args, kwargs)
+        refuse_write(self._leaves, func, args, kwargs)
         place = next((i for i, a in enumerate(args) if isinstance(a, Tensor) and id(a) not in self._leaves), None)
         examples = self.point.examples
         shared = func is F.embedding and place == 0 and args[0].shape[:1] == (1,)  # positions, for all alike
@@ -172,14 +178,14 @@ class Probe(TorchFunctionMode):
             )
         halves = (args[0], args[0]) if shared else args[place].chunk(2)
         outs = [
-            side.__torch_function__(func, types, (*args[:place], half, *args[place + 1 :]), kwargs)
+            cast(Tensor, side.__torch_function__(func, types, (*args[:place], half, *args[place + 1 :]), kwargs))
             for side, half in zip(self._sides, halves, strict=True)
         ]
         if shared:
             outs = [out.expand(examples // 2, *out.shape[1:]) for out in outs]
         return torch.cat(outs)
 
-    def _linear_both(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    def _linear_both(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """With both weights built in one go, where the leaf can."""
         assert isinstance(self.point, Both)
         leaf, by_example = self._leaf(weight), input.dim() >= 2 and input.shape[0] % self.point.examples == 0
@@ -189,17 +195,11 @@ class Probe(TorchFunctionMode):
             return leaf.linear_both(input, plus, minus, self.point.term, self._scratch)
         return self._both(F.linear, (), (input, weight, bias), {})
 
-    def _elsewhere(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _elsewhere(self, func: Operation, args: Args, kwargs: Kwargs) -> object:
         """Give the perturbed tensor in the place of each parameter."""
         return func(*self._substitute(args), **{k: self._substitute(v) for k, v in kwargs.items()})
 
-    def _reads_leaf(self, values: Iterable[Any]) -> bool:
-        return reads(self._leaves, values)
-
-    def _refuse_write(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        refuse_write(self._leaves, func, args, kwargs)
-
-    def _leaf(self, value: Any) -> Leaf | None:
+    def _leaf(self, value: object) -> Leaf | None:
         """The leaf whose parameter the value is, which counts as read."""
         leaf = self._leaves.get(id(value))
         if leaf is not None:
@@ -223,25 +223,25 @@ class Probe(TorchFunctionMode):
             )
         return substituted(value, self._leaves, self._substitute)
 
-    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if isinstance(self.point, PerExample) and id(bias) in self._leaves:
             out = self._linear(input, weight) if id(weight) in self._leaves else F.linear(input, weight)
             return out + self._vector(bias, out).to(out.dtype)
         leaf = self._leaf(weight)
         if leaf is None or weight.dim() != 2 or not weight.numel() or isinstance(self.point, Tangent):
-            return self._elsewhere(F.linear, (input, weight, bias), {})
+            return F.linear(*[self._substitute(value) for value in (input, weight, bias)])
         input, bias = self._substitute(input), self._substitute(bias)
         if isinstance(self.point, Shared):
             if torch.is_grad_enabled():  # autograd would keep the scratch
                 return F.linear(input, linked(weight, leaf.perturbed(self.point.terms)), bias)
             return leaf.linear(input, bias, self.point.terms, self._scratch)
         if not isinstance(leaf, PerExampleLeaf):
-            return self._substitute(weight)  # which says why not
+            return self._substitute(weight)  # type: ignore[no-any-return]  # which says why not
         return leaf.compute_each(input, lambda w, x: F.linear(x, w, bias), bias, *self.point)
 
-    def _compute(self, parameter: Tensor, x: Tensor, compute: Compute, bias: Tensor | None) -> Any:
+    def _compute(self, parameter: Tensor, x: Tensor, compute: Compute, bias: Tensor | None) -> Tensor:
         def inside(value: Tensor, x: Tensor) -> Tensor:
-            with self:  # what else the layer reads
+            with self:  # for the layer's other reads
                 return compute(value, x)
 
         leaf = self._leaf(parameter)
@@ -250,13 +250,13 @@ class Probe(TorchFunctionMode):
         bias = self._vector(bias, x) if id(bias) in self._leaves else bias
         return leaf.compute_each(x, inside, bias, *self.point)
 
-    def _elementwise(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def _elementwise(self, func: Operation, args: Args, kwargs: Kwargs) -> object:
         beside = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and id(a) not in self._leaves), None)
         args = [self._vector(a, beside) if id(a) in self._leaves else a for a in args]
         return func(*args, **{k: self._vector(v, beside) if id(v) in self._leaves else v for k, v in kwargs.items()})
 
     def _norm(self, func: Any, input: Tensor, normalized_shape: Any, weight: Any = None, *rest: Any, **named: Any) -> Any:
-        """The normalisation alone, then the weight and the bias that each example reads."""
+        """The plain normalisation, then the weight and the bias that each example reads."""
         bias = named.pop("bias", None)
         if func is F.layer_norm and rest:
             bias, *rest = rest  # type: ignore[assignment]
@@ -266,8 +266,8 @@ class Probe(TorchFunctionMode):
                 out = apply(out, self._vector(vector, out) if id(vector) in self._leaves else vector)
         return out
 
-    def _vector(self, parameter: Any, beside: Tensor | None) -> Tensor:
-        """What each example reads of a vector, in a shape that broadcasts over the activations beside it."""
+    def _vector(self, parameter: object, beside: Tensor | None) -> Tensor:
+        """The perturbed vector of each example, in a shape that broadcasts over the activations beside it."""
         assert isinstance(self.point, PerExample)
         leaf, count = self._leaf(parameter), self.point.queries.numel()
         if isinstance(leaf, DenseLeaf) and leaf.per_example and beside is not None and beside.dim() >= 2:
@@ -291,7 +291,7 @@ class Probe(TorchFunctionMode):
         whole = max_norm is not None or torch.is_grad_enabled()
         if leaf is None or whole or not isinstance(self.point, Shared) or _outside(input, weight.shape[0]):
             return self._elsewhere(F.embedding, (input, weight, padding_idx, max_norm, *args), kwargs)
-        return leaf.rows(input, self.point.terms)  # the other arguments matter to the backward pass alone
+        return leaf.rows(input, self.point.terms)  # the other arguments matter only to the backward pass
 
 
 class Unread(TorchFunctionMode):
@@ -305,7 +305,7 @@ class Unread(TorchFunctionMode):
         super().__init__()
         self._leaves = leaves
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Operation, types: Types, args: Args = (), kwargs: Kwargs | None = None) -> object:
         kwargs = kwargs or {}
         if func not in METADATA and (leaf := _first_read(self._leaves, (*args, *kwargs.values()))) is not None:
             raise RuntimeError(
@@ -315,7 +315,7 @@ class Unread(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def reads(leaves: Mapping[int, Any], values: Iterable[Any]) -> bool:
+def reads(leaves: Mapping[int, object], values: Iterable[object]) -> bool:
     """Whether a leaf's Parameter is among the values, or in lists among them."""
     for value in values:  # noqa: SIM110  a generator would take twice as long, at every operation of the model
         if id(value) in leaves or (isinstance(value, (list, tuple)) and reads(leaves, value)):
@@ -338,7 +338,7 @@ def substituted(value: Any, leaves: Mapping[int, Any], weight: Callable[[Any], T
     return value
 
 
-def refuse_write(leaves: Mapping[int, Any], func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def refuse_write(leaves: Mapping[int, Any], func: Operation, args: Args, kwargs: Kwargs) -> None:
     """Raise RuntimeError when the operation writes into a leaf's Parameter."""
     if (written := _first_read(leaves, write_targets(func, args, kwargs))) is not None:
         raise RuntimeError(
@@ -349,14 +349,14 @@ def refuse_write(leaves: Mapping[int, Any], func: Any, args: Sequence[Any], kwar
         )
 
 
-def write_targets(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """What the call of an operation writes into."""
+def write_targets(func: Operation, args: Args, kwargs: Kwargs) -> list[object]:
+    """The tensors that the call of an operation writes into."""
     if "out" in kwargs:
         return [kwargs["out"]]
     return [*args, *kwargs.values()][:1] if IN_PLACE.fullmatch(getattr(func, "__name__", "")) else []
 
 
-def _is_row_index(index: Any) -> bool:
+def _is_row_index(index: object) -> TypeGuard[Tensor]:
     return isinstance(index, Tensor) and index.dtype == torch.int64
 
 

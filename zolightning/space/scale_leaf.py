@@ -57,7 +57,7 @@ class RowScaleLeaf(ScaleLeaf, PerExampleLeaf):
     """
 
     def _split(self, coordinates: Tensor) -> tuple[Tensor, Tensor | None]:
-        """u and v, both divided by √2, or u alone."""
+        """u and v, both divided by √2, or only u."""
         outputs, groups = self.parameter.shape
         if groups == 1:
             return coordinates, None

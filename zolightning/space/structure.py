@@ -16,7 +16,7 @@ from .sparse_leaf import SparseLeaf
 
 
 class Place(NamedTuple):
-    """What every leaf is made from; see :class:`~zolightning.space.Leaf`."""
+    """The arguments of every leaf; see :class:`~zolightning.space.Leaf`."""
 
     name: str
     number: int
@@ -54,7 +54,7 @@ class Rank1(Structure):
     """
 
     vectors: bool = True
-    """False: matrices alone."""
+    """False: only matrices."""
 
     def leaf(self, place: Place, linear: bool, before: Mapping[str, float]) -> Leaf | None:
         if linear:

@@ -22,7 +22,7 @@ class View:
 
     Args:
         root: the module whose code runs in the probes.
-        leaves: what is perturbed and trained.
+        leaves: the weights that are perturbed and trained.
         compiled: ``root`` itself runs as compiled code, which no function mode can see into.
     """
 
@@ -38,7 +38,7 @@ class View:
         self.read: set[int] = set()
         """Ids of the parameters that probes have read since somebody cleared it."""
         self.behind: tuple[Leaf, ...] = ()
-        """Leaves that are read where no function mode sees it, beside those of compiled code."""
+        """Leaves that are read where no function mode sees it, in addition to those of compiled code."""
         self.refresh()
 
     def refresh(self) -> None:
@@ -128,7 +128,7 @@ class View:
 
     @contextmanager
     def probe(self, point: Point | Both, watch: Watch | None = None) -> Iterator[None]:
-        """:meth:`at`, of what function modes see, with the point's tensors on the device."""
+        """:meth:`at` for the reads that function modes see, with the point's tensors on the device."""
         active = {id(leaf.parameter): leaf for leaf in self._seen if leaf.turn is None or leaf.active(point.key)}
         outer = self._probe
         if outer is not None:

@@ -1,4 +1,4 @@
-"""Checkpoints of a session: what goes into Lightning's, and a session that goes on from one."""
+"""Checkpoints of a session: its entries in Lightning's, and a session that goes on from one."""
 
 from __future__ import annotations
 

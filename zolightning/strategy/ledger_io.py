@@ -69,7 +69,7 @@ class LedgerCheckpointIO(TorchCheckpointIO):
 
     ``Trainer(strategy=ZOStrategy(), plugins=[LedgerCheckpointIO()], callbacks=[ModelCheckpoint(every_n_train_steps=1)])``
     works as with whole checkpoints: best and last, resuming, testing. The weights that the run started from are written
-    once, beside the ledger. What the ledger cannot give stays in the checkpoint: a checkpoint made before the first step,
+    once, beside the ledger. State that the ledger cannot give stays in the checkpoint: a checkpoint made before the first step,
     with an optimizer that cannot be replayed, or after other code changed a parameter, holds all weights.
     """
 
@@ -105,12 +105,12 @@ def slim(
     parameters: Mapping[str, Tensor],
     slots: Mapping[int, Collection[int]],
 ) -> dict[str, Any]:
-    """The checkpoint without what its position in the ledger gives: what LedgerCheckpointIO reads.
+    """The checkpoint without the state that its position in the ledger gives, as LedgerCheckpointIO reads it.
 
     Args:
         checkpoint: the whole one.
         position: in the ledger.
-        parameters: the module's, by name. What only bears such a name (an average of the weights) stays.
+        parameters: the module's, by name. A tensor that only bears such a name (an average of the weights) stays.
         slots: optimizer → the parameters whose state the ledger gives, by place.
     """
     names = {_place(p): name for name, p in parameters.items()}
@@ -130,7 +130,7 @@ def find_ledger(position: Mapping[str, str], checkpoint: Path) -> Ledger:
     """The ledger up to a position, though the run's folder was moved or the file made room for a newer one.
 
     Raises:
-        LedgerError: none of the places has it; with what each held.
+        LedgerError: none of the places has it; the message says what each of them holds.
     """
     written = Path(position["path"])
     try:

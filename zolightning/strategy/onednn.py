@@ -1,4 +1,4 @@
-"""What oneDNN, which multiplies matrices on CPUs, keeps for the shapes it met.
+"""The code that oneDNN, which multiplies matrices on CPUs, keeps for the shapes it met.
 
 It compiles code for every shape and keeps the last 1,024 of it, in two caches: 0.64 MB for each shape of a bfloat16 product. A
 language model has some seven products for every length of batch, so that training on texts of 30 lengths holds 130 MB, which is

@@ -1,4 +1,4 @@
-"""What a module must have for the fit that was asked for."""
+"""The methods that a module must have for the fit that was asked for."""
 
 from __future__ import annotations
 

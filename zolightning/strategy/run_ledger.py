@@ -40,5 +40,5 @@ class RunLedger(Callback):
             self.pending.restart(claim_ledger(trainer, self._choice))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note what training led to before other callbacks put other weights, an average of them, into the module."""
+        """Note the trained weights before other callbacks put an average of them into the module."""
         self.pending.end()

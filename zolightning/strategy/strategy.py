@@ -86,7 +86,7 @@ class ZOStrategy(OneDeviceStrategy):
         self.recipe_name = recipe if isinstance(recipe, str) else name_of(recipe)
         self.ledger, self.offload = ledger, offload
         self.measure_update = False
-        """Set by whoever wants ``last_stats`` of the next step."""
+        """Set it to get ``last_stats`` of the next step."""
         self.records: list[StepRecord] = []
         """Optimizer steps of the last batch: none inside an accumulation window, several in a manual training step."""
         self._session: Session | None = None
@@ -144,7 +144,7 @@ class ZOStrategy(OneDeviceStrategy):
 
     @property
     def last_stats(self) -> UpdateStats | None:
-        """What the last update changed."""
+        """The changes of the last update."""
         return None if self._session is None else self._session.last_stats
 
     @property
@@ -336,7 +336,7 @@ class ZOStrategy(OneDeviceStrategy):
         self.weights.load(checkpoint, self._loaded_from, strict)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The groups of the module's optimizer, and the state of what applies its steps."""
+        """The groups of the module's optimizer, and the state of the optimizer that applies its steps."""
         return self.session.optimizer_state(optimizer)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -354,6 +354,6 @@ class ZOStrategy(OneDeviceStrategy):
 
 # Lightning allows a compiled LightningModule only under strategies it knows; this is a single device to it
 SingleDeviceStrategy.register(ZOStrategy)
-FabricStrategy.register(ZOStrategy)  # so that Fabric comes as far as ZOStrategy._precision, which says what to do instead
+FabricStrategy.register(ZOStrategy)  # so that Fabric comes as far as ZOStrategy._precision, which names the way
 
 __all__ = ["ZOStrategy"]

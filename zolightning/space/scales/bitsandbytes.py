@@ -47,7 +47,7 @@ class Scaled4bit(ScaledLayer):
         layer: Any = self
         if layer.bias is not None and layer.compute_dtype is not None:
             layer.bias.data = layer.bias.data.to(layer.compute_dtype)  # as its first forward would
-        self._load_state_dict_pre_hooks.clear()  # Lightning's precision plugin would quantise what is loaded once more
+        self._load_state_dict_pre_hooks.clear()  # Lightning's precision plugin would quantise loaded weights once more
 
     def use_scales(self, scales: Tensor) -> None:
         weight: Any = self.weight

@@ -1,4 +1,4 @@
-"""Finding the quantised layers of a module, and refusing what cannot be trained."""
+"""Finding the quantised layers of a module, and refusing those that cannot be trained."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _kind(layer: nn.Module) -> type[ScaledLayer] | None:
 
 
 def _looks_quantised(layer: nn.Module) -> bool:
-    """Whether the layer itself holds what only quantised layers hold."""
+    """Whether the layer itself has the attributes that only quantised layers have."""
     if type(layer).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
         return True
     parameters = layer.parameters(recurse=False)

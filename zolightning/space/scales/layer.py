@@ -61,7 +61,7 @@ class ScaledLayer(KeepsFloat32, ABC):
         """The layer's scales, in any dtype; ValueError says why they cannot be trained. Changes nothing."""
 
     def adopt(self) -> None:
-        """Once, when the layer has become one of this class: undo what stands in the way of scales that change."""
+        """Once, when the layer has become one of this class: undo settings that assume constant scales."""
 
     @abstractmethod
     def use_scales(self, scales: Tensor) -> None:
