@@ -58,7 +58,7 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
     "sign": SignSGD,
     "adam": Adam,
 }
-"""By name. In addition to the weights 'momentum' keeps one float32 number for each trained weight, 'adam' two, the others none."""
+"""By name. 'momentum' keeps one float32 number for each trained weight, 'adam' two, the others none."""
 
 _OWN: dict[str, type[Optimizer]] = {"SignSGD": SignSGD}
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..space.probe import METADATA, write_targets
+from ..space.operations import METADATA, write_targets
 from .entry import Entry
 from .files import OffloadError
 from .store import Store

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..space.probe import METADATA, write_targets
+from ..space.operations import METADATA, write_targets
 from ..space.view import compiled_regions
 from .state import Kept, Slot, modules
 

@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from .compute import compute_with
 from .linked import DIFFERENTIATES, linked
-from .probe import METADATA, reads, refuse_write, substituted
+from .operations import METADATA
+from .probe import reads, refuse_write, substituted
 
 _OF_THE_MEMORY = frozenset(
     (torch.Tensor.stride, torch.Tensor.is_contiguous, torch.Tensor.storage_offset, torch.Tensor.data_ptr)

@@ -7,9 +7,8 @@ parametrizations. So restoring is exact by construction, also when a probe raise
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypeGuard, cast
+from typing import Any, NamedTuple, Protocol, TypeGuard, cast
 
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -21,12 +20,7 @@ from ..types import Key, Operation, PerExample, PerExampleError, Point, Shared, 
 from .compute import Compute, compute_with
 from .leaf import DenseLeaf, Leaf, PerExampleLeaf, Scratch, Vectors
 from .linked import DIFFERENTIATES, linked
-
-
-Args: TypeAlias = Sequence[Any]
-Kwargs: TypeAlias = Mapping[str, Any]
-Types: TypeAlias = Sequence[type]
-"""Of an operation's call, as a function mode gets them."""
+from .operations import METADATA, Args, Kwargs, Types, write_targets
 
 
 class Both(NamedTuple):
@@ -51,25 +45,6 @@ class Watch(Protocol):
 
 
 _T = torch.Tensor
-IN_PLACE = re.compile(r"[^_].*[^_]_|_foreach_\w+_|__setitem__|__set__|__i(add|sub|mul|truediv|floordiv|mod|pow|and|or|xor)__")
-_PROPERTIES = """
-    shape dtype device layout ndim requires_grad is_leaf grad grad_fn is_cuda is_mps is_xpu is_meta is_sparse is_quantized
-    is_nested names itemsize nbytes _version _base retains_grad
-"""
-_METHODS = """
-    size dim stride numel nelement element_size storage_offset is_contiguous is_floating_point is_complex is_signed get_device
-    data_ptr __len__ __hash__ requires_grad_ register_hook is_inference is_pinned
-"""
-_SETTERS = "grad requires_grad"  # of zero_grad() and toggle_optimizer() inside a closure
-_FUNCTIONS = "is_floating_point is_complex numel is_tensor"
-METADATA: frozenset[object] = frozenset(
-    [getattr(_T, name).__get__ for name in str.split(_PROPERTIES) if hasattr(_T, name)]
-    + [getattr(_T, name).__set__ for name in str.split(_SETTERS)]
-    + [getattr(_T, name) for name in str.split(_METHODS)]
-    + [getattr(torch, name) for name in str.split(_FUNCTIONS)]
-)
-"""Questions about a weight that do not read it."""
-
 _ELEMENTWISE: frozenset[object] = frozenset(
     [getattr(owner, name) for owner in (torch, _T) for name in ("add", "sub", "mul", "multiply", "subtract")]
     + [getattr(_T, f"__{reflected}{name}__") for reflected in ("", "r") for name in ("add", "sub", "mul")]
@@ -347,13 +322,6 @@ def refuse_write(leaves: Mapping[int, Any], func: Operation, args: Args, kwargs:
             "leave this parameter out with ZOStrategy(select=...). Where the model itself rescales its weights between train() "
             "and eval(), switch that off in its configuration (RWKV: config.rescale_every = 0)."
         )
-
-
-def write_targets(func: Operation, args: Args, kwargs: Kwargs) -> list[object]:
-    """The tensors that the call of an operation writes into."""
-    if "out" in kwargs:
-        return [kwargs["out"]]
-    return [*args, *kwargs.values()][:1] if IN_PLACE.fullmatch(getattr(func, "__name__", "")) else []
 
 
 def _is_row_index(index: object) -> TypeGuard[Tensor]:
