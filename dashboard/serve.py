@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from .early import routes
         from .headers import Headers
 
-        app = App(APP, routes=routes(given.store), middleware=[Middleware(Headers)], lifespan=_open_browser)
+        app = App(APP, routes=routes(given.store), middleware=[Middleware(Headers)], lifespan=open_browser)
     except ImportError:
         print("The dashboard needs Streamlit and uPlot: pip install streamlit uplot-python", file=sys.stderr)
         return 1
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @contextlib.asynccontextmanager
-async def _open_browser(_: object) -> AsyncIterator[None]:
+async def open_browser(_: object) -> AsyncIterator[None]:
     """Show the page to whoever sits here; not under ``STREAMLIT_SERVER_HEADLESS=true`` nor where there is no screen."""
     from streamlit import config
 

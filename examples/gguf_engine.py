@@ -1,10 +1,11 @@
 """Train inside llama.cpp: control vectors on the demo's own 4-bit GGUF, from forward passes of the inference engine alone.
 
     pip install 'zolightning[llamacpp]'
-    python examples/gguf_engine.py --seeds 3 --out results.json
+    python examples/gguf_engine.py --seeds 0 1 2 --out results.json
+    python examples/gguf_engine.py --memory       # peak memory of training beside that of inference
 
 Reads film reviews, encodes each text once, and probes vectors at the prompt's last position with a direction for each
-example. Prints the accuracy on texts that training never saw, before and after, and the CPU seconds it took.
+example. Prints the accuracy on texts that training never saw, before and after, and the CPU seconds that training took.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import subprocess
+import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +29,13 @@ from torch.utils.data import DataLoader
 from zolightning import ZOMixin, ZOStrategy
 from zolightning.blackbox.control_vectors import ControlVectors
 from zolightning.blackbox.engine import EngineModel
-from zolightning.blackbox.llamacpp import LlamaModel
+from zolightning.blackbox.llamacpp import LlamaModel, library
 from zolightning.data import Encoded, collate, film_snippets
 from zolightning.data.model import default_gguf
 from zolightning.data.text import Example
 
 ENDING, WORDS = " It was", (" terrible", " great")
+BATCH = 16  # texts that are evaluated together
 
 
 class Classifier(ZOMixin, pl.LightningModule):
@@ -52,50 +57,99 @@ class Classifier(ZOMixin, pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def accuracy(model: EngineModel, items: list[Encoded]) -> tuple[float, float]:
-    """(accuracy, loss) of the engine's answers."""
-    right, loss = 0, 0.0
-    for start in range(0, len(items), 16):
-        batch = collate(items[start : start + 16], 0)
-        logits = model(batch)
-        right += int((logits.argmax(-1) == batch["labels"]).sum())
-        loss += float(F.cross_entropy(logits, batch["labels"], reduction="sum"))
-    return right / len(items), loss / len(items)
+class Task:
+    """The texts as tokens, and the engine."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        gguf = LlamaModel(default_gguf(offline=options.offline))
+        texts = film_snippets(validation=200, test=1000, offline=options.offline)
+
+        def encoded(part: list[Example]) -> list[Encoded]:
+            return [Encoded(gguf.tokens(example.text + ENDING), example.label) for example in part]
+
+        self.training = encoded(texts.train[: options.steps * options.batch])
+        self.held = encoded((texts.validation if options.validate else texts.test)[: options.evaluate])
+        words = [gguf.tokens("A film." + ENDING + word)[-1] for word in WORDS]
+        self.engine = ControlVectors(
+            gguf,
+            [one.input_ids for one in self.training[:16]],
+            outputs=words,
+            sequences=max(BATCH, options.batch),
+            positions=options.positions,
+        )
+
+    def evaluate(self, vectors: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+        """Accuracy and loss at each of several vectors; a text is encoded once for all of them."""
+        right, loss = dict.fromkeys(vectors, 0), dict.fromkeys(vectors, 0.0)
+        for start in range(0, len(self.held), BATCH):
+            batch = collate(self.held[start : start + BATCH], 0)
+            labels = batch["labels"]
+            for name, value in vectors.items():
+                logits = self.engine.run({"vectors": value.expand(len(labels), -1)}, batch)
+                right[name] += int((logits.argmax(-1) == labels).sum())
+                loss[name] += float(F.cross_entropy(logits, labels, reduction="sum"))
+        count = len(self.held)
+        return {name: {"accuracy": right[name] / count, "loss": loss[name] / count} for name in vectors}
 
 
-def train(options: argparse.Namespace, seed: int) -> dict[str, Any]:
-    pl.seed_everything(seed, verbose=False)
-    torch.set_num_threads(1)
-    gguf = LlamaModel(default_gguf(offline=options.offline))
-    texts = film_snippets(validation=200, test=1000, offline=options.offline)
-
-    def encoded(part: list[Example]) -> list[Encoded]:
-        return [Encoded(gguf.tokens(example.text + ENDING), example.label) for example in part]
-
-    training = encoded(texts.train[: options.steps * options.batch])
-    held = encoded(texts.validation if options.validate else texts.test)[: options.evaluate]
-    words = [gguf.tokens("A film." + ENDING + word)[-1] for word in WORDS]
-    started = time.process_time()
-    engine = ControlVectors(
-        gguf, [item.input_ids for item in training[:16]], outputs=words, sequences=options.batch, positions=options.positions
-    )
-    model = EngineModel(engine)
-    module = Classifier(model, options.lr, options.steps)
-    data = DataLoader(training, options.batch, shuffle=True, collate_fn=lambda items: collate(items, 0))
+def fit(module: pl.LightningModule, data: Any, options: argparse.Namespace, steps: int) -> None:
     trainer = pl.Trainer(
         strategy=ZOStrategy("reft", eps=options.eps, num_queries=options.queries),
-        max_steps=options.steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, data)
-    spent = time.process_time() - started
-    result = {"seed": seed, "cpu_seconds": round(spent, 1), **vars(options)}
-    for name, value in zip(("accuracy", "loss"), accuracy(model, held), strict=True):
-        result[name] = round(value, 4)
-    torch.nn.init.zeros_(model.numbers["vectors"])
-    result["accuracy_before"] = round(accuracy(model, held[: options.before])[0], 4) if options.before else None
-    result["peak_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    return result
+
+
+def train(task: Task, options: argparse.Namespace, seed: int) -> tuple[Tensor, float]:
+    """The vectors, and the CPU seconds that they took."""
+    pl.seed_everything(seed, verbose=False)
+    started = time.process_time()
+    model = EngineModel(task.engine)
+    data = DataLoader(task.training, options.batch, shuffle=True, collate_fn=lambda items: collate(items, 0))
+    fit(Classifier(model, options.lr, options.steps), data, options, options.steps)
+    return model.numbers["vectors"].detach(), time.process_time() - started
+
+
+class Toy(ZOMixin, pl.LightningModule):
+    """Has all libraries loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = torch.nn.Parameter(torch.zeros(8))
+
+    def zo_objective(self, batch: Tensor) -> Tensor:
+        return ((torch.zeros(len(batch), 1) + self.x) * batch).square().sum(1)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def peak(options: argparse.Namespace) -> float:
+    """MiB that this process takes beyond its libraries: for inference on the held texts, or for training."""
+
+    def most() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    fit(Toy(), DataLoader([torch.zeros(8)] * 64, 16), options, 2)
+    library()
+    before = most()
+    task = Task(options)
+    if options.peak_of == "training":
+        train(task, options, 0)
+    else:
+        task.evaluate({"nothing": torch.zeros(1, len(task.engine.numbers["vectors"]))})
+    return most() - before
+
+
+def memory(words: list[str]) -> None:
+    """Peak memory of training beside that of inference, each in a process of its own."""
+    found = {}
+    for of in ("inference", "training"):
+        command = [sys.executable, __file__, *words, "--peak-of", of, "--steps", "4", "--evaluate", "64"]
+        found[of] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+        print(f"{of}: {found[of]:.1f} MiB beyond the libraries", flush=True)
+    print(f"training takes {found['training'] / found['inference']:.3f} × the memory of inference")
 
 
 def main() -> None:
@@ -108,17 +162,41 @@ def main() -> None:
     parser.add_argument("--eps", type=float, default=0.2, help="size of a probe, in sizes of hidden states")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--evaluate", type=int, default=1000, help="texts to evaluate on")
-    parser.add_argument("--before", type=int, default=0, help="texts on which the model without vectors is evaluated")
     parser.add_argument("--validate", action="store_true", help="on the validation texts, for choosing settings")
     parser.add_argument("--offline", action="store_true", help="fetch nothing")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory instead")
+    parser.add_argument("--peak-of", choices=("inference", "training"), help=argparse.SUPPRESS)
+    parser.add_argument("--keep", type=Path, help="folder for the trained vectors; those that it has are not trained again")
     parser.add_argument("--out", type=Path, help="JSON file of the results")
     options = parser.parse_args()
-    rows = []
+    torch.set_num_threads(1)
+    if options.peak_of:
+        print(peak(options))
+        return
+    if options.memory:
+        memory([word for word in sys.argv[1:] if word != "--memory"])
+        return
+    task = Task(options)
+    vectors, seconds = {"before": torch.zeros(1, len(task.engine.numbers["vectors"]))}, {}
     for seed in options.seeds:
-        rows.append(train(options, seed))
-        print(rows[-1], flush=True)
+        name = f"seed {seed}"
+        kept = options.keep / f"seed-{seed}.pt" if options.keep else None
+        if kept and kept.exists():
+            vectors[name], seconds[name] = torch.load(kept)
+        else:
+            vectors[name], seconds[name] = train(task, options, seed)
+            if kept:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                torch.save((vectors[name], seconds[name]), kept)
+        print(f"{name}: trained in {seconds[name]:.1f} CPU seconds", flush=True)
+    started = time.process_time()
+    results = task.evaluate(vectors)
+    print(f"evaluated on {len(task.held)} texts in {time.process_time() - started:.1f} CPU seconds")
+    for name, found in results.items():
+        print(f"{name}: accuracy {100 * found['accuracy']:.1f} %, loss {found['loss']:.4f}")
     if options.out:
-        options.out.write_text(json.dumps(rows, indent=1, default=str))
+        settings = {name: value for name, value in vars(options).items() if name not in ("keep", "out", "memory", "peak_of")}
+        options.out.write_text(json.dumps({"settings": settings, "cpu_seconds": seconds, "results": results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -3,21 +3,25 @@
     python examples/ranking.py                      # an automatic rater, 24 seeds, beside best-of
     python examples/ranking.py --error 0.5          # one that errs by half the spread of the candidates
     python examples/ranking.py --person             # you, at the terminal
+    python examples/ranking.py --page runs/digit    # you, in the browser: `zolightning rank runs/digit`
 
 A decoder from 16 numbers to 8 × 8 pictures is trained on scikit-learn's digits first, in a few seconds. What is trained by
-ranking are the 16 numbers. Printed is the share of the squared distance to the hidden picture that is left.
+ranking are the 16 numbers. Printed is the share of the squared distance to the hidden picture that is left. With `--page`
+either side may be ended and started again: rankings that were given are not asked for again.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from zolightning.blackbox.person import Person
 from zolightning.engine.session import Session
 from zolightning.methods.config import ZOConfig
 from zolightning.methods.ranking import EndOfRanking, Oracle, Ranking, Terminal, by_score
@@ -59,7 +63,7 @@ def ascii_picture(picture: Tensor) -> str:
 
 
 def search(decode: nn.Module, oracle: Oracle, options: argparse.Namespace, seed: int) -> Picture:
-    """Train the latents on rankings alone; the rate falls as the candidates come close."""
+    """Train the latents on rankings alone, until the rater stops; the rate falls as the candidates come close."""
     module = Picture(decode)
     optimizer = torch.optim.SGD([module.latents], lr=options.lr)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, options.decay)
@@ -68,7 +72,11 @@ def search(decode: nn.Module, oracle: Oracle, options: argparse.Namespace, seed:
         module, optimizer, ZOConfig(estimator=estimator, noise="gaussian", seed=seed, structure="dense"), warn=lambda _: None
     )
     for _ in range(options.rounds):
-        session.estimate(lambda _: Candidate(module()))
+        try:
+            session.estimate(lambda _: Candidate(module()))
+        except EndOfRanking as end:
+            print(end)
+            break
         session.update()
         schedule.step()
     return module
@@ -108,14 +116,21 @@ def main() -> None:
     parser.add_argument("--error", type=float, default=0.0, help="of the rater, in spreads of the candidates")
     parser.add_argument("--seeds", type=int, default=24)
     parser.add_argument("--person", action="store_true", help="ask you, at the terminal")
+    parser.add_argument(
+        "--page", type=Path, metavar="FOLDER", help="ask you, on the page that `zolightning rank FOLDER` serves"
+    )
     options = parser.parse_args()
     decode = decoder()
     if options.person:
-        try:
-            found = search(decode, Terminal(ascii_picture), options, 0)
-            print("where your rankings led:\n" + ascii_picture(found()))
-        except EndOfRanking as end:
-            print(end)
+        found = search(decode, Terminal(ascii_picture), options, 0)
+        print("where your rankings led:\n" + ascii_picture(found()))
+        return
+    if options.page:
+        person = Person(options.page, lambda picture: picture.view(8, 8), "Think of a digit. Which pictures are most like it?")
+        found = search(decode, person, options, 0)
+        liked = {True: "better", False: "worse", None: "no better"}[person.prefers(Picture(decode)(), found())]
+        person.close(f"Shown blind, the picture after training was {liked} than the one before.")
+        print(f"where your rankings led, {liked} than the picture before:\n" + ascii_picture(found()))
         return
     ways: dict[str, Callable[..., Picture]] = {f"top {options.top} ranked": search, "best-of": best_of}
     for name, way in ways.items():

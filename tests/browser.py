@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,8 +66,7 @@ def open_browser(flags: Sequence[str] = ()) -> Iterator[Browser]:
             browser.close()
 
 
-@contextmanager
-def serve(store: str, log: Path, command: Sequence[str] = (str(LAUNCHER),)) -> Iterator[Server]:
+def serve(store: str, log: Path, command: Sequence[str] = (str(LAUNCHER),)) -> AbstractContextManager[Server]:
     """The dashboard over a store, in the process that ``zolightning dash`` becomes.
 
     Args:
@@ -78,11 +77,26 @@ def serve(store: str, log: Path, command: Sequence[str] = (str(LAUNCHER),)) -> I
     Raises:
         RuntimeError: it did not start.
     """
-    port = free_port()
+    return started((*command, "--store", store), log)
+
+
+@contextmanager
+def started(command: Sequence[str], log: Path, port: int = 0) -> Iterator[Server]:
+    """A server of Streamlit's, while the block runs.
+
+    Args:
+        command: what Python runs; takes ``--port``.
+        log: where its output goes.
+        port: 0: any that is free.
+
+    Raises:
+        RuntimeError: it did not start.
+    """
+    port = port or free_port()
     settings = {"STREAMLIT_SERVER_HEADLESS": "true", "OMP_NUM_THREADS": "1"}  # headless: open no window
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [sys.executable, *command, "--store", store, "--port", str(port)],
+            [sys.executable, *command, "--port", str(port)],
             cwd=log.parent, env={**os.environ, **settings}, stdout=out, stderr=out,
         )  # fmt: skip
     try:
@@ -90,7 +104,7 @@ def serve(store: str, log: Path, command: Sequence[str] = (str(LAUNCHER),)) -> I
         patience = time.monotonic() + 120
         while not server.answers():
             if process.poll() is not None or time.monotonic() > patience:
-                raise RuntimeError(f"the dashboard did not start:\n{log.read_text()}")
+                raise RuntimeError(f"the server did not start:\n{log.read_text()}")
             time.sleep(0.05)
         yield server
     finally:

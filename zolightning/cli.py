@@ -15,6 +15,7 @@ VERBS = {
     "fit": ("commands.fit:fit", "Train a model on a task of MeZO's paper, or on your own file."),
     "sweep": ("commands.sweep.main:sweep", "Compare methods and learning rates over seeds at equal budgets."),
     "dash": ("commands.dash:dash", "Watch and compare runs live in the browser."),
+    "rank": ("commands.rank:rank", "Rank what a training shows, by mouse or keyboard, in the browser."),
     "bench": ("commands.bench.main:bench", "Measure time and memory of a ZO step, two forwards, MeZO and backprop."),
     "replay": ("commands.replay:replay_run", "Rebuild a run's weights at any step from its ledger."),
     "send-pending": ("commands.send:send", "Send metrics that a run could not send."),

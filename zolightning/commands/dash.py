@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NoReturn
 
 from ..records.mlflow_logger import DEFAULT_STORE
 
@@ -23,7 +24,12 @@ def dash(store: str = DEFAULT_STORE, port: int = 8501, host: str = "127.0.0.1") 
     if package is None or package.origin is None:
         raise ImportError("The dashboard is not installed. Install it with `pip install zolightning`.")
     launcher = Path(package.origin).with_name("launch.py")
-    command = [sys.executable, str(launcher), "--store", store, "--port", str(port), "--host", host]
+    replace_by(str(launcher), "--store", store, "--port", str(port), "--host", host)
+
+
+def replace_by(*arguments: str) -> NoReturn:
+    """Go on as another run of Python, and end as it ends."""
+    command = [sys.executable, *arguments]
     if os.name == "posix":
         os.execv(sys.executable, command)  # so that whoever stops this command stops the server
     sys.exit(subprocess.call(command))
