@@ -7,6 +7,7 @@ see zolightning/blackbox/README.md.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from zolightning import ZOMixin, ZOStrategy
-from zolightning.blackbox.control_vectors import ControlVectors, export_control_vectors
+from zolightning.blackbox.control_vectors import ControlVectors, WrittenAnswers, export_control_vectors
 from zolightning.blackbox.engine import EngineError, EngineModel
 from zolightning.blackbox.llamacpp import LlamaContext, LlamaModel, library
 from zolightning.ledger import read, replay
@@ -145,12 +146,12 @@ class Classifier(ZOMixin, pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05)
 
 
-def fit(model: EngineModel, **settings: Any) -> None:
+def fit(model: EngineModel, module: type[Classifier] = Classifier, **settings: Any) -> None:
     trainer = pl.Trainer(
         strategy=ZOStrategy("reft", seed=1, **settings), max_steps=15, accelerator="cpu", logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(Classifier(model), DataLoader([batch_of(prompts(8))] * 15, None))
+    trainer.fit(module(model), DataLoader([batch_of(prompts(8))] * 15, None))
 
 
 @pytest.mark.parametrize("estimator", ["per_example", "spsa"])
@@ -163,6 +164,45 @@ def test_training_lowers_the_loss_and_repeats_to_the_bit(gguf: LlamaModel, estim
     assert torch.equal(one.numbers["vectors"], two.numbers["vectors"])
     replay(read(tmp_path / "ledger.zo"), dict(Classifier(base).named_parameters()))
     assert torch.equal(one.numbers["vectors"], base.numbers["vectors"])
+
+
+@torch.no_grad()
+def test_answers_are_the_likeliest_tokens_in_torch_too(gguf: LlamaModel) -> None:
+    made, items, model = engine(gguf, positions=2, length=24), prompts(), tiny_llama()
+    vectors = 0.3 * torch.randn(len(items), made.numbers["vectors"].numel())
+    answers = made.answers({"vectors": vectors}, batch_of(items), 5)
+    for row, item, answer in zip(vectors, items, answers, strict=True):
+        assert len(answer) == 5
+        for n, token in enumerate(answer):
+            made.positions = 2 + n  # the prompt's last two, and what was written
+            with moved(model, made.rows(row.numpy()), made.positions):
+                logits = model(torch.tensor([item + answer[:n]])).logits[0, -1]
+            assert logits[token] > logits.max() - 0.05
+    made.positions = 2
+    assert made.answers({"vectors": vectors}, batch_of(items), 5) == answers
+    with pytest.raises(ValueError, match=r"and 20 more do not fit into the engine's `length`, 24"):
+        made.answers({"vectors": vectors}, batch_of(items), 20)
+    with pytest.raises(ValueError, match="`tokens` must be >= 1, got 0"):
+        made.answers({"vectors": vectors}, batch_of(items), 0)
+
+
+def test_a_score_of_written_text_is_trained_on(gguf: LlamaModel) -> None:
+    """The share of even tokens, which has no derivative."""
+
+    def even(answers: list[list[int]], batch: Any) -> list[float]:
+        return [sum(token % 2 == 0 for token in answer) / len(answer) for answer in answers]
+
+    class Writer(Classifier):
+        def zo_objective(self, batch: Any) -> Tensor:
+            return 1 - self.model(batch)
+
+    model, batch = EngineModel(WrittenAnswers(engine(gguf, positions=2, length=24), even, 4)), batch_of(prompts(8))
+    before = model(batch).mean()
+    fit(model, module=Writer, num_queries=4)
+    assert model(batch).mean() > before + 0.2
+    for bad in (lambda answers, batch: [1.0], lambda answers, batch: [math.nan] * len(answers)):
+        with pytest.raises(EngineError, match="must give 8 finite numbers, one for each answer"):
+            EngineModel(WrittenAnswers(engine(gguf, length=24), bad, 4))(batch)
 
 
 def test_the_exported_file_gives_the_trained_outputs(gguf: LlamaModel, tmp_path: Path) -> None:

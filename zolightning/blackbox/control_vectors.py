@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .engine import EngineError
 from .llamacpp import LlamaContext, LlamaModel, Rows
 from .prompts import EncodedPrompts, Prompt
 
@@ -51,7 +52,6 @@ class ControlVectors:
         threads: int = 1,
     ) -> None:
         third = model.blocks // 3
-        third = model.blocks // 3
         self.layers = sorted(set(range(max(1, third), model.blocks - third) if layers is None else layers))
         if not self.layers or not 1 <= self.layers[0] <= self.layers[-1] < model.blocks:
             raise ValueError(f"`ControlVectors(layers=...)` must be in 1 … {model.blocks - 1}, got {self.layers}")
@@ -69,18 +69,31 @@ class ControlVectors:
 
     def run(self, numbers: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
         """(B, outputs), float32: logits of the token that comes next."""
-        vectors, prompts = numbers["vectors"].float().numpy(), prompts_of(batch)
-        first, last = self.layers[0], self.layers[-1]
-        logits = np.concatenate(
-            [self._texts.logits(prompts[s], self.rows(vectors[s.start]), first, last) for s in self._alike(vectors, prompts)]
-        )
+        logits = np.concatenate([self._texts.logits(*each) for each in self._each(numbers, batch)])
         return torch.from_numpy(logits if self.outputs is None else logits[:, list(self.outputs)])
+
+    def answers(self, numbers: Mapping[str, Tensor], batch: Mapping[str, Tensor], tokens: int) -> list[list[int]]:
+        """What the model writes behind each prompt, as token ids: always the likeliest one, at most ``tokens``.
+
+        The vectors move the prompt's last positions and all that is written. See :class:`WrittenAnswers`.
+        """
+        if tokens < 1:
+            raise ValueError(f"`tokens` must be >= 1, got {tokens}")
+        return [answer for each in self._each(numbers, batch) for answer in self._texts.answers(*each, tokens)]
 
     def rows(self, vectors: Rows) -> Rows:
         """(blocks − 1, width): what is added to the output of each block from 1 on."""
         rows = np.zeros((self.model.blocks - 1, self.model.width), np.float32)
         rows[np.array(self.layers) - 1] = vectors.reshape(len(self.layers), -1) * self.scales[:, None]
         return rows
+
+    def _each(
+        self, numbers: Mapping[str, Tensor], batch: Mapping[str, Tensor]
+    ) -> Iterator[tuple[Sequence[Prompt], Rows, int, int]]:
+        """Prompts that run in one go, their rows, and the first and the last block."""
+        vectors, prompts = numbers["vectors"].float().numpy(), prompts_of(batch)
+        for some in self._alike(vectors, prompts):
+            yield prompts[some], self.rows(vectors[some.start]), self.layers[0], self.layers[-1]
 
     def _alike(self, vectors: Rows, prompts: Sequence[Prompt]) -> Iterator[slice]:
         """Neighbours that can run in one go: different prompts at equal vectors."""
@@ -91,6 +104,48 @@ class ControlVectors:
                 first, seen = n, set()
             seen.add(prompt)
         yield slice(first, len(prompts))
+
+
+class WrittenAnswers:
+    """A score of what the model writes, as an :class:`~zolightning.blackbox.engine.Engine`; it need not be differentiable.
+
+    ::
+
+        def right(answers, batch):
+            return [float(wanted in model.text(answer)) for answer, wanted in zip(answers, batch["wanted"])]
+
+        EngineModel(WrittenAnswers(ControlVectors(model, ...), right))
+
+    In ``zo_objective`` return ``1 - model(batch)`` where higher is better.
+
+    Args:
+        engine: writes.
+        score: (token ids of the B answers, the batch) → B numbers.
+        tokens: of an answer at most, >= 1.
+    """
+
+    by_example = True
+
+    def __init__(
+        self,
+        engine: ControlVectors,
+        score: Callable[[list[list[int]], Mapping[str, Tensor]], Sequence[float] | Tensor],
+        tokens: int = 16,
+    ) -> None:
+        self.engine, self.score, self.tokens = engine, score, tokens
+        self.identity, self.numbers, self.prepare = engine.identity, engine.numbers, engine.prepare
+
+    def run(self, numbers: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+        """(B,), float32.
+
+        Raises:
+            EngineError: the score gave something else than a finite number for each answer.
+        """
+        answers = self.engine.answers(numbers, batch, self.tokens)
+        scores = torch.as_tensor(self.score(answers, batch), dtype=torch.float32)
+        if scores.shape != (len(answers),) or not scores.isfinite().all():
+            raise EngineError(f"the score must give {len(answers)} finite numbers, one for each answer; got {scores}")
+        return scores
 
 
 def export_control_vectors(path: str | Path, engine: ControlVectors, vectors: Tensor) -> None:

@@ -107,6 +107,10 @@ class LlamaModel:
         count = lib.llama_tokenize(self.vocab, raw, len(raw), room, len(room), True, False)
         return list(room[:count])
 
+    def ends(self, token: int) -> bool:
+        """Whether it says that the text is over."""
+        return bool(library().llama_vocab_is_eog(self.vocab, token))
+
     def text(self, tokens: Sequence[int]) -> str:
         """The text of some token ids, special ones left out."""
         lib, pieces, room = library(), [], ctypes.create_string_buffer(256)

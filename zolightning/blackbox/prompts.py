@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from .llamacpp import LlamaContext, LlamaModel, Rows
 
@@ -26,6 +27,7 @@ class EncodedPrompts:
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be >= 1, got {value}")
         self.positions, self.sequences, self.length = positions, sequences, length
+        self._model = model
         self._context = LlamaContext(model, sequences, length, threads)
         self._free, self._kept = list(range(sequences)), OrderedDict[Prompt, int]()
 
@@ -65,11 +67,46 @@ class EncodedPrompts:
 
     def logits(self, prompts: Sequence[Prompt], vectors: Rows, first: int, last: int) -> Rows:
         """(prompts, words): what follows each prompt when its last positions are moved, see :meth:`LlamaContext.steer`."""
+        with self._moved(prompts, vectors, first, last) as (_, logits):
+            return logits
+
+    def answers(self, prompts: Sequence[Prompt], vectors: Rows, first: int, last: int, tokens: int) -> list[list[int]]:
+        """The likeliest tokens that follow each prompt, one after another, when its last positions and they are moved.
+
+        Args:
+            prompts: different ones, at most ``sequences``.
+            vectors, first, last: see :meth:`LlamaContext.steer`.
+            tokens: the most for each prompt, >= 1; the model's end of text ends an answer, and is left out.
+        """
+        if too_long := [prompt for prompt in prompts if len(prompt) + tokens > self.length]:
+            raise ValueError(
+                f"a prompt of {len(too_long[0])} tokens and {tokens} more do not fit into the engine's `length`, {self.length}"
+            )
+        found: list[list[int]] = [[] for _ in prompts]
+        with self._moved(prompts, vectors, first, last) as (places, logits):
+            going = list(range(len(prompts)))
+            while going:
+                following = [int(row.argmax()) for row in logits]
+                going = [n for n, token in zip(going, following, strict=True) if not self._model.ends(token)]
+                for n, token in zip(going, (t for t in following if not self._model.ends(t)), strict=True):
+                    found[n].append(token)
+                going = [n for n in going if len(found[n]) < tokens]
+                logits = self._context.decode(
+                    [(places[n], len(prompts[n]) + len(found[n]) - 1, found[n][-1:]) for n in going], True
+                )
+        return found
+
+    @contextmanager
+    def _moved(self, prompts: Sequence[Prompt], vectors: Rows, first: int, last: int) -> Iterator[tuple[list[int], Rows]]:
+        """Where the prompts are kept, and the logits behind them; what is decoded meanwhile is forgotten afterwards."""
         places = self.encode(prompts)
         self._context.steer(vectors, first, last)
         try:
-            return self._context.decode(
-                [(place, self.start(p), p[self.start(p) :]) for place, p in zip(places, prompts, strict=True)], logits=True
+            yield (
+                places,
+                self._context.decode(
+                    [(place, self.start(p), p[self.start(p) :]) for place, p in zip(places, prompts, strict=True)], logits=True
+                ),
             )
         finally:
             for place, prompt in zip(places, prompts, strict=True):
