@@ -47,7 +47,7 @@ def main() -> None:
     }
     session.keep_pages(pages)
     chosen = st.navigation(list(pages.values()), position="top")
-    view = session.open_view(next(name for name, page in pages.items() if page is chosen))
+    view = session.open_view()
     address = shown_address(store)
     if view.store not in ("", address):
         empty.other_store(view.store, address)

@@ -1,89 +1,88 @@
-"""The view in Streamlit's session: one value, kept in the page's address."""
+"""The view in Streamlit's session: one value, kept in the page's address.
+
+The session owns the view. An address is read where a session begins and where the browser goes back or forward in its history,
+and never else: the browser sends each click with the address that it knows, which may be an older one than was written.
+"""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import streamlit as st
 from streamlit.navigation.page import StreamlitPage
+from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from .view import View, read, write
 
-_VIEW, _WRITTEN, _PAGE, _EDITION = "zo.view", "zo.written", "zo.page", "zo.edition"
-_BOARD, _REPLACED, _PAGES = "zo.board", "zo.replaced", "zo.pages"
-_LAG_SECONDS = 3.0
+_KEPT, _PAGES = "zo.kept", "zo.pages"
 FIRST_BOARD = "board0-1"
 """What :func:`board` says in a session that has just begun."""
 
 
-def open_view(page: str) -> View:
-    """The view of this run of the script: the address's, when the user came by it, else the session's.
+@dataclass(frozen=True)
+class _Kept:
+    """One value, since a newer click may end the script between any two writes.
 
     Args:
-        page: the page that is shown. Going to another one empties the address but keeps the view.
+        view: what is looked at.
+        edition: counts how often something other than the widgets has changed it.
+        board: counts the sets of charts.
     """
-    state, query = st.session_state, {name: st.query_params.get_all(name) for name in st.query_params}
-    came = _VIEW not in state or (state.get(_PAGE) == page and query != state.get(_WRITTEN) and not _lags(query))
-    if came:
-        state[_VIEW] = read(query)
-        new_edition()
-    state[_PAGE], state[_WRITTEN] = page, query
+
+    view: View
+    edition: int = 1
+    board: int = 0
+
+
+def open_view() -> View:
+    """The view of this run of the script: the address's, when the user came by it, else the session's."""
+    state, query = st.session_state, _address()
+    if _KEPT not in state:
+        state[_KEPT] = _Kept(read(query))
+    elif query and _went_back():
+        state[_KEPT] = replace(_kept(), view=read(query), edition=_kept().edition + 1)
     return current()
 
 
 def current() -> View:
     """The view as the widgets have left it so far."""
-    view: View = st.session_state[_VIEW]
-    return view
+    return _kept().view
 
 
 def change(**fields: Any) -> View:
-    """Replace fields of the view."""
-    st.session_state[_VIEW] = replace(current(), **fields)
+    """Replace fields of the view, as a widget has it that shows them."""
+    st.session_state[_KEPT] = replace(_kept(), view=replace(current(), **fields))
+    return current()
+
+
+def settle(**fields: Any) -> View:
+    """Replace fields of the view from elsewhere than the widgets that show them: all of these begin anew."""
+    st.session_state[_KEPT] = replace(_kept(), view=replace(current(), **fields), edition=_kept().edition + 1)
     return current()
 
 
 def keep() -> None:
-    """Write the view into the address, if it changed."""
+    """Write the view into the address, if that says something else."""
     query = {name: [value] if isinstance(value, str) else value for name, value in write(current()).items()}
-    state = st.session_state
-    if query != state[_WRITTEN]:
-        state[_REPLACED] = [*_lately_replaced(), (time.monotonic(), state[_WRITTEN])]
-        state[_WRITTEN] = query
+    if query != _address():
         st.query_params.from_dict(query)
-
-
-def _lags(query: dict[str, list[str]]) -> bool:
-    """The browser spoke before it had the address that we wrote last: nobody asked for this older one."""
-    return any(query == old for _, old in _lately_replaced())
-
-
-def _lately_replaced() -> list[tuple[float, dict[str, list[str]]]]:
-    return [one for one in st.session_state.get(_REPLACED, ()) if time.monotonic() - one[0] < _LAG_SECONDS]
 
 
 def board() -> str:
     """The name of the set of charts: all pages share it, and with it the zoom and the hidden lines."""
-    return widget(f"board{st.session_state.get(_BOARD, 0)}")
+    return widget(f"board{_kept().board}")
 
 
 def new_board() -> None:
     """Begin with charts that are not zoomed: what x counts has changed."""
-    st.session_state[_BOARD] = st.session_state.get(_BOARD, 0) + 1
-    change(zoom=None)
+    st.session_state[_KEPT] = replace(_kept(), view=replace(current(), zoom=None), board=_kept().board + 1)
 
 
 def widget(name: str) -> str:
-    """A widget's key: a new one after the view came from an address, so that the widget begins with it."""
-    return f"{name}-{st.session_state[_EDITION]}"
-
-
-def new_edition() -> None:
-    """Have all widgets begin anew from the view, which something other than they has changed."""
-    st.session_state[_EDITION] = st.session_state.get(_EDITION, 0) + 1
+    """A widget's key: a new one after the view came from elsewhere, so that the widget begins with it."""
+    return f"{name}-{_kept().edition}"
 
 
 def keep_pages(pages: Mapping[str, StreamlitPage]) -> None:
@@ -98,3 +97,17 @@ def go_to(page: str) -> None:
         page: its name in the address.
     """
     st.switch_page(st.session_state[_PAGES][page])
+
+
+def _kept() -> _Kept:
+    kept: _Kept = st.session_state[_KEPT]
+    return kept
+
+
+def _address() -> dict[str, list[str]]:
+    return {name: st.query_params.get_all(name) for name in st.query_params}
+
+
+def _went_back() -> bool:
+    context = get_script_run_ctx()
+    return context is not None and context.is_history_navigation

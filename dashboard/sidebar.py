@@ -12,7 +12,7 @@ from .grouping import METHOD
 from .query import QueryError, parse
 from .scene import Scene
 from .screens.parts import download
-from .session import change, current, new_edition, widget
+from .session import change, current, settle, widget
 from .transforms import differing
 from .view import COLORS, MOST_LINES, View
 
@@ -74,8 +74,7 @@ def _experiments(scene: Scene) -> None:
         key=widget("experiments"),
     )
     if tuple(chosen) != current().experiments:
-        change(experiments=tuple(chosen), runs=None, without=(), hidden=(), zoom=None)
-        new_edition()
+        settle(experiments=tuple(chosen), runs=None, without=(), hidden=(), zoom=None)
         st.rerun()
 
 

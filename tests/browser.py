@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page, WebSocket
+    from playwright.sync_api import Browser, Page, WebSocket, WebSocketRoute
 
 LAUNCHER = Path(__file__).parents[1] / "dashboard" / "launch.py"
 BOARD = "board0-1"
@@ -160,6 +161,48 @@ class Traffic:
             tick = message.script_finished == ForwardMsg.FINISHED_FRAGMENT_RUN_SUCCESSFULLY
             (self.ticks if tick else self.runs).append(self._open)
             self._open = 0
+
+
+@dataclass
+class SlowLine:
+    """A page that hears nothing of its server while it holds its messages; what it says is heard at once.
+
+    Args:
+        page: before it is opened.
+    """
+
+    page: Page
+    holds: bool = False
+    _held: list[str | bytes] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.page.route_web_socket(re.compile("/_stcore/stream"), self._opened)
+
+    def addresses(self) -> list[str]:
+        """The addresses that it has not heard of."""
+        from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
+
+        messages = [ForwardMsg.FromString(one) for one in self._held if isinstance(one, bytes)]
+        return [one.page_info_changed.query_string for one in messages if one.WhichOneof("type") == "page_info_changed"]
+
+    def release(self) -> None:
+        """Hear everything now."""
+        self.holds = False
+        for message in self._held:
+            self._page_end.send(message)
+        self._held.clear()
+
+    def _opened(self, page_end: WebSocketRoute) -> None:
+        self._page_end = page_end
+        server = page_end.connect_to_server()
+        page_end.on_message(server.send)
+        server.on_message(self._heard)
+
+    def _heard(self, message: str | bytes) -> None:
+        if self.holds:
+            self._held.append(message)
+        else:
+            self._page_end.send(message)
 
 
 def wait_drawn(page: Page, count: int = 1, seconds: float = 60) -> None:

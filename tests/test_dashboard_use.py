@@ -13,9 +13,9 @@ import pytest
 pytest.importorskip("streamlit", reason="the dashboard's packages are not installed")
 pytest.importorskip("playwright", reason="the browser tests need Playwright: pip install playwright")
 
-from browser import Server, charts, find_chromium, open_browser, serve, wait_drawn, wait_settled
+from browser import Server, SlowLine, charts, find_chromium, open_browser, serve, wait_drawn, wait_settled
 from dashboard_stores import log, make_store
-from test_dashboard_browser import PAGES, START, address, chip, listed, run_id, ticked, uri, visit, wait_until
+from test_dashboard_browser import PAGES, START, address, chip, listed, run_id, ticked, toggle, uri, visit, wait_until
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -116,6 +116,58 @@ def test_ticks_name_what_is_taken_away_or_what_is_left(page: Page, server: Serve
     assert ticked(page) == {"adamw 1e-3"}
     page.locator(".zo-pick", has_text="all").click()
     page.wait_for_url(lambda url: "runs=" not in url and "without=" not in url)
+
+
+# ---- quick actions -----------------------------------------------------------------------------------------------------
+
+
+def test_actions_of_which_the_browser_has_not_heard_yet_all_count(page: Page, server: Server, store: Path) -> None:
+    line = SlowLine(page)
+    page.goto(f"{server.url}/curves?key=train/loss")
+    wait_drawn(page)
+    wait_settled(page)
+    line.holds = True
+    for act, written in (
+        (chip(page, run_id(store, "zo 1e-3")).click, "hidden="),
+        (listed(page, "adamw 1e-2").locator("input").uncheck, "without="),
+        (toggle(page, "Log y").click, "log=1"),
+        (listed(page, "adamw 1e-3").locator("input").uncheck, "%2C"),  # the second of those that are away
+        (lambda: page.locator(".zo-filter").fill("1e-"), "filter="),
+    ):
+        act()
+        wait_until(lambda written=written: not page.wait_for_timeout(50) and any(written in one for one in line.addresses()))
+    line.release()
+    page.wait_for_url(re.compile("filter=.*without=.*%2C.*log=1.*hidden="))
+    wait_settled(page)
+    assert ticked(page) == {f"{method} {rate}" for method in ("zo", "adamw") for rate in RATES} - {"adamw 1e-2", "adamw 1e-3"}
+    assert [one.get_attribute("data-id") for one in page.locator(".zo-chip[aria-pressed=false]").all()] == [
+        run_id(store, "zo 1e-3")
+    ]
+    assert toggle(page, "Log y").locator("input").is_checked()
+    assert page.locator(".zo-filter").input_value() == "1e-"
+
+
+def test_back_and_forward_bring_the_view_of_their_address(page: Page, server: Server, store: Path) -> None:
+    page.goto(f"{server.url}/curves?key=train/loss&live=0")
+    wait_drawn(page)
+    wait_settled(page)
+    listed(page, "adamw 1e-2").locator("input").uncheck()
+    page.wait_for_url(re.compile("without="))
+    page.locator(".zo-filter").fill("zo")
+    page.wait_for_url(re.compile("filter=zo"))
+    wait_settled(page)
+    page.go_back()
+    page.wait_for_url(lambda url: "filter=" not in url and "without=" in url)
+    wait_until(lambda: page.locator(".zo-chip").count() == 5 and page.locator(".zo-filter").count() == 1)
+    assert page.locator(".zo-filter").input_value() == ""
+    page.go_back()
+    page.wait_for_url(lambda url: "without=" not in url)
+    wait_until(lambda: len(ticked(page)) == 6 and page.locator(".zo-chip").count() == 6)
+    page.go_forward()
+    page.wait_for_url(re.compile("without="))
+    wait_until(lambda: "adamw 1e-2" not in ticked(page) and page.locator(".zo-chip").count() == 5)
+    listed(page, "adamw 1e-3").locator("input").uncheck()  # the boxes are those of this view
+    page.wait_for_url(re.compile("without=[^&]*%2C"))
 
 
 # ---- one line pointed at ---------------------------------------------------------------------------------------------------

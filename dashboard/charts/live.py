@@ -222,6 +222,7 @@ def run_list(key: str, runs: Sequence[Mapping[str, Any]], chosen: Selection, lef
         trouble: why its filter makes no sense; "": it does.
     """
     data = {
+        "key": key,
         "runs": [dict(run) for run in runs],
         "all": chosen.all,
         "ids": list(chosen.ids),

@@ -35,14 +35,19 @@ class RunList {
     this.rows = new Map();
   }
 
-  // {runs: [{id, label, title, light, dark, dash, status, why}], all, ids, filter, left: [id's beginning] or null, trouble}:
-  // selected are all runs but for `ids`, or `ids` only; null leaves all
-  configure({ runs, all, ids, filter, left, trouble }, dark, send) {
+  // {key, runs: [{id, label, title, light, dark, dash, status, why}], all, ids, filter, left: [id's beginning] or null, trouble}:
+  // selected are all runs but for `ids`, or `ids` only; null leaves all. The boxes and the filter are the user's: what the
+  // server says of them counts only at first sight of a key, since it may not have heard of the last click.
+  configure({ key, runs, all, ids, filter, left, trouble }, dark, send) {
     this.runs = runs;
     this.send = send;
-    if (!this.sending) [this.all, this.ids] = [all, new Set(ids)];
-    if (!this.configured) this.filter.value = filter;
-    this.configured = true;
+    if (this.key !== key) {
+      [this.all, this.ids] = [all, new Set(ids)];
+      this.filter.value = filter;
+      clearTimeout(this.sending);
+      clearTimeout(this.telling);
+    }
+    this.key = key;
     if (this.filter.value === filter && !this.asking) this.narrow(left, trouble);
     const rows = runs.map((run) => this.rows.get(run.id) ?? this.row(run.id));
     this.rows = new Map(runs.map((run, i) => [run.id, rows[i]]));
@@ -122,9 +127,6 @@ class RunList {
     [this.all, this.ids] = [all, new Set(ids)];
     this.show();
     clearTimeout(this.sending);
-    this.sending = setTimeout(() => {
-      this.sending = null;
-      this.send("selected", { all, ids });
-    }, 250);
+    this.sending = setTimeout(() => this.send("selected", { all, ids }), 250);
   }
 }

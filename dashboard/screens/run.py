@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .. import text, words
 from ..scene import Scene
-from ..session import change, current, go_to, new_edition, widget
+from ..session import change, current, go_to, settle, widget
 from ..source import Run, SourceError
 from ..transforms import total_steps
 from .parts import follow
@@ -49,8 +49,7 @@ def _choose(scene: Scene) -> Run:
         )
         change(run=chosen)
         if st.button("Its curves", icon=":material/show_chart:", help="The page Curves with only this run."):
-            change(runs=(chosen,), without=())
-            new_edition()
+            settle(runs=(chosen,), without=())
             go_to("curves")
     return next(run for run in scene.runs if run.id == chosen)
 

@@ -14,14 +14,12 @@ from ..columns import Cell, Column, available, column, read, usual
 from ..export import as_csv
 from ..facts import quality_key
 from ..scene import Scene
-from ..session import change, current, go_to, new_edition, widget
+from ..session import change, current, go_to, settle, widget
 from ..source import Run
 from ..status import watched
 from ..view import View
 from .parts import follow
 from .tables import table_height
-
-_ROUND = "zo.runs-round"
 
 
 def render(scene: Scene) -> None:
@@ -101,11 +99,10 @@ def _table(
             config[f"± {one.id}"] = st.column_config.NumberColumn(
                 f"± {one.label}", help="One standard deviation.", format="%.3g"
             )
-    turn = st.session_state.get(_ROUND, 0)
     event = st.dataframe(
         table,
         hide_index=True,
-        key=f"runs-{name}-{turn}",
+        key=widget(f"runs-{name}"),
         height=table_height(len(table), 22 if name == "others" else 8),
         placeholder="–",
         column_config=config,
@@ -154,9 +151,7 @@ def _actions(scene: Scene, view: View, picked: Sequence[Run]) -> None:
 
 
 def _settle(**fields: tuple[str, ...]) -> None:
-    change(**fields)
-    st.session_state[_ROUND] = st.session_state.get(_ROUND, 0) + 1  # no row is ticked in the next table
-    new_edition()
+    settle(**fields)
     st.rerun()
 
 
