@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from test_data_likelihood import writer
 from test_data_prompts import make_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from zolightning.commands.fit import fit
 from zolightning.ledger import read
@@ -40,9 +41,8 @@ def run(folder: Path, task: str, **settings: Any) -> None:
     store = f"sqlite:///{folder}/mlflow.db"
     fit(
         task,
-        model=str(folder / "model"),
         store=store,
-        **{**quick, "out": str(folder), "data": str(folder / f"{task}.jsonl"), **settings},
+        **{**quick, "model": str(folder / "model"), "out": str(folder), "data": str(folder / f"{task}.jsonl"), **settings},
     )
 
 
@@ -170,3 +170,22 @@ def test_demonstrations_may_not_take_all_of_training(folder: Path) -> None:
 def test_bad_input_is_refused_before_anything_is_loaded(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fit(**settings)
+
+
+@pytest.mark.parametrize(("tier", "view"), [("disk", None), ("cpu", "lora")])
+def test_offloaded_weights_end_with_the_same_scores(
+    folder: Path, tier: Any, view: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {**writer().config.to_dict(), "hidden_size": 256, "intermediate_size": 320}
+    AutoModelForCausalLM.from_config(LlamaConfig(**config)).save_pretrained(folder / "wide")
+    make_tokenizer().save_pretrained(folder / "wide")
+    said = []
+    for offload in (None, tier):
+        run(folder, "sst2", model=str(folder / "wide"), objective="accuracy", offload=offload, view=view, eps=5e-2)
+        said.append([line for line in capsys.readouterr().out.splitlines() if ": accuracy" in line])
+    assert said[0] == said[1] and len(said[0]) == 2
+
+
+def test_offload_and_backprop_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="backward pass"):
+        run(folder, "sst2", recipe="adamw", offload="disk")

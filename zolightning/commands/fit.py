@@ -58,6 +58,7 @@ def fit(
     validations: int = 10,
     max_length: int = 512,
     precision: str = "32-true",
+    offload: Literal["cpu", "disk"] | None = None,
     seed: int = 0,
     store: str = DEFAULT_STORE,
     experiment: str = "zolightning-fit",
@@ -96,6 +97,8 @@ def fit(
         validations: The number of times that the validation examples are looked at.
         max_length: The longest prompt with its answer, in tokens. A longer one loses its beginning.
         precision: The precision of the Trainer.
+        offload: The place of the weights while no operation needs them: cpu for host memory, disk for the model's own files and
+            work files beside the checkpoints. Only one or two matrices are in memory then. Default: in memory.
         seed: The seed of the draws, the training and the perturbations.
         store: The MLflow tracking URI of the runs: an SQLite file, or a server's http address.
         experiment: The name of the MLflow experiment.
@@ -103,6 +106,8 @@ def fit(
         offline: Download no model.
     """
     _check_names(task, data, columns or template, recipe, objective, eps is not None or select is not None)
+    if recipe == "adamw" and offload:
+        raise ValueError("`offload` streams weights through forward passes, and adamw needs a backward pass; leave one out")
     for name, value, least in (
         ("steps", steps, 0), ("shots", shots, 0), ("demonstrations", demonstrations, 0),
         ("batch_size", batch_size, 1), ("validations", validations, 1), ("max_length", max_length, 2),
@@ -112,7 +117,7 @@ def fit(
             raise ValueError(f"`{name}` must be >= {least}, got {value}")
     view = view or _OWN_VIEW.get(recipe)
     own = _given(lr=lr, eps=eps, select=select or (view and "all"))
-    strategy = "auto" if recipe == "adamw" else ZOStrategy(recipe, **own)
+    strategy = "auto" if recipe == "adamw" else ZOStrategy(recipe, offload=offload, **own)
     pl.seed_everything(seed, verbose=False)
     asked = _task(task, data, columns, template)
     splits = load_task(asked, data, train=train, validation=validation, test=test, seed=seed)
@@ -123,11 +128,16 @@ def fit(
         raise ValueError(f"`demonstrations={demonstrations}` leave no example to train on; show fewer, or take steps=0")
     if shots:
         splits = splits._replace(train=few_shot(splits.train, shots, seed))
-    network, tokenizer = load_causal_lm(model, offline=offline)
+    network, tokenizer = load_causal_lm(model, offline=offline, stream=offload == "disk")
     reader = reader_for(asked, tokenizer, max_length)
     decay = steps if recipe in RECIPES and RECIPES[recipe].normalize else 0
-    tuned: nn.Module = network if view is None else VIEWS[view](network)
-    module = TaskModule(tuned.train(), reader, objective, lambda ps: _optimizer(ps, recipe, lr), decay)
+
+    def trainable(network: nn.Module) -> TaskModule:
+        tuned = network if view is None else VIEWS[view](network)
+        return TaskModule(tuned.train(), reader, objective, lambda ps: _optimizer(ps, recipe, lr), decay)
+
+    module = trainable(network)
+    del network
     questions = TaskData(splits, reader, min(batch_size, len(splits.train)), seed)
 
     best = ModelCheckpoint(monitor=f"val/{reader.main}", mode="max", filename="{step}")
@@ -140,7 +150,7 @@ def fit(
         logger=mlflow_logger(
             f"{task}-{recipe}-seed{seed}", experiment=experiment, store=store, tags={"seed": seed}, folder=out
         ),
-        plugins=[] if recipe == "adamw" else [LedgerCheckpointIO()],
+        plugins=[] if recipe == "adamw" or offload else [LedgerCheckpointIO()],
         callbacks=[ZOMonitor(), best],
         val_check_interval=max(1, steps // validations),
         check_val_every_n_epoch=None,
@@ -152,6 +162,9 @@ def fit(
     if steps:
         trainer.fit(module, questions)
         chosen = Path(best.best_model_path).stem
+        if offload == "cpu":  # host memory has the weights of the last step, and the best one's are replayed from the first
+            del module
+            module = trainable(load_causal_lm(model, offline=offline)[0])
         tested = trainer.test(module, questions, ckpt_path="best", verbose=False)[0]
         say(f"after training, at the step that was best on validation ({chosen}): {_scores(tested)}")
 

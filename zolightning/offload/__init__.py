@@ -10,6 +10,7 @@ from .pretrained import from_pretrained
 from .residency import StoredParameter, bind, move, stored
 from .store import Store
 from .tiers import HostTier, Tier
+from .walk import Walk
 
 __all__ = [
     "DiskTier",
@@ -20,6 +21,7 @@ __all__ = [
     "Store",
     "StoredParameter",
     "Tier",
+    "Walk",
     "attach",
     "bind",
     "from_pretrained",

@@ -46,7 +46,7 @@ def attach(module: nn.Module, options: Offload, device: torch.device, folder: Pa
         raise OffloadError(
             f"the weights are offloaded by {type(tier).__name__} already, and offload={options.tier!r} was asked for"
         )
-    store.configure(pool=options.pool, prefetch=options.prefetch, write_every=options.write_every)
+    store.configure(pool=options.pool, prefetch=options.prefetch, write_every=options.write_every, lockstep=options.lockstep)
     if isinstance(tier, DiskTier):
         if tier.folder is None:
             tier.folder, tier.numbered = folder, options.folder is None
@@ -60,6 +60,9 @@ def attach(module: nn.Module, options: Offload, device: torch.device, folder: Pa
             bind(parameter, entry, store)
             store.add(entry)
     move(module.parameters(), device)
+    if not store.vectors:
+        here = {name: p for name, p in module.named_parameters() if name not in large}
+        store.vectors = {name: p.detach().clone() for name, p in here.items()}
     return store
 
 

@@ -166,6 +166,9 @@ class DiskTier(Tier):
         self._now = {name: side for name, side in table["files"].items() if names.get(name)}
         self._kept, self._stale = dict(table["files"]), (_BEFORE,) if place == 0 else (_TABLE, _BEFORE)
 
+    def rewind(self) -> None:
+        self._now = {}
+
     def move_to(self, folder: Path) -> bool:
         """Work in this folder, as long as nothing was written elsewhere; False if another run does."""
         here, self.folder = self.folder, folder

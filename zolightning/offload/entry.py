@@ -67,6 +67,10 @@ class Entry:
         """In memory, the optimizer's state included."""
         return self.shape.numel() * self.dtype.itemsize + self.state_bytes
 
+    def forget(self) -> None:
+        """All updates and what the optimizer keeps."""
+        self.mark, self.log, self.state, self.plain, self.state_bytes = b"", [], {}, {}, 0
+
 
 @dataclass(eq=False)
 class Slot:

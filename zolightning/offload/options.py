@@ -19,6 +19,8 @@ class Offload:
             replays the updates that the disk lacks.
         folder: of the work files under "disk", with room for two copies of the trained weights. None: ``offload`` beside
             the run's ledger.
+        lockstep: forwards of a step that go through the weights together, so that each weight is read once for all of them, and
+            that need memory for so many activations, >= 1. It is done where the first batch shows the same losses.
 
     Raises:
         ValueError: a value that makes no sense.
@@ -29,6 +31,7 @@ class Offload:
     prefetch: int = 2
     write_every: int = 1
     folder: str | Path | None = None
+    lockstep: int = 2
 
     def __post_init__(self) -> None:
         if self.tier not in ("cpu", "disk"):
@@ -37,6 +40,7 @@ class Offload:
             ("pool", self.pool, 0),
             ("prefetch", self.prefetch, 0),
             ("write_every", self.write_every, 1),
+            ("lockstep", self.lockstep, 1),
         ):
             if value is not None and (int(value) != value or value < least):
                 raise ValueError(f"`Offload({name}=...)` must be a whole number >= {least}, got {value}")

@@ -38,7 +38,7 @@ def from_pretrained(model_class: Any, source: str | Path, *, dtype: torch.dtype 
         OffloadError: the files do not fit the model, are damaged, or store weights in a form that is not streamed.
     """
     transformers = sys.modules[model_class.__module__.partition(".")[0]]  # whose class it is
-    folder = _folder(source)
+    folder = Path(source) if Path(source).is_dir() else snapshot(str(source))
     settings = transformers.AutoConfig.from_pretrained(folder, **config)
     if getattr(settings, "quantization_config", None) is not None:
         raise OffloadError(f"offload does not stream the quantised weights of {source} yet; use the model's plain weights")
@@ -174,9 +174,8 @@ def _stored_dtype(files: Mapping[str, Extent]) -> torch.dtype:
     return max(set(floats), key=floats.count, default=torch.float32)
 
 
-def _folder(source: str | Path) -> Path:
-    if Path(source).is_dir():
-        return Path(source)
+def snapshot(name: str, *, offline: bool = False) -> Path:
+    """The local folder of a model of the hub, downloaded if it is not there yet."""
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
+    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"], local_files_only=offline))

@@ -7,8 +7,9 @@ weight once, in the pass of the next step, and a weight that no step reads costs
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from .memory import Memory
 from .notes import note
 from .schedule import Forecast
 from .tiers import Tier
+from .walk import walking
 
 
 class Store:
@@ -30,17 +32,26 @@ class Store:
         pool: bytes of weights in memory; None: twice the largest entry, so that the next can come while one is used.
         prefetch: entries that are read ahead; 0: none, and no thread is started for it.
         write_every: updates that an entry collects before it is written; more spare a disk, and cost their replay.
+        lockstep: forwards that may go through the entries together.
     """
 
-    def __init__(self, tier: Tier, *, pool: int | None = None, prefetch: int = 2, write_every: int = 1) -> None:
-        self.tier, self.prefetch, self.write_every = tier, prefetch, write_every
+    def __init__(
+        self, tier: Tier, *, pool: int | None = None, prefetch: int = 2, write_every: int = 1, lockstep: int = 2
+    ) -> None:
+        self.tier, self.prefetch, self.write_every, self.lockstep = tier, prefetch, write_every, lockstep
         self._pool = pool
         self.entries: list[Entry] = []
+        self.places: dict[Entry, int] = {}
+        """Of the entries, in the order of the module."""
+        self.vectors: dict[str, Tensor] = {}
+        """The parameters that are always in memory, as they were before training."""
+        self.waited = 0.0
+        """Seconds in which whoever reads had to wait."""
         self.misses = 0
         """Reads that nobody had foreseen."""
         self._memory = Memory(Forecast([]))
         self._loading: set[Entry] = set()
-        self._held: dict[int, tuple[Entry, ...]] = {}
+        self._held: dict[Hashable, tuple[Entry, ...]] = {}  # by who reads: a thread, or a walk of several
         self._writes: deque[Entry] = deque()
         self._cv = threading.Condition()
         self._threads: list[threading.Thread] = []
@@ -51,6 +62,7 @@ class Store:
 
     def add(self, entry: Entry) -> None:
         """One more; the tier has its bytes."""
+        self.places[entry] = len(self.entries)
         self.entries.append(entry)
         self._memory.forecast = Forecast(self.entries)
 
@@ -59,9 +71,9 @@ class Store:
         """Bytes of weights and state that were in memory at once, at most."""
         return self._memory.most_taken
 
-    def configure(self, *, pool: int | None, prefetch: int, write_every: int) -> None:
+    def configure(self, *, pool: int | None, prefetch: int, write_every: int, lockstep: int) -> None:
         """Set the options anew, before :meth:`start`."""
-        self._pool, self.prefetch, self.write_every = pool, prefetch, write_every
+        self._pool, self.prefetch, self.write_every, self.lockstep = pool, prefetch, write_every, lockstep
 
     @property
     def pool(self) -> int:
@@ -77,20 +89,25 @@ class Store:
             OffloadError, OSError: they cannot be had, or were written into.
         """
         self._check()
-        me, wanted = threading.get_ident(), tuple(entries)
+        walk, wanted = walking(), tuple(entries)
+        if walk is not None:
+            walk.ask(wanted)
+        me = walk or threading.get_ident()
         if self._held.get(me) != wanted:
-            self.let_go()
+            self.let_go(me)
+            began = time.perf_counter()
             for count, entry in enumerate(wanted, 1):
                 self._take(entry)
                 self._held[me] = wanted[:count]
+            self.waited += time.perf_counter() - began
         slots = [self._memory.slots[entry] for entry in wanted]
         for entry, slot in zip(wanted, slots, strict=True):
             self._bring_up_to_date(entry, slot)
         return [slot.tensor for slot in slots]
 
-    def let_go(self) -> None:
-        """This thread needs nothing that it held."""
-        held = self._held.pop(threading.get_ident(), ())
+    def let_go(self, reader: Hashable = None) -> None:
+        """The reader needs nothing that it held. None: this thread."""
+        held = self._held.pop(reader or threading.get_ident(), ())
         with self._cv:
             for entry in held:
                 slot = self._memory.slots[entry]
@@ -131,6 +148,18 @@ class Store:
                 self._cv.wait()
         self._check()
         self.tier.commit({entry.name: note(entry) for entry in self.entries})
+
+    def rewind(self) -> None:
+        """Go back to the weights from before training, if there was any; nothing is in memory then.
+
+        Raises:
+            OffloadError: the tier does not have them any more.
+        """
+        self.empty()
+        if any(entry.log or entry.mark for entry in self.entries):
+            self.tier.rewind()
+            for entry in self.entries:
+                entry.forget()
 
     # ------------------------------------------------------------------ threads
 

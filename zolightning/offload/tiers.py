@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .files import OffloadError
+
 
 class Tier(ABC):
     """Holds tensors by name, and counts the bytes that come and go."""
@@ -58,6 +60,14 @@ class Tier(ABC):
         raise LookupError(f"no commit {place} of an earlier process")
 
     @abstractmethod
+    def rewind(self) -> None:
+        """Have every tensor as it was before training.
+
+        Raises:
+            OffloadError: these weights are gone.
+        """
+
+    @abstractmethod
     def close(self) -> None:
         """Give everything back."""
 
@@ -92,6 +102,12 @@ class HostTier(Tier):
 
     def commit(self, notes: Mapping[str, Any]) -> None:
         """It does not outlive the process."""
+
+    def rewind(self) -> None:
+        raise OffloadError(
+            "offload='cpu' keeps weights as they are now and not as they were before training, so this module cannot go back "
+            "to a checkpoint; make the model anew and load the checkpoint into that, or use offload='disk'"
+        )
 
     def close(self) -> None:
         self._tensors.clear()

@@ -192,8 +192,8 @@ class Probes:
         """Forwards that came to their end."""
 
     @contextmanager
-    def forward(self) -> Iterator[None]:
-        """Around each of them.
+    def forward(self, count: int = 1) -> Iterator[None]:
+        """Around each of them, or around so many at a time, where none of them changes any state.
 
         Raises:
             RuntimeError: after the second: each has written other values into a parameter.
@@ -206,9 +206,9 @@ class Probes:
                 set_rng_state(self._rng, self._isolation.device)
                 restore(self._before)
             yield
-        self.count += 1
+        self.count += count
         with torch._C.DisableTorchFunction():
-            if self.count == 1:
+            if self.count == count:
                 self._after = self._isolation.snapshot()
             elif self.count == 2:
                 self._refuse_writes()

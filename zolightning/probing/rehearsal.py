@@ -66,7 +66,7 @@ class _Rehearsal:
             with point, probes.forward():
                 out = evaluated(self._forward, self._batch)
             self.writes_weights = self.writes_weights or bool(probes.written)
-        return _number(out)
+        return number(out)
 
     def goes_wrong(self, hidden: Sequence[Leaf]) -> bool:
         """Whether the loss is NaN, or there is none, while these leaves are hidden."""
@@ -107,7 +107,7 @@ class _Rehearsal:
                 )
 
 
-def _number(out: StepOutput) -> float:
+def number(out: StepOutput) -> float:
     """The loss, or NaN where it or the candidate that is ranked in its place holds one."""
     if not isinstance(out, Candidate):
         return loss_value(out)

@@ -22,10 +22,13 @@ from .block_reuse import BlockReuse
 from .cuda_graphs import Graphs
 from .inspection import Examples
 from .isolation import Isolation, Probes
+from .lockstep import Lockstep
 from .loss_splitter import LossSplitter
 from .objective import example_losses, loss_of, loss_value, slope_of
 
 Ask = Callable[[int | None], Sequence[Point]]
+
+Run = Callable[[Batch, Point | None], StepOutput]
 
 Muted = Callable[[], AbstractContextManager[Any]]
 """Makes the context of a forward that logs nothing."""
@@ -41,6 +44,7 @@ class Runner:
         examples: whether each example has a loss of its own, and whether the step takes a repeated batch.
         blocks: the unperturbed first blocks, which run once a step.
         graphs: recorded forwards, where they are asked for.
+        lockstep: forwards that go through offloaded weights together.
         muted: context of every forward but the first.
     """
 
@@ -49,6 +53,7 @@ class Runner:
     examples: Examples
     blocks: BlockReuse | None = None
     graphs: Graphs | None = None
+    lockstep: Lockstep | None = None
     muted: Muted = nullcontext
 
     def run(self, forward: Forward, batch: Batch, ask: Ask) -> Ran:
@@ -67,10 +72,9 @@ class Runner:
         several = count if repeats else None
         with self.isolation.step() as probes:
             ran = Ran(self, forward, batch, probes, reuse=not repeats)
-            for group in together(points):
+            for group in together(points) if several else [points]:
                 if not (several and len(group) > 1 and not ran.refused and ran.in_one_batch(group, several)):
-                    for point in group:
-                        ran.alone(point)
+                    ran.each(group)
         return ran
 
 
@@ -88,7 +92,8 @@ class Ran:
     def __init__(self, runner: Runner, forward: Forward, batch: Batch, probes: Probes, reuse: bool) -> None:
         self._runner, self._batch, self._probes = runner, batch, probes
         self._forward = forward if runner.graphs is None else lambda b: runner.graphs(forward, b)  # type: ignore[misc]
-        self._reuse = runner.blocks.step() if reuse and runner.blocks and runner.graphs is None else None
+        plain = runner.graphs is None and runner.lockstep is None
+        self._reuse = runner.blocks.step() if reuse and runner.blocks and plain else None
         self._examples = batch_examples(batch)
         self.answers: list[Answer] = []
         self.output: StepOutput = None
@@ -102,25 +107,58 @@ class Ran:
         loss = loss_of(self.output)
         return loss.dtype if isinstance(loss, Tensor) else None
 
-    def alone(self, point: Point) -> None:
-        """One forward at one point."""
+    def each(self, points: Sequence[Point]) -> None:
+        """A forward at each point, some of them together where they can be."""
+        lockstep = self._lockstep(points)
+        for at in range(0, len(points), lockstep.sides if lockstep else len(points)):
+            some = points[at : at + lockstep.sides] if lockstep else points
+            if lockstep is None or not self._together(lockstep, some):
+                self.answers += [self._answer(point, self._run) for point in some]
+
+    def _together(self, lockstep: Lockstep, points: Sequence[Point]) -> bool:
+        """In lockstep; False where they turn out to change state, which is as it was before then."""
+        outputs: dict[int, StepOutput] = {}
+
+        def answer(point: Point, side: int) -> Answer:
+            def run(batch: Batch, point: Point | None) -> StepOutput:
+                out = outputs[side] = self._called(batch, point)
+                return out
+
+            return self._answer(point, run, side)
+
+        logs = self._probes.count == 0
+        with self._probes.forward(len(points)):
+            answers = lockstep.run(answer, points, logs)
+        if self._runner.isolation.changing:
+            self._probes.count -= len(points)
+            return False
+        if logs:
+            self.output = outputs[0]
+        self.answers += answers
+        return True
+
+    def _lockstep(self, points: Sequence[Point]) -> Lockstep | None:
+        """Not where the step keeps state, which forwards that go together would all change."""
+        lockstep = self._runner.lockstep
+        keeps = bool(self._runner.isolation.changing)
+        return lockstep if lockstep is not None and not keeps and lockstep.takes(points) else None
+
+    def _answer(self, point: Point, run: Run, side: int = 0) -> Answer:
         if isinstance(point, PerExample):
-            losses = self._losses(point, self._batch, point.queries.numel())
-            self.answers.append(Answer(losses.mean().item(), losses))
-            return
-        with self._runner.view.at(point):
-            out = self._run(self._batch, point)
+            losses = self._losses(point, self._batch, point.queries.numel(), run, side)
+            return Answer(losses.mean().item(), losses)
+        with self._runner.view.at(point, side=side):
+            out = run(self._batch, point)
             slope = slope_of(out) if isinstance(point, Tangent) else None  # which ends with the probe
         if isinstance(out, Candidate):
-            self.answers.append(Answer(math.nan, candidate=out))
-        else:
-            self.answers.append(Answer(loss_value(out, self._examples), slope=slope))
+            return Answer(math.nan, candidate=out)
+        return Answer(loss_value(out, self._examples), slope=slope)
 
     def in_one_batch(self, group: Sequence[Point], count: int) -> bool:
         """One forward of the batch, repeated for each point; False where the step does not take it."""
         copies = len(group)
         try:
-            losses = self._losses(_joined(group, count), repeat_batch(self._batch, count, copies), count * copies)
+            losses = self._losses(_joined(group, count), repeat_batch(self._batch, count, copies), count * copies, self._run)
         except SkipStep:
             raise
         except Exception as error:  # tensors that have as many entries as there are examples by chance were repeated too
@@ -132,11 +170,11 @@ class Ran:
         self.answers += [Answer(mean, losses) for mean, losses in zip(means, own, strict=True)]
         return True
 
-    def _losses(self, point: Both | PerExample, batch: Batch, count: int) -> Tensor:
+    def _losses(self, point: Both | PerExample, batch: Batch, count: int, run: Run, side: int = 0) -> Tensor:
         """A loss for each of the batch's ``count`` examples."""
         splitter = LossSplitter(count)
-        with self._runner.view.at(point, splitter):
-            out = self._run(batch)
+        with self._runner.view.at(point, splitter, side):
+            out = run(batch, None)
         losses = example_losses(out, count, splitter)
         if losses is None:
             got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__

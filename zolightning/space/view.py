@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -34,7 +35,7 @@ class View:
         self._scratch = Scratch(sum(leaf.parameter.numel() for leaf in leaves))
         self._vectors = Vectors(leaves)
         self._compiled_root = compiled
-        self._probe: Probe | None = None
+        self._active = threading.local()  # as function modes are
         self.read: set[int] = set()
         """Ids of the parameters that probes have read since somebody cleared it."""
         self.behind: tuple[Leaf, ...] = ()
@@ -62,12 +63,13 @@ class View:
         return sum(leaf.parameter.numel() for leaf in self.leaves)
 
     @contextmanager
-    def at(self, point: Point | Both, watch: Watch | None = None) -> Iterator[None]:
+    def at(self, point: Point | Both, watch: Watch | None = None, side: int = 0) -> Iterator[None]:
         """Every read of a leaf that is active in the step of the point's key gives its value at the point.
 
         Args:
             point: where.
             watch: makes the calls of some functions, where function modes see all that is read.
+            side: another number for each of several threads that are in a probe at a time.
 
         Raises:
             ValueError: a tangent, where part of the module runs as compiled code, which none gets through.
@@ -92,7 +94,7 @@ class View:
             elif isinstance(point, PerExample):
                 device = self.leaves[0].parameter.device  # once: a copy in each layer would make a GPU wait there
                 point = point._replace(queries=point.queries.to(device), offsets=point.offsets.to(device))
-            stack.enter_context(self.probe(point, watch))
+            stack.enter_context(self.probe(point, watch, side))
             yield
 
     def along(self, key: Key, offset: float) -> AbstractContextManager[None]:
@@ -127,25 +129,30 @@ class View:
         return Unread({id(leaf.parameter): leaf for leaf in self.leaves})
 
     @contextmanager
-    def probe(self, point: Point | Both, watch: Watch | None = None) -> Iterator[None]:
+    def probe(self, point: Point | Both, watch: Watch | None = None, side: int = 0) -> Iterator[None]:
         """:meth:`at` for the reads that function modes see, with the point's tensors on the device."""
         active = {id(leaf.parameter): leaf for leaf in self._seen if leaf.turn is None or leaf.active(point.key)}
         outer = self._probe
         if outer is not None:
             outer.resting = True
         try:
-            self._probe = Probe(active, point, self._scratch, self._vectors, self.read, watch=watch)
-            self._probe.fill()
+            self._active.probe = probe = Probe(active, point, self._scratch, self._vectors, self.read, side, watch)
+            probe.fill()
             with ExitStack() as stack:
                 for region in self._regions:
                     stack.enter_context(_without_modes(region))
-                stack.enter_context(self._probe)
+                stack.enter_context(probe)
                 yield
         finally:
-            self._probe = outer
+            self._active.probe = outer
             if outer is not None:
                 outer.fill()
                 outer.resting = False
+
+    @property
+    def _probe(self) -> Probe | None:
+        """Of this thread."""
+        return getattr(self._active, "probe", None)
 
     @property
     def point(self) -> Point | Both | None:

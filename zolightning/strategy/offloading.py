@@ -123,6 +123,7 @@ class Offloading(InMemory):
         ledger = find_ledger(position, path)
         position["path"] = str(ledger.path)
         tier, store = self.store.tier, self.store
+        self._rewind()
         self._replayed = replay(ledger, dict(self._module.named_parameters()), apply=Deferred(store).replayed)
         count = 0
         store.empty()  # of the base's weights, which were compared
@@ -134,6 +135,13 @@ class Offloading(InMemory):
         rank_zero_info(
             f"ZO: {count} offloaded matrices go on as the last run left them; {lacking} are brought up from their base"
         )
+
+    @torch.no_grad()
+    def _rewind(self) -> None:
+        """A module that was trained goes back to where its run began, which is where the ledger begins."""
+        self.store.rewind()
+        for name, before in self.store.vectors.items():
+            self._module.get_parameter(name).copy_(before)
 
     def optimizer_states(self, states: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """A checkpoint's, with the state of the weights in memory as the replay left it."""
