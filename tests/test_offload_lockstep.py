@@ -194,7 +194,7 @@ def test_both_probes_in_one_batch_read_once() -> None:
 def test_a_step_that_keeps_state_runs_one_forward_after_another() -> None:
     def build() -> nn.Module:
         torch.manual_seed(0)
-        return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(3)), nn.BatchNorm1d(WIDTH))
+        return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)), nn.BatchNorm1d(WIDTH))
 
     def loss(module: nn.Module, batch: Tensor) -> Tensor:
         return module(F.one_hot(batch, WIDTH).float().mean(1)).square().mean()
@@ -202,7 +202,7 @@ def test_a_step_that_keeps_state_runs_one_forward_after_another() -> None:
     module, resident = build(), build()
     outcome = trained(module, DISK, loss=loss)
     assert same(outcome, trained(resident, None, loss=loss))
-    assert passes(outcome) > 1.8
+    assert passes(outcome) > 1.6
     assert torch.equal(module[-1].running_mean, resident[-1].running_mean)
 
 
