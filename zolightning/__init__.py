@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from .mixin import ZOMixin
     from .records.mlflow_logger import mlflow_logger
     from .records.monitor import ZOMonitor
-    from .space import Cycle, LowRank, Sparse, Structure, expose_scales
+    from .space import Cycle, Groups, LowRank, Sparse, Structure, expose_scales
     from .strategy.ledger_io import LedgerCheckpointIO
     from .strategy.strategy import ZOStrategy
 
 __all__ = [
     "Cycle",
+    "Groups",
     "LedgerCheckpointIO",
     "LowRank",
     "Session",
@@ -44,6 +45,7 @@ __all__ = [
 
 _HOMES = {
     "Cycle": ".space",
+    "Groups": ".space",
     "LedgerCheckpointIO": ".strategy.ledger_io",
     "LowRank": ".space",
     "Session": ".engine.session",

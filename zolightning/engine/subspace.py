@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from ..methods.config import ZOConfig
 from ..methods.estimators import Estimator
+from ..probing.allocation import importances
 from ..probing.block_reuse import block_reuse
 from ..probing.cuda_graphs import Graphs
 from ..probing.inspection import Examples, inspect_step, takes_both
@@ -22,7 +23,19 @@ from ..probing.isolation import Isolation
 from ..probing.lockstep import Lockstep, lockstep_of
 from ..probing.rehearsal import rehearse
 from ..probing.runner import Muted, Runner, opposite
-from ..space import Rank1, Select, Structure, View, build_view, dominant_block, take_turns
+from ..space import (
+    STRUCTURES,
+    GroupLeaf,
+    Groups,
+    Rank1,
+    Select,
+    Structure,
+    View,
+    arrange,
+    build_view,
+    dominant_block,
+    take_turns,
+)
 from ..types import Batch, Forward, Key
 
 
@@ -185,6 +198,9 @@ def find_subspace(setting: Setting, optimizer: Optimizer, forward: Forward, batc
     examples = examples._replace(both=calibration.both and repeatable)
     if config.cycle is not None:  # only now: all of them were looked at
         take_turns(module, view.leaves, config.cycle)
+    groups, known = STRUCTURES.get(str(config.structure), config.structure), calibration.leaves
+    if isinstance(groups, Groups) and not all(leaf.name in known for leaf in view.leaves):
+        _deal(groups, setting, forward, batch, view)
     calibration.leaves.update({leaf.name: leaf.settings for leaf in view.leaves if leaf.settings})
     graphs = Graphs(view, isolation) if config.cuda_graphs else None
     lockstep = _lockstep(setting, forward, batch, view, isolation)
@@ -201,6 +217,17 @@ def _lockstep(setting: Setting, forward: Forward, batch: Batch, view: View, isol
     ):
         return None
     return lockstep
+
+
+def _deal(structure: Groups, setting: Setting, forward: Forward, batch: Batch, view: View) -> None:
+    """Deal the step's directions out to the leaves."""
+    leaves = [leaf for leaf in view.leaves if isinstance(leaf, GroupLeaf)]
+    importance = [float(leaf.parameter.numel()) if structure.allocate == "size" else 1.0 for leaf in leaves]
+    if structure.allocate == "gradient":
+        with setting.muted():
+            found = importances(forward, batch, view, setting.isolation, setting.estimator.eps or 1e-3)
+        importance = found if any(found) else importance
+    arrange(leaves, setting.estimator.num_queries, structure.sparsity, importance)
 
 
 def _asks_for_pairs(estimator: Estimator) -> bool:

@@ -58,9 +58,10 @@ class ZOConfig:
     """Blocks of the selection that take turns, see :class:`~zolightning.space.Cycle`. None: each step trains them all."""
 
     structure: str | Structure = "auto"
-    """'dense': z of the weight's shape. 'rank1': z = u vᵀ on the matrices of linear layers. 'sparse': dense on small weights
-    alone. 'lowrank': z = U Vᵀ, V the same for some steps. Or a :class:`~zolightning.space.Structure`, as Sparse(0.8). 'auto':
-    'rank1' for 'per_example' where it can run and linear layers hold nearly all selected weights, else 'dense'."""
+    """'dense': z of the weight's shape. 'rank1': z = u vᵀ on the matrices of linear layers. 'sparse': dense, on small weights
+    only. 'lowrank': z = U Vᵀ, V the same for some steps. 'groups': each of the step's directions moves weights of its own. Or a
+    :class:`~zolightning.space.Structure`, as Sparse(0.8). 'auto': 'rank1' for 'per_example' where it can run and linear layers
+    hold nearly all selected weights, else 'dense'."""
 
     scales: Scales = "frozen"
     """Scales Δ of quantised layers. 'absolute': trained, probed at Δ + eps·z. 'relative': at Δ(1 + eps·z). 'frozen': as
@@ -198,7 +199,7 @@ class Overrides(TypedDict, total=False):
         select: 'all', 'middle', 'first:K', 'last:K', 'blocks:I-J', 'dominant', 're:PATTERN', 'scales', 'scales:middle' and so
             on, or a function (name, parameter) -> bool.
         cycle: How blocks of the selection take turns; null: all at once.
-        structure: 'dense', 'rank1', 'sparse' or 'lowrank' perturbations, or a Structure; 'auto': 'rank1' where it can run.
+        structure: 'dense', 'rank1', 'sparse', 'lowrank' or 'groups', or a Structure; 'auto': 'rank1' where it can run.
         scales: Scales of quantised layers: 'absolute' noise, 'relative' noise, or 'frozen'.
         one_batch: Both probes in one batch of twice the size, where the module allows it.
         cuda_graphs: Replay the forwards of zo_objective as CUDA graphs, one for each shape of batch.

@@ -3,7 +3,7 @@
 from .backends import active_backend, set_backend
 from .captured_key import CapturedKey
 from .constants import floats, integers
-from .distributions import DISTRIBUTIONS, Distribution, Gaussian, Rademacher, permutation
+from .distributions import DISTRIBUTIONS, Distribution, Gaussian, Rademacher, permutation, scattering
 from .kernels import (
     keep_large_,
     mixed_sum,
@@ -44,6 +44,7 @@ __all__ = [
     "perturb_rows",
     "pieces",
     "sample",
+    "scattering",
     "set_backend",
     "sgd_",
     "sgd_all_",

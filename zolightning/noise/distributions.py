@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from functools import lru_cache
 from typing import ClassVar
@@ -114,6 +115,19 @@ def permutation(key: Key, count: int) -> tuple[int, ...]:
     """An order of 0 … count - 1 as a pure function of (seed, step), independent of all noise."""
     words = philox4x32(torch.arange(count), _ORDER_LEAF, 0, philox_key(key))[:, 0]
     return tuple(torch.argsort(words, stable=True).tolist())
+
+
+@lru_cache(maxsize=256)
+def scattering(key: Key, leaf: int, count: int) -> tuple[int, int]:
+    """(a, b) such that e ↦ (a·e + b) mod count is an order of 0 … count - 1: a pure function of (seed, step, leaf).
+
+    As :func:`permutation`, for so many elements that none of them can be stored; count < 2**31.
+    """
+    if count >= 1 << 31:
+        raise ValueError(f"a parameter of {count:,} weights cannot be scattered; the largest has 2**31 - 1")
+    shift, *steps = philox4x32(torch.arange(32), _ORDER_LEAF, leaf + 1, philox_key(key)).flatten().tolist()
+    step = next((word % count for word in steps if count > 1 and math.gcd(word % count, count) == 1), 1)
+    return step, shift % max(count, 1)
 
 
 def _sqrt(x: Tensor) -> Tensor:

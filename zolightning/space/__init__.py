@@ -4,6 +4,7 @@ from .build import Scales, build_view, take_turns
 from .compute import Rounds, compute_with
 from .cycle import Cycle, Turn
 from .dominant import dominant_block
+from .group_leaf import GroupLeaf, arrange
 from .leaf import DenseLeaf, Leaf, descend_, keep_
 from .outer_leaf import LowRankLeaf, Rank1Leaf
 from .probe import Both
@@ -11,7 +12,7 @@ from .scale_leaf import AbsoluteScaleLeaf, RelativeScaleLeaf, RowScaleLeaf, Scal
 from .scales import expose_scales
 from .select import Select, blocks, select
 from .sparse_leaf import SparseLeaf
-from .structure import STRUCTURES, Dense, LowRank, Place, Rank1, Sparse, Structure
+from .structure import STRUCTURES, Dense, Groups, LowRank, Place, Rank1, Sparse, Structure
 from .view import View
 
 LEAVES: dict[str, type[Leaf]] = {
@@ -19,6 +20,7 @@ LEAVES: dict[str, type[Leaf]] = {
     "rank1": Rank1Leaf,
     "sparse": SparseLeaf,
     "lowrank": LowRankLeaf,
+    "group": GroupLeaf,
     "absolute-scale": AbsoluteScaleLeaf,
     "relative-scale": RelativeScaleLeaf,
     "row-scale": RowScaleLeaf,
@@ -33,6 +35,8 @@ __all__ = [
     "Cycle",
     "Dense",
     "DenseLeaf",
+    "GroupLeaf",
+    "Groups",
     "Leaf",
     "LowRank",
     "LowRankLeaf",
@@ -50,6 +54,7 @@ __all__ = [
     "Structure",
     "Turn",
     "View",
+    "arrange",
     "blocks",
     "build_view",
     "compute_with",

@@ -5,14 +5,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from torch import nn
 
-from ..noise import Distribution
+from ..noise import Distribution, Rademacher
+from .group_leaf import GroupLeaf
 from .leaf import DenseLeaf, Leaf
 from .outer_leaf import LowRankLeaf, Rank1Leaf
 from .sparse_leaf import SparseLeaf
+
+Allocate = Literal["size", "even", "gradient"]
 
 
 class Place(NamedTuple):
@@ -99,5 +102,44 @@ class LowRank(Structure):
         return LowRankLeaf(*place, self.rank, self.hold)
 
 
-STRUCTURES: dict[str, Structure] = {"dense": Dense(), "rank1": Rank1(), "sparse": Sparse(), "lowrank": LowRank()}
+@dataclass(frozen=True)
+class Groups(Structure):
+    """Disjoint groups of weights, one for each of the step's ``num_queries`` directions: :class:`~zolightning.space.GroupLeaf`.
+
+    With one direction and a sparsity it is ZO-Bench's gradient sparsity, arXiv:2402.11592. The noise must be ±1.
+    """
+
+    allocate: Allocate = "size"
+    """How directions, and with a sparsity the weights that a step trains, are dealt out to parameters. 'size': groups of one
+    size. 'even': as many groups for each parameter. 'gradient': in proportion to √n‖∇L‖ of its n weights, which has the
+    smallest error for the forwards; found on the first batch by probes of one parameter at a time."""
+
+    sparsity: float = 0.0
+    """Share of the weights that a step leaves out, drawn at random, in [0, 1)."""
+
+    redraw: int = 1
+    """Steps after which groups and left out weights are drawn anew, >= 1."""
+
+    def __post_init__(self) -> None:
+        if self.allocate not in get_args(Allocate):
+            raise ValueError(f"`Groups(allocate={self.allocate!r})` is unknown; allowed: {', '.join(get_args(Allocate))}")
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"`Groups(sparsity=...)` is the share left out of a step, in [0, 1), got {self.sparsity}")
+        if self.redraw < 1:
+            raise ValueError(f"`Groups(redraw=...)` must be >= 1, got {self.redraw}")
+
+    def leaf(self, place: Place, linear: bool, before: Mapping[str, float]) -> Leaf:
+        if not isinstance(place.distribution, Rademacher):
+            raise ValueError(f"groups need noise of ±1, got {place.distribution!r}; use noise='rademacher'")
+        settings: dict[str, float] = {"redraw": self.redraw} | dict(before)
+        return GroupLeaf(place.name, place.number, place.parameter, place.distribution, **settings)
+
+
+STRUCTURES: dict[str, Structure] = {
+    "dense": Dense(),
+    "rank1": Rank1(),
+    "sparse": Sparse(),
+    "lowrank": LowRank(),
+    "groups": Groups(),
+}
 """The ones that a recipe may call by name."""
