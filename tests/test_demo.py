@@ -17,6 +17,7 @@ from helpers import Task as TinyTask
 from helpers import batches, fit, mlp
 from mlflow import MlflowClient
 from test_data_model import save_tiny
+from test_tasks_fit import BROKEN, FILES
 
 from zolightning import ZOStrategy
 from zolightning.cli import main
@@ -87,9 +88,8 @@ def test_unknown_method_and_seeds() -> None:
 def few_texts(folder: Path, count: int = 40) -> Task:
     save_tiny(folder / "model")
     (folder / "texts.csv").write_text("\n".join(["text,label", *(f"film {i},{i % 2}" for i in range(count))]))
-    return Task(
-        model=str(folder / "model"), data=str(folder / "texts.csv"), store=f"sqlite:///{folder}/mlflow.db", offline=True
-    )
+    store, out = f"sqlite:///{folder}/mlflow.db", str(folder / "out")
+    return Task(model=str(folder / "model"), data=str(folder / "texts.csv"), store=store, out=out, offline=True)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +110,12 @@ def test_too_few_texts_are_refused_before_the_first_run(tmp_path: Path) -> None:
     prepare(task, 28)
     with pytest.raises(ValueError, match="28 texts to train on fill no batch of 29; give more"):
         prepare(task, 29)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_first_run(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(ValueError, match=r"`out='.*out'` cannot be written to: .*; give a folder that can"):
+        prepare(few_texts(tmp_path))
 
 
 def test_of_sorted_files_some_are_drawn(tmp_path: Path) -> None:
@@ -198,6 +204,39 @@ def test_bad_input_is_one_line(args: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match=message) as caught:  # a text: Python prints it and ends with 1
         main(["demo", *args])
     assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_file_is_one_line(kind: str, tmp_path: Path) -> None:
+    """Before a model is loaded or a run is begun."""
+    content, message = BROKEN[kind]
+    (tmp_path / "texts.csv").write_text(content)
+    with pytest.raises(SystemExit, match=re.escape(message)) as caught:
+        main(
+            [
+                "demo",
+                "--data",
+                str(tmp_path / "texts.csv"),
+                "--store",
+                f"sqlite:///{tmp_path}/m.db",
+                "--out",
+                str(tmp_path / "o"),
+            ]
+        )
+    assert "\n" not in str(caught.value).strip()
+    assert {path.name for path in tmp_path.iterdir()} == {"texts.csv"}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_files_of_spreadsheets_are_taken(kind: str, tmp_path: Path) -> None:
+    """With quotes around commas, and with a byte order mark."""
+    task = few_texts(tmp_path)
+    (tmp_path / "texts.csv").write_text(FILES[kind], encoding="utf-8")
+    columns = {"text": "review", "label": "stars"} if kind == "csv" else {}
+    prepare(replace(task, **columns))
+    found = splits(replace(task, **columns))
+    assert [len(part) for part in found[:3]] == [18, 2, 4]
+    assert all("film" in example.text and '"' not in example.text for part in found[:3] for example in part)
 
 
 def test_demo_on_a_local_model_and_file(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 from .._answers import did_you_mean
 
@@ -27,3 +29,16 @@ def pick(names: Sequence[str] | str | None, known: Collection[str]) -> list[str]
             hint = did_you_mean(name, known)
             raise ValueError(f"`methods`: {name!r} is unknown; allowed: {', '.join(known)}{hint}")
     return wanted
+
+
+def make_folder(out: str) -> None:
+    """Make the folder that a command was given as ``out``, and see that files can be written to it.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise ValueError(f"`out={out!r}` cannot be written to: {error}; give a folder that can, as `--out ~/runs`") from error

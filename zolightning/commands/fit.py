@@ -24,7 +24,7 @@ from ..tasks.own import COLUMNS, own_task
 from ..tasks.presets import TASKS
 from ..tasks.reader import reader_for
 from ..tasks.rows import load_task
-from .console import say
+from .console import make_folder, say
 
 VIEWS: dict[str, Callable[[nn.Module], nn.Module]] = {"lora": lora, "ia3": ia3, "prefix": prefix, "prompt": prompt}
 _OWN_VIEW: dict[str, Literal["lora", "prefix"]] = {"mezo-lora": "lora", "mezo-prefix": "prefix"}
@@ -128,6 +128,7 @@ def fit(
         raise ValueError(f"`demonstrations={demonstrations}` leave no example to train on; show fewer, or take steps=0")
     if shots:
         splits = splits._replace(train=few_shot(splits.train, shots, seed))
+    make_folder(out)
     network, tokenizer = load_causal_lm(model, offline=offline, stream=offload == "disk")
     reader = reader_for(asked, tokenizer, max_length)
     decay = steps if recipe in RECIPES and RECIPES[recipe].normalize else 0

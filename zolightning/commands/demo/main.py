@@ -12,7 +12,7 @@ import torch
 from ...adapt.matmul import matmul_speed
 from ...data import SMOLLM2, VADER, PromptTemplate, encode, fetch, load_causal_lm, verbalizer_ids
 from ...records.mlflow_logger import DEFAULT_STORE, prepare_store
-from ..console import say
+from ..console import make_folder, say
 from .expected import Workload
 from .methods import PROFILES, Method, select_methods
 from .report import text_table, write
@@ -145,6 +145,7 @@ def prepare(task: Task, batch_size: int = 1) -> Workload:
     model, tokenizer = load_causal_lm(task.model, offline=task.offline)
     verbalizer_ids(tokenizer, prompt, found.label_names)
     prepare_store(task.store)
+    make_folder(task.out)
     say(
         f"{len(found.train):,} texts to train on, {len(found.validation):,} to validate, {len(found.test):,} to test; "
         f"labels {', '.join(found.label_names)}; {torch.get_num_threads()} CPU threads"
