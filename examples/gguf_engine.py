@@ -146,7 +146,7 @@ def memory(words: list[str]) -> None:
     """Peak memory of training beside that of inference, each in a process of its own."""
     found = {}
     for of in ("inference", "training"):
-        command = [sys.executable, __file__, *words, "--peak-of", of, "--steps", "4", "--evaluate", "64"]
+        command = [sys.executable, __file__, *words, "--peak-of", of, "--steps", "2", "--evaluate", "32"]
         found[of] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
         print(f"{of}: {found[of]:.1f} MiB beyond the libraries", flush=True)
     print(f"training takes {found['training'] / found['inference']:.3f} × the memory of inference")

@@ -6,11 +6,13 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import requests
 import torch
 import torch.nn.functional as F
 from services import Service, serving
@@ -21,7 +23,7 @@ import zolightning.blackbox
 from zolightning import ZOMixin, ZOStrategy
 from zolightning.blackbox.box import BlackBox, BudgetError, Served
 from zolightning.blackbox.certify import certify
-from zolightning.blackbox.engine import EngineModel
+from zolightning.blackbox.engine import EngineError, EngineModel
 from zolightning.objectives.transport import AnswerError, CommandTransport, HttpTransport
 
 
@@ -246,33 +248,81 @@ def test_a_program_is_asked_too() -> None:
     transport.close()
 
 
-@pytest.mark.integration
-def test_the_engine_of_the_readme_trains(service: Service) -> None:
+def product(asked: Any) -> Any:
+    return {"outputs": (torch.tensor(asked["x"]) @ torch.tensor(asked["numbers"]["w"])).tolist()}
+
+
+def served_model(service: Service) -> EngineModel:
+    """The README's engine."""
     text = Path(zolightning.blackbox.__file__).with_name("README.md").read_text()
     names: dict[str, Any] = {}
     exec(re.search(r"<!-- engine -->\n```python\n(.*?)```", text, re.DOTALL)[1], names)  # type: ignore[index]
-    service.reply = lambda asked: {"outputs": (torch.tensor(asked["x"]) @ torch.tensor(asked["numbers"]["w"])).tolist()}
-    model = EngineModel(names["Server"](service.url, {"w": torch.zeros(12, 3)}))
+    return EngineModel(names["Server"](service.url, {"w": torch.zeros(12, 3)}))
+
+
+class Task(ZOMixin, pl.LightningModule):
+    """Classifies by what an engine answers."""
+
+    def __init__(self, model: EngineModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def zo_objective(self, batch: Any) -> Tensor:
+        return F.cross_entropy(self.model(batch), batch["labels"], reduction="none")
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    def fit(self, batch: Any, steps: int) -> None:
+        trainer = pl.Trainer(
+            strategy=ZOStrategy("spsa", seed=1), max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(self, DataLoader([batch] * steps, None))
+
+
+@pytest.mark.integration
+def test_the_engine_of_the_readme_trains(service: Service) -> None:
+    service.reply = product
+    model = served_model(service)
     x = torch.randn(16, 12)
     batch = {"x": x, "labels": x[:, :3].argmax(1)}
-
-    class Task(ZOMixin, pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def zo_objective(self, batch: Any) -> Tensor:
-            return F.cross_entropy(self.model(batch), batch["labels"], reduction="none")
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=0.05)
-
-    trainer = pl.Trainer(
-        strategy=ZOStrategy("spsa"), max_steps=20, accelerator="cpu", logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(Task(), DataLoader([batch] * 20, None))
+    Task(model).fit(batch, 20)
     assert F.cross_entropy(model(batch), batch["labels"]) < 1.0  # it began at log 3
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        ({"failures": 1}, requests.HTTPError),
+        ({"raw": b""}, requests.JSONDecodeError),
+        ({"reply": lambda _: {"outputs": [[1.0, 2.0, 3.0]]}}, EngineError),
+        ({"reply": lambda _: {"outputs": [[math.nan] * 3] * 16}}, None),
+    ],
+)
+def test_an_engine_that_fails_in_a_probe_leaves_the_step_before(service: Service, fault: Any, error: Any) -> None:
+    """No number stays where a probe has moved it, and NaN is no step."""
+    x = torch.randn(16, 12)
+    batch = {"x": x, "labels": x[:, :3].argmax(1)}
+    service.reply = product
+    whole, two, model = (served_model(service) for _ in range(3))
+    Task(two).fit(batch, 2)
+    service.asked = 0
+    Task(whole).fit(batch, 3)
+    before_last = service.asked - 1
+
+    def reply(asked: Any) -> Any:
+        if service.asked == before_last:  # the next question is the second probe of the third step
+            vars(service).update(fault)
+        return product(asked)
+
+    vars(service).update(asked=0, reply=reply)
+    with pytest.raises(error) if error else nullcontext():
+        Task(model).fit(batch, 3)
+    assert service.asked == before_last + 1
+    assert torch.equal(model.numbers["w"], two.numbers["w"])
+    assert not torch.equal(model.numbers["w"], whole.numbers["w"])
 
 
 def test_certificates_of_a_linear_classifier_are_its_own_radii(tmp_path: Path) -> None:

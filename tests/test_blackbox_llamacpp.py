@@ -10,6 +10,7 @@ import ctypes
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from zolightning import ZOMixin, ZOStrategy
 from zolightning.blackbox.control_vectors import ControlVectors, WrittenAnswers, export_control_vectors
 from zolightning.blackbox.engine import EngineError, EngineModel
 from zolightning.blackbox.llamacpp import LlamaContext, LlamaModel, library
+from zolightning.commands.demo.methods import GGUF
+from zolightning.commands.demo.run import Task, run
+from zolightning.data import FetchError
 from zolightning.ledger import read, replay
 
 try:
@@ -205,6 +209,24 @@ def test_a_score_of_written_text_is_trained_on(gguf: LlamaModel) -> None:
             EngineModel(WrittenAnswers(engine(gguf, length=24), bad, 4))(batch)
 
 
+@pytest.mark.network
+@pytest.mark.integration
+def test_the_demos_own_file_trains(tmp_path: Path) -> None:
+    """The demo's row, on 4 texts."""
+    row = replace(GGUF, steps=1, batch_size=4, overrides={"num_queries": 1})
+    try:
+        found = run(
+            Task(validation=4, test=4, validations=1, store=f"sqlite:///{tmp_path}/mlflow.db", out=str(tmp_path)), row, 0
+        )
+    except FetchError as error:
+        pytest.skip(f"the demo's model cannot be fetched: {error}")
+    assert found.examples == 4
+    assert found.forward_passes == 3  # the text, and a pair of probes
+    assert len(found.history) == 2
+    assert found.weights > 90e6  # the file
+    assert found.weights < found.peak_memory < 1e9
+
+
 def test_the_exported_file_gives_the_trained_outputs(gguf: LlamaModel, tmp_path: Path) -> None:
     """Read as llama.cpp's own tools read it, and set by its binding."""
     made, items = engine(gguf, positions=None, layers=[1, 3]), prompts()
@@ -236,8 +258,12 @@ def test_bad_input_is_refused_and_nothing_is_lost(gguf: LlamaModel, tmp_path: Pa
         LlamaModel(tmp_path / "none.gguf")
     truncated = tmp_path / "truncated.gguf"
     truncated.write_bytes(gguf.path.read_bytes()[:-5000])
-    with pytest.raises(EngineError, match="cannot load"):
-        LlamaModel(truncated)
+    (tmp_path / "words.gguf").write_text("no model")
+    (tmp_path / "empty.gguf").touch()
+    (tmp_path / "vectors.gguf").write_bytes(gguf.path.read_bytes()[:2000])
+    for name in ("truncated", "words", "empty", "vectors"):
+        with pytest.raises(EngineError, match="cannot load"):
+            LlamaModel(tmp_path / f"{name}.gguf")
     for options, message in (
         ({"layers": [0, 1]}, r"must be in 1 … 3, got \[0, 1\]"),
         ({"layers": []}, r"must be in 1 … 3, got \[\]"),

@@ -20,9 +20,10 @@ from test_data_model import save_tiny
 from test_tasks_fit import BROKEN, FILES
 
 from zolightning import ZOStrategy
+from zolightning.blackbox.llamacpp import library
 from zolightning.cli import main
 from zolightning.commands.demo.expected import Workload
-from zolightning.commands.demo.main import plan, prepare
+from zolightning.commands.demo.main import plan, possible, prepare
 from zolightning.commands.demo.methods import PROFILES, select_methods
 from zolightning.commands.demo.module import PromptClassifier, PromptData
 from zolightning.commands.demo.progress import Progress
@@ -191,6 +192,24 @@ def test_help_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     shown = " ".join(capsys.readouterr().out.split())
     assert "zolightning demo --profile quick" in shown
     assert ", ".join(m.name for m in PROFILES["quick"].methods) in shown.replace("- ", "-")
+
+
+def test_the_row_in_llama_cpp_is_left_out_where_it_cannot_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods = PROFILES["quick"].methods
+    assert possible(methods, "some/model", named=False) == [m for m in methods if m.name != "gguf"]
+    assert "without the row 'gguf': it trains inside the GGUF file" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"the method 'gguf' cannot run: .* --model is some/model"):
+        possible(select_methods(PROFILES["quick"], "gguf"), "some/model", named=True)
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)  # as if it were not installed
+    library.cache_clear()
+    assert len(possible(methods, None, named=False)) == len(methods) - 1
+    assert "pip install 'zolightning[llamacpp]'" in capsys.readouterr().out
+    with pytest.raises(ImportError, match=r"the method 'gguf' cannot run: llama.cpp cannot be used here"):
+        possible(select_methods(PROFILES["quick"], "gguf"), None, named=True)
+    assert possible(select_methods(PROFILES["quick"], "zo"), None, named=True)
+    library.cache_clear()
 
 
 @pytest.mark.parametrize(

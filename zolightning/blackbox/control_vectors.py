@@ -69,8 +69,9 @@ class ControlVectors:
 
     def run(self, numbers: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
         """(B, outputs), float32: logits of the token that comes next."""
-        logits = np.concatenate([self._texts.logits(*each) for each in self._each(numbers, batch)])
-        return torch.from_numpy(logits if self.outputs is None else logits[:, list(self.outputs)])
+        wanted = slice(None) if self.outputs is None else [*self.outputs]
+        # at once: the logits of a whole vocabulary, for each example of all probes, would be most of a step's memory
+        return torch.from_numpy(np.concatenate([self._texts.logits(*each)[:, wanted] for each in self._each(numbers, batch)]))
 
     def answers(self, numbers: Mapping[str, Tensor], batch: Mapping[str, Tensor], tokens: int) -> list[list[int]]:
         """What the model writes behind each prompt, as token ids: always the likeliest one, at most ``tokens``.

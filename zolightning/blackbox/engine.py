@@ -25,8 +25,9 @@ class Engine(Protocol):
     identity: str
     """Names the model, so that numbers trained with it are not loaded into another."""
 
-    numbers: Mapping[str, Tensor]
-    """What is trained: name → where training begins."""
+    @property
+    def numbers(self) -> Mapping[str, Tensor]:
+        """What is trained: name → where training begins; an attribute will do."""
 
     by_example: bool
     """Whether ``run`` takes a row of numbers for each example, (B, n) for a vector of n; else each in its own shape."""

@@ -47,7 +47,7 @@ class Workload:
         """A step's cost for each example, in forwards of it."""
         if method.recipe is not None:
             probes = 2.0 * RECIPES[method.recipe].override(**method.overrides).num_queries
-            return 1.0 + max(self.ending, _SHORT) * probes if method.interventions else probes
+            return 1.0 + max(self.ending, _SHORT) * probes if method.encodes_once else probes
         if method.lora:
             return 2.0  # the backward pass goes through the activations only
         return 4.0 if method.checkpointing else 3.0

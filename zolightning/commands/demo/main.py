@@ -13,6 +13,7 @@ from ...adapt.matmul import matmul_speed
 from ...data import SMOLLM2, VADER, PromptTemplate, encode, fetch, load_causal_lm, verbalizer_ids
 from ...records.mlflow_logger import DEFAULT_STORE, prepare_store
 from ..console import make_folder, say
+from .engine import missing
 from .expected import Workload
 from .methods import PROFILES, Method, select_methods
 from .report import text_table, write
@@ -51,7 +52,8 @@ def demo(
         label: The column with the labels.
         template: The prompt; {text} stands for the text.
         verbalizers: The next word for each label, with the labels in sorted order. Each must be one token.
-        methods: Names separated by commas: zero-shot, zo, reft, spsa, mezo, adamw, checkpointed, lora. Default: all.
+        methods: Names separated by commas: zero-shot, zo, reft, gguf, spsa, mezo, adamw, checkpointed, lora. Default:
+            all; gguf only where llama.cpp is installed.
         seeds: The number of runs of each ZO method. Default: the profile's number; 'full' runs the default recipe three
             times.
         precision: The precision of the Trainer, which the dtype of a frozen model follows. Default: measured; bf16-mixed
@@ -66,7 +68,7 @@ def demo(
     if threads:
         torch.set_num_threads(threads)
     chosen = PROFILES[profile]
-    runs = plan(select_methods(chosen, methods), seeds)
+    runs = plan(possible(select_methods(chosen, methods), model, named=bool(methods)), seeds)
     task = Task(
         model=model,
         data=data,
@@ -101,6 +103,20 @@ def demo(
         "beyond the Python libraries. Learning rates were chosen on validation examples; the test examples were looked at once."
     )
     say(f"\npicture: {image}\ncompare the runs: zolightning dash --store {store}")
+
+
+def possible(methods: Sequence[Method], model: str | None, named: bool) -> list[Method]:
+    """The methods that can run here; what is left out is said, or an error where it was asked for by name.
+
+    Raises:
+        ImportError, ValueError: llama.cpp is not there; or a model other than the demo's.
+    """
+    why = missing(model) if any(method.engine for method in methods) else ""
+    if why and named:
+        raise (ValueError if model is not None else ImportError)(f"the method 'gguf' cannot run: {why}")
+    if why:
+        say(f"without the row 'gguf': {why}")
+    return [method for method in methods if not (method.engine and why)]
 
 
 def plan(methods: Sequence[Method], seeds: int | None = None) -> list[tuple[Method, int]]:

@@ -56,6 +56,9 @@ class Method:
     interventions: bool = False
     """Train vectors at the prompt's fixed end in a frozen model, see :mod:`~zolightning.adapt.interventions`."""
 
+    engine: bool = False
+    """Train such vectors inside llama.cpp, in the demo's own 4-bit file, see :mod:`~zolightning.commands.demo.engine`."""
+
     checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
 
@@ -69,7 +72,12 @@ class Method:
     @property
     def narrow(self) -> bool:
         """Whether the model is held in the dtype of its products, instead of in float32 under the Trainer's precision."""
-        return self.interventions
+        return self.encodes_once
+
+    @property
+    def encodes_once(self) -> bool:
+        """Whether the probes of a step share the text's keys and values."""
+        return self.interventions or self.engine
 
     def trainer_precision(self, asked: str) -> str:
         """Trainer(precision=...) where the task asks for ``asked``: nothing is left to narrow in a :attr:`narrow` model."""
@@ -110,6 +118,7 @@ ZERO_SHOT = Method("zero-shot", "zero-shot")
 ZO = Method("zo", "ZO (default recipe)", recipe="default", lr=2e-3, decay=True)
 SPSA = Method("spsa", "ZO (dense SPSA)", recipe="spsa", lr=1e-3, decay=True)
 REFT = Method("reft", "ZO (ReFT vectors)", recipe="reft", interventions=True, decay=True)
+GGUF = Method("gguf", "ZO in llama.cpp (4-bit file)", recipe="reft", overrides={"num_queries": 8}, engine=True, decay=True)
 MEZO = Method("mezo", "ZO (MeZO, paper recipe)", recipe="mezo")
 ADAMW = Method("adamw", "backprop AdamW", lr=2e-5)
 CHECKPOINTED = Method("checkpointed", "backprop AdamW, checkpointed", lr=2e-5, checkpointing=True)
@@ -133,11 +142,12 @@ class Profile:
     """How often a run looks at the validation examples."""
 
 
-def _methods(zo: int, reft: int, other_zo: int, backprop: int, batch_size: int, seeds: int) -> tuple[Method, ...]:
+def _methods(zo: int, reft: int, gguf: int, other_zo: int, backprop: int, batch_size: int, seeds: int) -> tuple[Method, ...]:
     return (
         ZERO_SHOT,
         replace(ZO, steps=zo, batch_size=batch_size, seeds=seeds),
         replace(REFT, steps=reft, batch_size=32, seeds=seeds),
+        replace(GGUF, steps=gguf, seeds=seeds),
         replace(SPSA, steps=other_zo, batch_size=batch_size),
         replace(MEZO, steps=other_zo),
         *(replace(m, steps=backprop) for m in (ADAMW, CHECKPOINTED, LORA)),
@@ -146,10 +156,16 @@ def _methods(zo: int, reft: int, other_zo: int, backprop: int, batch_size: int, 
 
 PROFILES = {
     "quick": Profile(
-        _methods(zo=80, reft=30, other_zo=15, backprop=12, batch_size=16, seeds=1), validation=64, test=200, validations=3
+        _methods(zo=80, reft=30, gguf=15, other_zo=15, backprop=12, batch_size=16, seeds=1),
+        validation=64,
+        test=200,
+        validations=3,
     ),
     "full": Profile(
-        _methods(zo=200, reft=200, other_zo=100, backprop=40, batch_size=32, seeds=3), validation=200, test=1000, validations=5
+        _methods(zo=200, reft=200, gguf=60, other_zo=100, backprop=40, batch_size=32, seeds=3),
+        validation=200,
+        test=1000,
+        validations=5,
     ),
 }
 

@@ -30,6 +30,9 @@ class PromptClassifier(ZOMixin, pl.LightningModule):
         decay_steps: steps in which the learning rate falls to zero along a cosine; 0: it stays.
     """
 
+    outside = 0
+    """Bytes of the model that are in no tensor of this module."""
+
     def __init__(self, model: nn.Module, candidate_ids: Tensor, make_optimizer: MakeOptimizer, decay_steps: int = 0) -> None:
         super().__init__()
         self.candidate_ids: Tensor

@@ -23,6 +23,7 @@ from ...records.monitor import ZOMonitor
 from ...strategy._lightning import Callback, MLFlowLogger, pl
 from ...strategy.onednn import keep_few_shapes
 from ..bench.machine import cpu_name
+from .engine import build_engine
 from .methods import Method
 from .module import PromptClassifier, PromptData, intervene_at_ending
 from .progress import Progress
@@ -142,9 +143,10 @@ def build(task: Task, method: Method, seed: int) -> tuple[PromptClassifier, Prom
     """The model, made ready for the method, and the task's encoded texts; seeds everything."""
     keep_few_shapes()  # for backprop too, so that peaks compare methods
     pl.seed_everything(seed, verbose=False)
+    texts, prompt = splits(task), PromptTemplate(task.template, task.verbalizers)
+    if method.engine:
+        return build_engine(method, texts, prompt, task.max_length, seed, task.offline)
     model, tokenizer = load_causal_lm(task.model, offline=task.offline)
-    texts = splits(task)
-    prompt = PromptTemplate(task.template, task.verbalizers)
     candidates = verbalizer_ids(tokenizer, prompt, texts.label_names)
     train, validation, test = (encode(tokenizer, part, prompt, task.max_length) for part in texts[:3])
     data = PromptData(train, validation, test, tokenizer.pad_token_id, method.batch_size, seed)
@@ -211,16 +213,16 @@ def run(task: Task, method: Method, seed: int) -> Result:
         seed=seed,
         accuracy=tested["test/accuracy"],
         loss=tested["test/loss"],
-        peak_memory=peak,
+        peak_memory=peak + module.outside,
         seconds=monitor.train_seconds,
         forward_passes=monitor.forward_passes,
         examples=monitor.examples_seen,
         history=history.rows,
         cpu_seconds=monitor.cpu_seconds,
-        weights=meter.weights,
+        weights=meter.weights + module.outside,
         process_seconds=time.process_time(),
     )
-    logger.log_metrics({"summary/peak_memory": peak, "summary/train_seconds": result.seconds}, step=method.steps)
+    logger.log_metrics({"summary/peak_memory": result.peak_memory, "summary/train_seconds": result.seconds}, step=method.steps)
     logger.finalize("success")
     return result
 
