@@ -1,4 +1,4 @@
-"""Where the dashboard's numbers come from: an MLflow store in an SQLite file, or a tracking server."""
+"""Where the dashboard's numbers come from: an MLflow store in an SQLite file or a database, or a tracking server."""
 
 from __future__ import annotations
 
@@ -22,14 +22,19 @@ __all__ = [
 ]
 
 _SQLITE = "sqlite:///"
-_ALLOWED = "give sqlite:///path, the path of an SQLite file, or the http:// or https:// address of an `mlflow server`"
+_DATABASE = re.compile(r"(postgresql|mysql|mariadb)(\+\w+)?://", re.IGNORECASE)
+_ALLOWED = (
+    "give sqlite:///path, the path of an SQLite file, postgresql://user@host/database, mysql+pymysql://user@host/database, or "
+    "the http:// or https:// address of an `mlflow server`"
+)
 
 
 def open_source(uri: str) -> MetricSource:
     """The source behind an address.
 
     Args:
-        uri: ``sqlite:///path``, the path of an SQLite file, or a tracking server's ``http://`` or ``https://`` address.
+        uri: ``sqlite:///path``, the path of an SQLite file, SQLAlchemy's address of a database in PostgreSQL or MySQL, or a
+            tracking server's ``http://`` or ``https://`` address.
 
     Raises:
         NoStoreYet: there is no such file, or nothing in it, so far.
@@ -37,6 +42,10 @@ def open_source(uri: str) -> MetricSource:
     """
     if re.match(r"https?://.", uri, re.IGNORECASE):
         return RestSource(uri)
+    if _DATABASE.match(uri):
+        from .database import DatabaseSource  # SQLAlchemy takes a third of a second
+
+        return DatabaseSource(uri)
     if uri.startswith(_SQLITE) and uri != _SQLITE:
         return SqliteSource(uri.removeprefix(_SQLITE))
     if not uri or "://" in uri or uri.startswith(("file:", "sqlite:")) or uri == "databricks":

