@@ -94,7 +94,8 @@ class Task:
 
 def fit(module: pl.LightningModule, data: Any, options: argparse.Namespace, steps: int) -> None:
     trainer = pl.Trainer(
-        strategy=ZOStrategy("reft", eps=options.eps, num_queries=options.queries),
+        # an engine runs each example at its own vectors anyway: all probes in one batch would only take their memory
+        strategy=ZOStrategy("reft", eps=options.eps, num_queries=options.queries, one_batch=False),
         max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip

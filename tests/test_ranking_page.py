@@ -24,6 +24,9 @@ from zolightning.methods.ranking import EndOfRanking, Groups, RankingError
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
+PATIENCE = 600_000
+"""Milliseconds after which a browser test gives up: far more than it takes where other jobs leave it little time."""
+
 # ---- the folder, without a browser ---------------------------------------------------------------------------------------
 
 
@@ -154,8 +157,9 @@ def _rank(browser: Browser, folder: Path, log: Path) -> None:
     command = ("-P", "-m", "zolightning_dashboard.ranking", str(folder))
     with _training(folder) as training:
         with started(command, log) as server:
+            _until_it_asks(folder, training)
             page = browser.new_context().new_page()
-            page.set_default_timeout(120_000)
+            page.set_default_timeout(PATIENCE)
             page.goto(server.url)
             cards = page.locator(".zo-rank-card")
             _heading(page, "Round 1")
@@ -164,7 +168,7 @@ def _rank(browser: Browser, folder: Path, log: Path) -> None:
             cards.nth(2).click()
             cards.nth(0).click()
             second = browser.new_context().new_page()  # another user
-            second.set_default_timeout(120_000)
+            second.set_default_timeout(PATIENCE)
             second.goto(server.url)
             second.locator(".zo-rank-card").nth(1).click()
             assert cards.locator(".zo-rank-place").all_inner_texts() == ["2nd", "", "1st"]
@@ -197,7 +201,7 @@ def _rank(browser: Browser, folder: Path, log: Path) -> None:
             page.keyboard.press("2")
             page.keyboard.press("Enter")
             _heading(page, "The end")
-            assert again.wait(120) == 0
+            assert again.wait() == 0
             assert page.evaluate("window.owned") is None
     _compare(folder)
 
@@ -221,6 +225,12 @@ def _compare(folder: Path) -> None:
     kept = [json.loads(path.read_text()) for path in (folder / "rankings").iterdir()]
     assert sorted((one["round"], one["kind"]) for one in kept) == [(1, "ranking"), (2, "ranking"), (3, "ranking"), (4, "blind")]
     assert result["better"] is not None
+
+
+def _until_it_asks(folder: Path, training: subprocess.Popen[bytes]) -> None:
+    while not (folder / "question.json").exists():
+        assert training.poll() is None, folder.with_suffix(".log").read_text()
+        time.sleep(0.05)
 
 
 def _heading(page: Page, title: str) -> None:

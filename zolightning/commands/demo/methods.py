@@ -118,7 +118,14 @@ ZERO_SHOT = Method("zero-shot", "zero-shot")
 ZO = Method("zo", "ZO (default recipe)", recipe="default", lr=2e-3, decay=True)
 SPSA = Method("spsa", "ZO (dense SPSA)", recipe="spsa", lr=1e-3, decay=True)
 REFT = Method("reft", "ZO (ReFT vectors)", recipe="reft", interventions=True, decay=True)
-GGUF = Method("gguf", "ZO in llama.cpp (4-bit file)", recipe="reft", overrides={"num_queries": 8}, engine=True, decay=True)
+GGUF = Method(
+    "gguf",
+    "ZO in llama.cpp (4-bit file)",
+    recipe="reft",
+    overrides={"num_queries": 8, "one_batch": False},
+    engine=True,
+    decay=True,
+)
 MEZO = Method("mezo", "ZO (MeZO, paper recipe)", recipe="mezo")
 ADAMW = Method("adamw", "backprop AdamW", lr=2e-5)
 CHECKPOINTED = Method("checkpointed", "backprop AdamW, checkpointed", lr=2e-5, checkpointing=True)
