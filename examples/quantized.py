@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,9 @@ from zolightning.adapt.fakequant import export_quantized, fake_quantize
 from zolightning.adapt.quantize import quantize
 from zolightning.commands.demo.main import prepare, settle_precision
 from zolightning.commands.demo.methods import Method
-from zolightning.commands.demo.report import groups, spread, write
+from zolightning.commands.demo.report import write
 from zolightning.commands.demo.run import Result, Task, run_alone, settings
+from zolightning.commands.tables import by_method, markdown, spread
 from zolightning.records.mlflow_logger import DEFAULT_STORE
 
 HEADER = ("method", "seeds", "accuracy %", "test loss", "weights MB", "peak memory MB", "CPU s", "forwards", "examples")
@@ -134,13 +135,8 @@ def rows(results: Iterable[Result]) -> list[tuple[str, ...]]:
             f"{runs[0].forward_passes:,}",
             f"{runs[0].examples:,}",
         )
-        for runs in groups(results)
+        for runs in by_method(results)
     ]
-
-
-def markdown(results: Sequence[Result]) -> str:
-    lines = [HEADER, ("---", *["---:"] * (len(HEADER) - 1)), *rows(results)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def described(task: Task, method: Quantized, after: Quantized | None, threads: int | None) -> dict[str, Any]:
@@ -216,8 +212,9 @@ def main() -> None:
             print(" ".join(rows([results[name, seed]])[0]), flush=True)
     ordered = [results[name, seed] for name in known for seed in range(args.seeds) if (name, seed) in results]
     image = write(ordered, out, settings(task) | {"threads": args.threads})
-    (out / "table.md").write_text(markdown(ordered) + "\n")
-    print(f"\n{markdown(ordered)}\n\npicture: {image}")
+    table = markdown(HEADER, rows(ordered))
+    (out / "table.md").write_text(table + "\n")
+    print(f"\n{table}\n\npicture: {image}")
 
 
 if __name__ == "__main__":

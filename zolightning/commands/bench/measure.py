@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import psutil
@@ -121,21 +118,5 @@ def fits(needed: float, device: torch.device) -> bool:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that memory has run out; PyTorch's CPU allocator says so in words alone."""
+    """Whether the error says that memory has run out; PyTorch's CPU allocator says so in words only."""
     return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error)
-
-
-@contextmanager
-def hushed() -> Iterator[None]:
-    """No notices of the libraries that a bench gives no cause to act on: a Trainer's come with every one of its steps."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "bitsandbytes")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*(LeafSpec|not have many workers|in eval mode|gradient_checkpointing_enable).*")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

@@ -1,21 +1,14 @@
-"""Peak memory of each method, alone: on a CPU in a process of its own, on a GPU by its allocator's count."""
+"""Peak memory of each method: on a CPU in a process of its own, on a GPU by its allocator's count."""
 
 from __future__ import annotations
 
 import gc
-import multiprocessing
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from typing import NamedTuple
 
-import torch
-
 from ...records.memory import MemoryMeter, tensor_bytes
-from .measure import fits, hushed, out_of_memory
+from ..processes import OwnProcess, ProcessFailed, quiet_libraries
+from .measure import fits, out_of_memory
 from .methods import LR, METHODS, Method
 from .workload import Spec, Unavailable
 
@@ -49,31 +42,18 @@ def measure_memory(spec: Spec, method: Method, steps: int = 2) -> Memory:
         found = _attempt(spec, method, steps)
         gc.collect()  # the model is gone before the next one comes
         return found
-    forks = sys.platform.startswith("linux")  # a fork server imports the libraries once for all methods
-    context = multiprocessing.get_context("forkserver" if forks else "spawn")
-    if forks:
-        context.set_forkserver_preload([__name__])
-    receive, send = context.Pipe(duplex=False)
-    with _environment(_MALLOC):
-        process = context.Process(target=_child, args=(spec, method.name, steps, send))  # type: ignore[attr-defined]
-        process.start()
-    send.close()
+    process = OwnProcess(spec.threads, _MALLOC, preload=__name__)
     try:
-        answer: Memory | None = receive.recv()
-    except EOFError:
-        answer = None
-    process.join()
-    if answer is not None:
-        return answer
-    if process.exitcode == -9:
-        return Memory(None, 0, "its process was killed by the system, which does so when memory runs out")
-    raise RuntimeError(f"measuring the memory of {method.name} ended with exit code {process.exitcode}")
+        return process.call(_attempt_by_name, spec, method.name, steps)
+    except ProcessFailed as error:
+        if error.exitcode == -9:
+            return Memory(None, 0, "its process was killed by the system, which does so when memory runs out")
+        raise RuntimeError(f"measuring the memory of {method.name} ended with exit code {error.exitcode}") from None
 
 
-@hushed()
-def _child(spec: Spec, name: str, steps: int, send: Connection) -> None:
-    torch.set_num_threads(spec.threads)
-    send.send(_attempt(spec, METHODS[name], steps))
+@quiet_libraries()
+def _attempt_by_name(spec: Spec, name: str, steps: int) -> Memory:
+    return _attempt(spec, METHODS[name], steps)  # a method itself cannot be pickled
 
 
 def _attempt(spec: Spec, method: Method, steps: int) -> Memory:
@@ -102,17 +82,3 @@ def peak_here(spec: Spec, method: Method, steps: int) -> Memory:
     for _ in range(steps):
         running.step(LR)
     return Memory(meter.peak(), weights)
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

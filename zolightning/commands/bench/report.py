@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from ...records.mlflow_logger import mlflow_logger
+from ..tables import aligned
 
 
 @dataclass(frozen=True)
@@ -126,18 +127,17 @@ _COLUMNS: tuple[tuple[str, str, str, float], ...] = (
 
 def text_table(rows: Sequence[Row]) -> str:
     """Aligned columns for a terminal; below them, why methods are missing."""
-    lines = [["method", *(title for title, *_ in _COLUMNS), "exact"]]
-    for row in rows:
-        if not row.skipped:
-            cells = [_cell(getattr(row, name), form, scale) for _, name, form, scale in _COLUMNS]
-            lines.append([row.method, *cells, {True: "yes", False: "no", None: "–"}[row.exact]])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    out = [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
+    header = ("method", *(title for title, *_ in _COLUMNS), "exact")
+    cells = [
+        (
+            row.method,
+            *(_cell(getattr(row, name), form, scale) for _, name, form, scale in _COLUMNS),
+            {True: "yes", False: "no", None: "–"}[row.exact],
+        )
+        for row in rows
+        if not row.skipped
     ]
-    out.insert(1, "  ".join("-" * w for w in widths))
-    return "\n".join([*out, *(f"{row.method}: skipped, {row.skipped}" for row in rows if row.skipped)])
+    return "\n".join([aligned(header, cells), *(f"{row.method}: skipped, {row.skipped}" for row in rows if row.skipped)])
 
 
 def _cell(value: float | None, form: str, scale: float) -> str:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from ...records.memory import tensor_bytes
+from ..processes import quiet_libraries
 from .machine import machine, versions
-from .measure import Gemm, Timed, count_flops, fits, hushed, interleave, is_exact, out_of_memory, timed
+from .measure import Gemm, Timed, count_flops, fits, interleave, is_exact, out_of_memory, timed
 from .methods import FORWARD, FORWARD_MASTER, LR, METHODS, REFERENCE, Running
 from .peak import Memory, measure_memory
 from .report import Row, make_row
@@ -24,7 +25,7 @@ Say = Callable[[str], None]
 _GEMM = "matrix product"
 
 
-@hushed()
+@quiet_libraries()
 def run(
     spec: Spec, names: Sequence[str], *, repeats: int, warmup: int, memory: bool, say: Say
 ) -> tuple[dict[str, Any], list[Row]]:

@@ -1,13 +1,9 @@
-"""One run of the demo: a method, a seed, its own process, so that peak memory is the run's alone."""
+"""One run of the demo: a method, a seed, its own process, so that peak memory is the run's only."""
 
 from __future__ import annotations
 
 import json
-import logging
-import multiprocessing
 import time
-import warnings
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +19,7 @@ from ...records.monitor import ZOMonitor
 from ...strategy._lightning import Callback, MLFlowLogger, pl
 from ...strategy.onednn import keep_few_shapes
 from ..bench.machine import cpu_name
+from ..processes import OwnProcess, ProcessFailed, quiet_libraries
 from .engine import build_engine
 from .methods import Method
 from .module import PromptClassifier, PromptData, intervene_at_ending
@@ -166,16 +163,9 @@ def start_record(task: Task, method: Method, seed: int, run_name: str) -> MLFlow
     return logger
 
 
-def quiet() -> None:
-    """Leave out what Lightning says to every run."""
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*(LeafSpec|gradient_checkpointing_enable|val_check_interval).*")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_worth_saying)
-
-
+@quiet_libraries()
 def run(task: Task, method: Method, seed: int) -> Result:
     """Fine-tune and test; everything is logged to the task's store."""
-    quiet()
     module, data = build(task, method, seed)
     logger = start_record(task, method, seed, f"{method.name}-seed{seed}")
     monitor = ZOMonitor(method.title)
@@ -227,11 +217,6 @@ def run(task: Task, method: Method, seed: int) -> Result:
     return result
 
 
-def _worth_saying(record: logging.LogRecord) -> bool:
-    """Lightning's notices about devices and products it could use are not the demo's."""
-    return not any(word in record.getMessage() for word in ("available:", "Tip:", "val_check_interval", "max_steps="))
-
-
 def run_alone(task: Task, method: Method, seed: int, threads: int | None = None) -> Result:
     """:func:`run` in a process of its own; its result is kept in the task's folder.
 
@@ -240,25 +225,13 @@ def run_alone(task: Task, method: Method, seed: int, threads: int | None = None)
     """
     path = Path(task.out, "runs", f"{method.name}-{seed}.json")
     path.unlink(missing_ok=True)
-    if not alone(run_to_file, (task, method, seed, path, threads), path):
-        raise SystemExit(f"{method.title} failed; the runs before it are in {task.store}")
-    return Result.load(path)
-
-
-def alone(target: Callable[..., None], args: tuple[Any, ...], path: Path) -> bool:
-    """Call ``target`` in a process of its own, and say whether it came to its end and left a file at ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    process = multiprocessing.get_context("spawn").Process(target=target, args=args)
-    process.start()
-    process.join()
-    return process.exitcode == 0 and path.exists()
-
-
-def run_to_file(task: Task, method: Method, seed: int, path: Path, threads: int | None = None) -> None:
-    """:func:`run` in a fresh process, which hands its result over as a file."""
-    if threads:
-        torch.set_num_threads(threads)
-    run(task, method, seed).save(path)
+    try:
+        result = OwnProcess(threads).call(run, task, method, seed)
+    except ProcessFailed as error:
+        raise SystemExit(f"{method.title} failed ({error}); the runs before it are in {task.store}") from None
+    result.save(path)
+    return result
 
 
 def settings(task: Task) -> dict[str, Any]:

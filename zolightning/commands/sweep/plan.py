@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from filelock import FileLock
 
 from ..console import say
-from ..demo.run import Task, alone
+from ..demo.run import Task
+from ..processes import OwnProcess, ProcessFailed
 from .budget import Budget
 from .entries import Entry
-from .run import Outcome, Run, train_to_file
+from .run import Outcome, Run, train
 
 TUNING_SEED = 1000
 """Of the runs that choose a learning rate; final runs count theirs from 0."""
@@ -84,7 +85,9 @@ def outcome(run: Run, label: str, report_only: bool) -> Outcome | None:
         with FileLock(run.path.with_suffix(".lock")):  # another process with the same sweep
             if not run.path.exists():
                 say(f"{label} {run.name}: {run.budget}")
-                if not alone(train_to_file, (run,), run.path):
+                try:
+                    OwnProcess(run.threads).call(train, run).save(run.path)
+                except ProcessFailed:
                     say(f"{label} {run.name} failed and is left out; the same command tries it again")
                     return None
     if not run.path.exists():

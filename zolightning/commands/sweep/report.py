@@ -7,19 +7,16 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
-from ..._answers import needs
-from ..demo.report import aligned, look, markdown, spread
+from ..pictures import accuracy_at_memory, look, panels
+from ..tables import aligned, by_method, markdown, spread, title_of
 from .run import Outcome
 
 
 def ranking(outcomes: Iterable[Outcome]) -> list[list[Outcome]]:
     """Outcomes by method, best mean test accuracy first."""
-    by_title: dict[str, list[Outcome]] = {}
-    for outcome in outcomes:
-        by_title.setdefault(outcome.title, []).append(outcome)
-    return sorted(by_title.values(), key=lambda runs: -mean(_tests(runs, "accuracy")))
+    return sorted(by_method(outcomes), key=lambda runs: -mean(_tests(runs, "accuracy")))
 
 
 def _tests(runs: Sequence[Outcome], name: str) -> list[float]:
@@ -82,7 +79,7 @@ def rows(outcomes: Sequence[Outcome], goal: float | None) -> list[tuple[str, ...
     for runs in ranking(outcomes):
         settings = runs[0].settings
         cells: tuple[str, ...] = (
-            runs[0].title + (f" ({len(runs)} seeds)" if len(runs) > 1 else ""),
+            title_of(runs),
             f"{runs[0].lr:g}",
             str(settings["method"]["batch_size"]),
             settings["task"]["precision"],
@@ -121,35 +118,20 @@ def write(outcomes: Sequence[Outcome], folder: Path, goal: float | None = None) 
 
 def picture(outcomes: Sequence[Outcome], path: Path) -> Path:
     """Validation accuracy against forward passes and seconds, mean and range over seeds; test accuracy against memory."""
-    with needs("matplotlib", "drawing the comparison", "zolightning[demo]"):
-        import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 5.6), layout="constrained")
-    for i, runs in enumerate(ranking(outcomes)):
-        colour, marker = look(i + 1)  # the first is grey
-        for axes, name in ((left, "forward_passes"), (middle, "seconds")):
-            validations = list(zip(*(run.history for run in runs), strict=False))
-            x = [mean(row[name] for row in rows) for rows in validations]
-            accuracy = [[100 * row["accuracy"] for row in rows] for rows in validations]
-            axes.plot(x, [mean(a) for a in accuracy], color=colour, marker=marker, markersize=3)
-            axes.fill_between(x, [min(a) for a in accuracy], [max(a) for a in accuracy], color=colour, alpha=0.15, lw=0)
-        memory, tests = max(run.peak_memory for run in runs) / 1e9, [100 * a for a in _tests(runs, "accuracy")]
-        error = stdev(tests) if len(tests) > 1 else math.nan
-        style = {"color": colour, "marker": marker, "markersize": 9, "capsize": 4}
-        right.errorbar(memory, mean(tests), yerr=error, label=runs[0].title, **style)
-    clock = outcomes[0].settings["budget"]["clock"]
-    left.set(xlabel="forward passes", ylabel="validation accuracy, %", xscale="symlog", title="Accuracy against forward passes")
-    middle.set(xlabel=f"training time, {clock} seconds", ylabel="validation accuracy, %", title="Accuracy against time")
-    right.set(xlabel="peak memory, GB (left is better)", ylabel="test accuracy, %", title="Accuracy against memory")
-    right.set_xlim(0, 1.05 * right.get_xlim()[1])
-    for axes in (left, middle, right):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = right.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    with panels(path, 3, size=(15, 5.6), legend_columns=4) as (left, middle, right):
+        for i, runs in enumerate(ranking(outcomes), start=1):  # the first colour is grey
+            colour, marker = look(i)
+            for axes, name in ((left, "forward_passes"), (middle, "seconds")):
+                validations = list(zip(*(run.history for run in runs), strict=False))
+                x = [mean(row[name] for row in rows) for rows in validations]
+                accuracy = [[100 * row["accuracy"] for row in rows] for rows in validations]
+                axes.plot(x, [mean(a) for a in accuracy], color=colour, marker=marker, markersize=3)
+                axes.fill_between(x, [min(a) for a in accuracy], [max(a) for a in accuracy], color=colour, alpha=0.15, lw=0)
+            memory = max(run.peak_memory for run in runs)
+            accuracy_at_memory(right, runs[0].title, memory, _tests(runs, "accuracy"), i)
+        clock, ylabel = outcomes[0].settings["budget"]["clock"], "validation accuracy, %"
+        left.set(xlabel="forward passes", ylabel=ylabel, xscale="symlog", title="Accuracy against forward passes")
+        middle.set(xlabel=f"training time, {clock} seconds", ylabel=ylabel, title="Accuracy against time")
+        right.set_title("Accuracy against memory")
+        right.set_xlim(0, 1.05 * right.get_xlim()[1])
     return path

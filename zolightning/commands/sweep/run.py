@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...records.monitor import ZOMonitor
 from ...strategy._lightning import pl
 from ..demo.methods import Method
-from ..demo.run import Task, build, quiet, start_record
+from ..demo.run import Task, build, start_record
+from ..processes import quiet_libraries
 from .budget import Budget, Meter
 
 
@@ -87,9 +86,9 @@ class Outcome:
         part.replace(path)
 
 
+@quiet_libraries()
 def train(run: Run) -> Outcome:
     """Fine-tune within the budget, and test if the run is final; everything is logged to the task's store."""
-    quiet()
     task, method = run.task, run.method
     module, data = build(task, method, run.seed)
     logger = start_record(task, method, run.seed, run.name)
@@ -132,9 +131,3 @@ def train(run: Run) -> Outcome:
     logger.log_metrics({"summary/peak_memory": peak, "summary/train_seconds": outcome.seconds}, step=outcome.steps)
     logger.finalize("success")
     return outcome
-
-
-def train_to_file(run: Run) -> None:
-    """:func:`train` in a fresh process, which hands its outcome over as a file."""
-    torch.set_num_threads(run.threads)
-    train(run).save(run.path)
