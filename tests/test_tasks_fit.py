@@ -12,7 +12,7 @@ from test_data_likelihood import writer
 from test_data_prompts import make_tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from zolightning.commands.fit import fit
+from zolightning.commands.fit import Fit
 from zolightning.ledger import read
 from zolightning.ledger.format import Method
 
@@ -39,11 +39,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, task: str, **settings: Any) -> None:
     quick = {"steps": 4, "validations": 2, "batch_size": 4, "lr": 1e-3, "offline": True}
     store = f"sqlite:///{folder}/mlflow.db"
-    fit(
+    Fit(
         task,
         store=store,
         **{**quick, "model": str(folder / "model"), "out": str(folder), "data": str(folder / f"{task}.jsonl"), **settings},
-    )
+    )()
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_demonstrations_may_not_take_all_of_training(folder: Path) -> None:
 )
 def test_bad_input_is_refused_before_anything_is_loaded(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        fit(**settings)
+        Fit(**settings)()
 
 
 @pytest.mark.parametrize(("tier", "view"), [("disk", None), ("cpu", "lora")])

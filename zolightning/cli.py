@@ -12,7 +12,7 @@ from ._version import __version__
 
 VERBS = {
     "demo": ("commands.demo.main:demo", "Fine-tune one model by ZO and by backprop, and compare them."),
-    "fit": ("commands.fit:fit", "Train a model on a task of MeZO's paper, or on your own file."),
+    "fit": ("commands.fit:Fit", "Train a model on a task of MeZO's paper, or on your own file."),
     "sweep": ("commands.sweep.main:sweep", "Compare methods and learning rates over seeds at equal budgets."),
     "dash": ("commands.dash:dash", "Watch and compare runs live in the browser."),
     "rank": ("commands.rank:rank", "Rank what a training shows, by mouse or keyboard, in the browser."),
@@ -20,7 +20,7 @@ VERBS = {
     "replay": ("commands.replay:replay_run", "Rebuild a run's weights at any step from its ledger."),
     "send-pending": ("commands.send:send", "Send metrics that a run could not send."),
 }
-"""Verb → where its function is, and the first sentence of that function's help."""
+"""Verb → the place of its function, or of the dataclass of its options, and the first sentence of its help."""
 
 _EXAMPLES = """\
 examples:
@@ -77,7 +77,9 @@ def _run(verb: str, words: list[str]) -> None:
     module, function = VERBS[verb][0].split(":")
     command = getattr(import_module(f".{module}", __package__), function)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the options of a dataclass, as in --task.model
-    auto_cli(command, args=words, prog=f"zolightning {verb}", parser_class=Parser, print_config="--print-config")
+    made = auto_cli(command, args=words, prog=f"zolightning {verb}", parser_class=Parser, print_config="--print-config")
+    if callable(made):  # a verb with many options is a dataclass of them
+        made()
 
 
 if __name__ == "__main__":
