@@ -16,7 +16,7 @@ from torch import nn
 
 from zolightning.adapt.matmul import fastest_dtype
 from zolightning.cli import main
-from zolightning.commands.bench.main import bench, select_methods
+from zolightning.commands.bench.main import Bench, select_methods
 from zolightning.commands.bench.measure import Gemm, count_flops, interleave, is_exact
 from zolightning.commands.bench.methods import DEFAULT_METHODS, METHODS, Method, Running, forward
 from zolightning.commands.bench.models import ARCHITECTURES, random_model
@@ -39,7 +39,7 @@ def spec(**changes: object) -> Spec:
 
 def test_one_file_cannot_be_both(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"`out` and `csv` must be two files, got .*x\.csv for both"):
-        bench(model="tiny-llama", out=str(tmp_path / "x.csv"))
+        Bench(model="tiny-llama", out=str(tmp_path / "x.csv"))()
 
 
 def test_graphs_are_skipped_where_there_is_no_gpu(tmp_path: Path) -> None:
@@ -53,10 +53,10 @@ def test_graphs_are_skipped_where_there_is_no_gpu(tmp_path: Path) -> None:
 def test_quantised_layers(tmp_path: Path) -> None:
     """Less memory than the plain model, and codes that no step changes; both kinds beside each other."""
     out = tmp_path / "bench.json"
-    bench(
+    Bench(
         model="tiny-llama", batch=2, length=8, repeats=1, warmup=0, threads=1, device="cpu", out=str(out),
         methods="forward-nf4,qzo-nf4,forward-int8,qzo-int8,spsa-rademacher",
-    )  # fmt: skip
+    )()  # fmt: skip
     rows = {r["method"]: r for r in json.loads(out.read_text())["rows"]}
     assert {name for name, row in rows.items() if row["skipped"]} == set()
     assert all(row["exact"] for row in rows.values())
@@ -114,11 +114,11 @@ def test_every_method_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_masters_full_logits_and_another_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bench(
+    Bench(
         model="tiny-opt", batch=2, length=8, master="fp32", logits="full", repeats=1, warmup=0, threads=1, device="cpu",
         methods="spsa-gaussian, rank1,reference-mezo,backprop-checkpointed", memory=False, out=str(tmp_path / "o.json"),
         csv=str(tmp_path / "c.csv"),
-    )  # fmt: skip
+    )()  # fmt: skip
     report = json.loads((tmp_path / "o.json").read_text())
     assert [r["method"] for r in report["rows"]] == [
         "forward", "forward-master", "reference-mezo", "spsa-gaussian", "rank1", "backprop-checkpointed",

@@ -11,12 +11,12 @@ from ._answers import did_you_mean
 from ._version import __version__
 
 VERBS = {
-    "demo": ("commands.demo.main:demo", "Fine-tune one model by ZO and by backprop, and compare them."),
+    "demo": ("commands.demo.main:Demo", "Fine-tune one model by ZO and by backprop, and compare them."),
     "fit": ("commands.fit:Fit", "Train a model on a task of MeZO's paper, or on your own file."),
     "sweep": ("commands.sweep.main:sweep", "Compare methods and learning rates over seeds at equal budgets."),
     "dash": ("commands.dash:dash", "Watch and compare runs live in the browser."),
     "rank": ("commands.rank:rank", "Rank what a training shows, by mouse or keyboard, in the browser."),
-    "bench": ("commands.bench.main:bench", "Measure time and memory of a ZO step, two forwards, MeZO and backprop."),
+    "bench": ("commands.bench.main:Bench", "Measure time and memory of a ZO step, two forwards, MeZO and backprop."),
     "replay": ("commands.replay:replay_run", "Rebuild a run's weights at any step from its ledger."),
     "send-pending": ("commands.send:send", "Send metrics that a run could not send."),
 }

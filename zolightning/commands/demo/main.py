@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,98 +12,77 @@ import torch
 
 from ...adapt.matmul import matmul_speed
 from ...data import SMOLLM2, VADER, PromptTemplate, encode, fetch, load_causal_lm, verbalizer_ids
-from ...records.mlflow_logger import DEFAULT_STORE, prepare_store
+from ...records.mlflow_logger import prepare_store
 from ..console import make_folder, say
 from .engine import missing
 from .expected import Workload
 from .methods import PROFILES, Method, select_methods
 from .report import text_table, write
-from .run import Result, Task, machine, run_alone, settings, splits
+from .run import Comparison, Result, Task, machine, run_alone, settings, splits
 
 logger = logging.getLogger(__name__)
 
+_FIGURES = (
+    "Train seconds leave out validation; CPU seconds are the same on all threads. Peak memory is the run's own process "
+    "beyond the Python libraries. Learning rates were chosen on validation examples; the test examples were looked at once."
+)
 
-def demo(
-    profile: Literal["quick", "full"] = "quick",
-    model: str | None = None,
-    data: str | None = None,
-    text: str = "text",
-    label: str = "label",
-    template: str = "{text} It was",
-    verbalizers: list[str] | None = None,
-    methods: list[str] | str | None = None,
-    seeds: int | None = None,
-    precision: str = "auto",
-    max_length: int = 128,
-    threads: int | None = None,
-    store: str = DEFAULT_STORE,
-    experiment: str = "zolightning-demo",
-    out: str = "zolightning-demo",
-    offline: bool = False,
-) -> None:
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(Comparison):
     """Fine-tune one model by ZO and by backprop, and compare them. Example: zolightning demo --profile quick --threads 2
 
     Your own data: ``zolightning demo --model Qwen/Qwen2.5-0.5B --data reviews.csv --verbalizers '[" bad", " good"]'``.
-
-    Args:
-        profile: 'quick' takes about a quarter of an hour on two cores; 'full' makes the README's table.
-        model: A Hugging Face id or a local folder. Default: SmolLM2-135M, 93 MB from the Python package index.
-        data: A CSV or JSONL file, or a folder with train, validation and test files. Default: film-review snippets, 2.5 MB.
-        text: The column with the texts.
-        label: The column with the labels.
-        template: The prompt; {text} stands for the text.
-        verbalizers: The next word for each label, with the labels in sorted order. Each must be one token.
-        methods: Names separated by commas: zero-shot, zo, reft, gguf, spsa, mezo, adamw, checkpointed, lora. Default:
-            all; gguf only where llama.cpp is installed.
-        seeds: The number of runs of each ZO method. Default: the profile's number; 'full' runs the default recipe three
-            times.
-        precision: The precision of the Trainer, which the dtype of a frozen model follows. Default: measured; bf16-mixed
-            where this machine multiplies matrices faster in it, else 32-true.
-        max_length: The longest prompt, in tokens.
-        threads: The number of CPU threads. Default: PyTorch's number.
-        store: The MLflow tracking URI of the runs: an SQLite file, or a server's http address.
-        experiment: The name of the MLflow experiment.
-        out: The folder for the table and the picture.
-        offline: Download nothing; use the files in the cache.
     """
-    if threads:
-        torch.set_num_threads(threads)
-    chosen = PROFILES[profile]
-    runs = plan(possible(select_methods(chosen, methods), model, named=bool(methods)), seeds)
-    task = Task(
-        model=model,
-        data=data,
-        text=text,
-        label=label,
-        template=template,
-        verbalizers=tuple(verbalizers or (" terrible", " great")),
-        validation=chosen.validation,
-        test=chosen.test,
-        validations=chosen.validations,
-        max_length=max_length,
-        precision=settle_precision(precision),
-        store=store,
-        experiment=experiment,
-        out=out,
-        offline=offline,
-    )
-    workload = prepare(task, max((method.batch_size for method, _ in runs if method.steps), default=1))
-    expected = workload.seconds([method for method, _ in runs], matmul_speed().flops[task.dtype])
-    say(f"{len(runs)} runs, about {max(1, round(expected / 60))} min on this machine, as busy as it is now")
-    results: list[Result] = []
-    for i, (method, seed) in enumerate(runs):
-        say(f"[{i + 1}/{len(runs)}] {method.title}, seed {seed}" + (f": {method.steps} steps" if method.steps else ""))
-        results.append(run_alone(task, method, seed, threads))
-        done = results[-1]
+
+    profile: Literal["quick", "full"] = "quick"
+    """'quick' takes about a quarter of an hour on two cores; 'full' makes the README's table."""
+
+    methods: list[str] | str | None = None
+    """Names separated by commas: zero-shot, zo, reft, gguf, spsa, mezo, adamw, checkpointed, lora. Default: all; gguf only where
+    llama.cpp is installed."""
+
+    seeds: int | None = None
+    """The number of runs of each ZO method. Default: the profile's number; 'full' runs the default recipe three times."""
+
+    precision: str = "auto"
+    """The precision of the Trainer, which the dtype of a frozen model follows. auto: bf16-mixed where this machine multiplies
+    matrices faster in it, as measured, else 32-true."""
+
+    threads: int | None = None
+    """The number of CPU threads. Default: PyTorch's number."""
+
+    def __call__(self) -> None:
+        """Run every method, one after another, and report them."""
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        chosen = select_methods(PROFILES[self.profile], self.methods)
+        runs = plan(possible(chosen, self.model, named=bool(self.methods)), self.seeds)
+        task = self._task()
+        workload = prepare(task, max((method.batch_size for method, _ in runs if method.steps), default=1))
+        expected = workload.seconds([method for method, _ in runs], matmul_speed().flops[task.dtype])
+        say(f"{len(runs)} runs, about {max(1, round(expected / 60))} min on this machine, as busy as it is now")
+        results = []
+        for i, (method, seed) in enumerate(runs):
+            steps = f": {method.steps} steps" if method.steps else ""
+            say(f"[{i + 1}/{len(runs)}] {method.title}, seed {seed}{steps}")
+            results.append(self._run(task, method, seed))
+        image = write(results, Path(self.out), settings(task) | {"machine": machine()})
+        say("\n" + text_table(results) + "\n\n" + _FIGURES)
+        say(f"\npicture: {image}\ncompare the runs: zolightning dash --store {self.store}")
+
+    def _task(self) -> Task:
+        """The comparison with the profile's evaluation, and its precision settled."""
+        shared = {field.name: getattr(self, field.name) for field in fields(Comparison)}
+        profile = PROFILES[self.profile]
+        task = Task(**shared, validation=profile.validation, test=profile.test, validations=profile.validations)
+        return replace(task, precision=settle_precision(self.precision))
+
+    def _run(self, task: Task, method: Method, seed: int) -> Result:
+        done = run_alone(task, method, seed, self.threads)
         spent = f"{done.process_seconds:.0f} CPU seconds in all"
         say(f"      test accuracy {100 * done.accuracy:.1f} %, loss {done.loss:.3f}; {spent}")
-    image = write(results, Path(out), settings(task) | {"machine": machine()})
-    say("\n" + text_table(results))
-    say(
-        "\nTrain seconds leave out validation; CPU seconds are the same on all threads. Peak memory is the run's own process "
-        "beyond the Python libraries. Learning rates were chosen on validation examples; the test examples were looked at once."
-    )
-    say(f"\npicture: {image}\ncompare the runs: zolightning dash --store {store}")
+        return done
 
 
 def possible(methods: Sequence[Method], model: str | None, named: bool) -> list[Method]:
@@ -120,7 +100,7 @@ def possible(methods: Sequence[Method], model: str | None, named: bool) -> list[
 
 
 def plan(methods: Sequence[Method], seeds: int | None = None) -> list[tuple[Method, int]]:
-    """Which runs there are; ``seeds`` replaces the number of runs of the ZO methods."""
+    """The runs of each method; ``seeds`` replaces the number of runs of the ZO methods."""
     if seeds is not None and seeds < 1:
         raise ValueError(f"`seeds` must be >= 1, got {seeds}")
     return [(m, s) for m in methods for s in range(seeds if seeds and m.zeroth_order else m.seeds)]
@@ -140,10 +120,10 @@ def prepare(task: Task, batch_size: int = 1) -> Workload:
 
     Args:
         task: The settings that all runs share.
-        batch_size: the most examples that a run takes a step.
+        batch_size: The largest number of examples that a run takes in a step.
 
     Returns:
-        What the duration of runs follows from.
+        The settings from which the duration of runs follows.
 
     Raises:
         ValueError: texts, labels, prompt and verbalizers do not fit each other, or there are too few texts.

@@ -26,54 +26,60 @@ from .module import PromptClassifier, PromptData, intervene_at_ending
 from .progress import Progress
 
 
-@dataclass(frozen=True)
-class Task:
-    """What every run shares: the model, the texts, the evaluation, and where it is recorded."""
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The settings that all runs of a demo or of a sweep share: the model, the texts, and the places of the records."""
 
     model: str | None = None
-    """Hugging Face id or folder; None: the embedded SmolLM2-135M."""
+    """A Hugging Face id or a local folder. Default: SmolLM2-135M, 93 MB from the Python package index."""
 
     data: str | None = None
-    """CSV or JSONL file, or folder with train, validation and test; None: the embedded film reviews."""
+    """A CSV or JSONL file, or a folder with train, validation and test files. Default: film-review snippets, 2.5 MB."""
 
     text: str = "text"
-    """Column of the texts."""
+    """The column with the texts."""
 
     label: str = "label"
-    """Column of the labels."""
+    """The column with the labels."""
 
     template: str = "{text} It was"
-    """The prompt, with {text} in it."""
+    """The prompt; {text} stands for the text."""
 
     verbalizers: tuple[str, ...] = (" terrible", " great")
-    """The word after the prompt for each label, in label order."""
-
-    validation: int = 200
-    """Validation examples at most."""
-
-    test: int = 1000
-    """Test examples at most."""
-
-    validations: int = 5
-    """How often a run looks at the validation examples."""
+    """The next word for each label, with the labels in sorted order. Each must be one token."""
 
     max_length: int = 128
-    """Longest prompt, in tokens."""
+    """The longest prompt, in tokens."""
 
     precision: str = "32-true"
-    """Trainer(precision=...)."""
+    """The precision of the Trainer, which the dtype of a frozen model follows. auto: bf16-mixed where this machine multiplies
+    matrices faster in it, as measured, else 32-true."""
 
     store: str = DEFAULT_STORE
-    """MLflow tracking URI."""
+    """The MLflow tracking URI of the runs: an SQLite file, or a server's http address."""
 
     experiment: str = "zolightning-demo"
-    """MLflow experiment."""
+    """The name of the MLflow experiment."""
 
     out: str = "zolightning-demo"
-    """Folder of results and pictures."""
+    """The folder for the table and the picture."""
 
     offline: bool = False
-    """Never fetch."""
+    """Download nothing; use the files in the cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(Comparison):
+    """A comparison with its evaluation."""
+
+    validation: int = 200
+    """The largest number of validation examples."""
+
+    test: int = 1000
+    """The largest number of test examples."""
+
+    validations: int = 5
+    """The number of times that a run looks at the validation examples."""
 
     @property
     def dtype(self) -> torch.dtype:
