@@ -67,16 +67,7 @@ def quantize(
     if not found:
         raise ValueError(f"`quantize` found no linear layer with a weight of its own outside skip={skip}")
     for name, layer in found.items():
-        device, inputs = layer.weight.device, layer.weight.shape[isinstance(layer, nn.Linear)]
-        if device.type not in _DEVICES:
-            raise ValueError(
-                f"`quantize` works on {', '.join(_DEVICES)}, but {name!r} is on {device}; load or move the module first"
-            )
-        if kind != "int8" and device.type == "cpu" and inputs % _BLOCK:
-            raise ValueError(
-                f"{name!r} has {inputs} inputs, no multiple of {_BLOCK}: bitsandbytes' CPU kernel reads wrong scales then; add "
-                "it to `quantize(skip=...)`, or use 'int8' or CUDA"
-            )
+        _check_layer(name, layer, kind)
     for name in list(found):
         new = _quantized(bnb, found.pop(name), kind, double, compute_dtype, backprop)
         if not name:
@@ -84,11 +75,30 @@ def quantize(
         module.set_submodule(name, new)
     compute_by_layers(module)
     for model, config in configs:
-        left = {name for name, layer in model.named_modules() if _convertible(layer)}
-        config.llm_int8_skip_modules = sorted(left | ({"lm_head"} & set(skip)))  # the head too that only an outer model has
-        model.config.quantization_config = config
-        setattr(model, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)  # what PEFT asks
+        _note(model, config, kind, skip)
     return module
+
+
+def _check_layer(name: str, layer: Any, kind: Kind) -> None:
+    """ValueError where bitsandbytes has no kernel for the layer."""
+    device, inputs = layer.weight.device, layer.weight.shape[isinstance(layer, nn.Linear)]
+    if device.type not in _DEVICES:
+        raise ValueError(
+            f"`quantize` works on {', '.join(_DEVICES)}, but {name!r} is on {device}; load or move the module first"
+        )
+    if kind != "int8" and device.type == "cpu" and inputs % _BLOCK:
+        raise ValueError(
+            f"{name!r} has {inputs} inputs, no multiple of {_BLOCK}: bitsandbytes' CPU kernel reads wrong scales then; add "
+            "it to `quantize(skip=...)`, or use 'int8' or CUDA"
+        )
+
+
+def _note(model: Any, config: Any, kind: Kind, skip: Sequence[str]) -> None:
+    """Write the quantisation into a Hugging Face model's config, with the names of the layers that were left out."""
+    left = {name for name, layer in model.named_modules() if _convertible(layer)}
+    config.llm_int8_skip_modules = sorted(left | ({"lm_head"} & set(skip)))  # the head too that only an outer model has
+    model.config.quantization_config = config
+    setattr(model, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)  # PEFT reads it
 
 
 def import_bitsandbytes() -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ ABSTAINS = -1
 
 @dataclass(frozen=True)
 class Certificates:
-    """What :func:`certify` found, one entry for each example."""
+    """The result of :func:`certify`, one entry for each example."""
 
     sigma: float
     """Standard deviation of the noise."""
@@ -71,11 +72,11 @@ def certify(
         model: (B, …) → (B, classes) scores.
         data: (inputs, labels) batches.
         sigma: σ > 0, standard deviation of the noise.
-        samples: counted for each example, >= 1.
-        guesses: for the class, >= 1.
-        alpha: how often a radius may be wrong, in (0, 1).
-        batch_size: noisy inputs in one call of the model.
-        seed: of the noise.
+        samples: The number of samples that are counted for each example, >= 1.
+        guesses: The number of samples for the guess of the class, >= 1.
+        alpha: The probability with which a radius may be wrong, in (0, 1).
+        batch_size: The number of noisy inputs in one call of the model.
+        seed: The seed of the noise.
 
     Raises:
         ValueError: a setting out of range, no data, or another number of answers than of inputs.
@@ -88,24 +89,12 @@ def certify(
     ):  # fmt: skip
         if not fine:
             raise ValueError(f"`certify({name}=...)` is out of range: {value}")
-    generator = torch.Generator().manual_seed(seed)
-
-    def counts(x: Tensor, many: int) -> Tensor:
-        total = torch.zeros(0, dtype=torch.int64)
-        for size in torch.full((many // batch_size,), batch_size).tolist() + [many % batch_size] * bool(many % batch_size):
-            noise = torch.randn(size, *x.shape, generator=generator).to(x)
-            scores = model(x + sigma * noise)
-            if scores.dim() != 2 or len(scores) != size:
-                raise ValueError(f"the model must give scores ({size}, classes), got shape {tuple(scores.shape)}")
-            found = scores.argmax(1).cpu().bincount(minlength=scores.shape[1])
-            total = total + found if len(total) else found
-        return total
-
+    smoothed = _Smoothed(model, sigma, batch_size, torch.Generator().manual_seed(seed))
     labels, classes, radii = [], [], []
     for inputs, targets in data:
         for x, y in zip(inputs, targets, strict=True):
-            guess = int(counts(x, guesses).argmax())
-            hits = int(counts(x, samples)[guess])
+            guess = int(smoothed.counts(x, guesses).argmax())
+            hits = int(smoothed.counts(x, samples)[guess])
             low = binomtest(hits, samples, alternative="greater").proportion_ci(1 - alpha, "exact").low
             labels.append(int(y))
             classes.append(guess if low > 0.5 else ABSTAINS)
@@ -113,3 +102,25 @@ def certify(
     if not labels:
         raise ValueError("`certify(data=...)` holds no examples")
     return Certificates(sigma, torch.tensor(labels), torch.tensor(classes), torch.tensor(radii, dtype=torch.float64))
+
+
+class _Smoothed(NamedTuple):
+    """A classifier of inputs with noise."""
+
+    model: Callable[[Tensor], Tensor]
+    sigma: float
+    batch_size: int
+    generator: torch.Generator
+
+    def counts(self, x: Tensor, samples: int) -> Tensor:
+        """(classes,), the number of noisy copies of ``x`` that each class is the answer to."""
+        total = torch.zeros(0, dtype=torch.int64)
+        for first in range(0, samples, self.batch_size):
+            size = min(self.batch_size, samples - first)
+            noise = torch.randn(size, *x.shape, generator=self.generator).to(x)
+            scores = self.model(x + self.sigma * noise)
+            if scores.dim() != 2 or len(scores) != size:
+                raise ValueError(f"the model must give scores ({size}, classes), got shape {tuple(scores.shape)}")
+            found = scores.argmax(1).cpu().bincount(minlength=scores.shape[1])
+            total = total + found if len(total) else found
+        return total

@@ -23,16 +23,16 @@ _START = _WHOLE + 1000  # in the middle of one
 
 
 def verify(backend: NativeBackend) -> str:
-    """What differs, or nothing. Settles how the backend's wide updates round, too."""
+    """The difference that was found, in words; "" when there is none. Settles how the backend's wide updates round, too."""
     for dist in (each() for each in DISTRIBUTIONS.values()):
-        for name, check in _checks(backend, dist).items():
-            if not check():
+        for name, check in _CHECKS.items():
+            if not check(backend, dist):
                 return f"{name} of {dist.name} noise differs from the reference"
     return ""
 
 
 def verify_triton(backend: Backend, device: torch.device, kind: int | None) -> str:
-    """What differs between Triton's kernels and torch's on this device, or nothing.
+    """The difference between Triton's kernels and torch's on this device, in words; "" when there is none.
 
     Args:
         backend: the kernels.
@@ -93,7 +93,7 @@ def _verify_rounding(backend: Backend, narrow: Tensor, wide: Tensor) -> str:
         backend.keep_large_(ours, source, 0.5)
         reference.keep_large_(expected, source, 0.5)
         if not same_bits(ours, expected):
-            return "what is kept differs from the reference"
+            return "the kept weights differ from the reference"
     a, b = wide[: 3 * 37].view(3, 37), torch.linspace(-1, 1, 3 * 301, dtype=torch.float32, device=device).view(3, 301)
     if not same_bits(backend.outer_sum(a, b), reference.outer_sum(a, b)):
         return "the outer sum differs from the reference"
@@ -166,86 +166,99 @@ def specimens(dtype: torch.dtype) -> Tensor:
     return values.to(dtype)
 
 
-def _checks(backend: NativeBackend, dist: Distribution) -> dict[str, Callable[[], bool]]:
-    kind = dist.native
-    assert kind is not None
+def _samples(backend: NativeBackend, dist: Distribution) -> bool:
+    starts = torch.tensor([0, 5, _START])
+    queries = torch.tensor([1, 0, 2**31 - 1])
+    native = backend.noise(_kind(dist), [Term(_KEY, 1.0)], _LEAF, starts, _LENGTH, queries)
+    return same_bits(native, elements(dist, _KEY, _LEAF, starts, _LENGTH, queries[:, None]))
 
-    def sample() -> bool:
-        starts = torch.tensor([0, 5, _START])
-        queries = torch.tensor([1, 0, 2**31 - 1])
-        native = backend.noise(kind, [Term(_KEY, 1.0)], _LEAF, starts, _LENGTH, queries)
-        return same_bits(native, elements(dist, _KEY, _LEAF, starts, _LENGTH, queries[:, None]))
 
-    def perturb() -> bool:
-        agree = True
-        for source in map(specimens, DTYPES):
-            for dtype in DTYPES:
-                agree &= _perturbs(backend, source, dtype, dist, _TERMS, _START) and _perturbs_both(
-                    backend, source, dtype, dist
-                )
-        return agree
+def _perturbs_each_dtype(backend: NativeBackend, dist: Distribution) -> bool:
+    agree = True
+    for source in map(specimens, DTYPES):
+        for dtype in DTYPES:
+            agree &= _perturbs(backend, source, dtype, dist, _TERMS, _START) and _perturbs_both(backend, source, dtype, dist)
+    return agree
 
-    def perturb_rows() -> bool:
-        source = torch.linspace(-2, 2, 90 * 77, dtype=torch.float32).view(90, 77)
-        rows = torch.arange(0, 90, 7).flip(0)
-        native, expected = torch.empty(2, len(rows), 77, dtype=torch.float32)
-        backend.perturb_rows(native, source, kind, _TERMS[:1], _LEAF, rows)
-        reference.perturb_rows(expected, source, dist, _TERMS[:1], _LEAF, rows)
-        return same_bits(native, expected)
 
-    def stochastic_round() -> bool:
-        agree = True
-        for dtype in (torch.bfloat16, torch.float16):
-            native, expected = torch.empty(2, _LENGTH, dtype=dtype)
-            backend.stochastic_round_(native, specimens(torch.float32), _KEY, _LEAF, _START)
-            reference.stochastic_round_(expected, specimens(torch.float32), _KEY, _LEAF, _START)
+def _perturbs_rows(backend: NativeBackend, dist: Distribution) -> bool:
+    source = torch.linspace(-2, 2, 90 * 77, dtype=torch.float32).view(90, 77)
+    rows = torch.arange(0, 90, 7).flip(0)
+    native, expected = torch.empty(2, len(rows), 77, dtype=torch.float32)
+    backend.perturb_rows(native, source, _kind(dist), _TERMS[:1], _LEAF, rows)
+    reference.perturb_rows(expected, source, dist, _TERMS[:1], _LEAF, rows)
+    return same_bits(native, expected)
+
+
+def _rounds_stochastically(backend: NativeBackend, _: Distribution) -> bool:
+    agree = True
+    for dtype in (torch.bfloat16, torch.float16):
+        native, expected = torch.empty(2, _LENGTH, dtype=dtype)
+        backend.stochastic_round_(native, specimens(torch.float32), _KEY, _LEAF, _START)
+        reference.stochastic_round_(expected, specimens(torch.float32), _KEY, _LEAF, _START)
+        agree &= same_bits(native, expected)
+    return agree
+
+
+def _updates(backend: NativeBackend, dist: Distribution, dtypes: Sequence[torch.dtype]) -> bool:
+    agree = True
+    for dtype, decay in product(dtypes, (0.0, 0.1)):
+        native = torch.linspace(-1, 1, _LENGTH, dtype=torch.float64).to(dtype)
+        expected = native.clone()
+        backend.sgd_(native, _kind(dist), _TERMS, _LEAF, _START, 0.3, decay, _KEY)
+        reference.sgd_(expected, dist, _TERMS, _LEAF, _START, 0.3, decay, _KEY)
+        agree &= same_bits(native, expected)
+    return agree
+
+
+def _updates_narrow(backend: NativeBackend, dist: Distribution) -> bool:
+    return _updates(backend, dist, (torch.bfloat16, torch.float16))
+
+
+def _updates_wide(backend: NativeBackend, dist: Distribution) -> bool:
+    """Whether torch.add fuses its product depends on the machine: take the way that matches, or neither."""
+    for fused in (True, False):
+        backend.fused = fused
+        if _updates(backend, dist, (torch.float32, torch.float64)):
+            return True
+    backend.fused = None
+    return True
+
+
+def _sums_outer_products(backend: NativeBackend, _: Distribution) -> bool:
+    a, b = specimens(torch.float32)[: 3 * 37].view(3, 37), torch.linspace(-1, 1, 3 * 301, dtype=torch.float32).view(3, 301)
+    return same_bits(backend.outer_sum(a, b), reference.outer_sum(a, b))
+
+
+def _keeps_large(backend: NativeBackend, _: Distribution) -> bool:
+    agree = True
+    for stored in map(specimens, DTYPES):
+        for dtype in DTYPES:
+            native, expected = torch.ones(2, _LENGTH, dtype=dtype)
+            backend.keep_large_(native, stored, 0.5)
+            reference.keep_large_(expected, stored, 0.5)
             agree &= same_bits(native, expected)
-        return agree
+    return agree
 
-    def sgd(dtype: torch.dtype) -> bool:
-        agree = True
-        for decay in (0.0, 0.1):
-            native = torch.linspace(-1, 1, _LENGTH, dtype=torch.float64).to(dtype)
-            expected = native.clone()
-            backend.sgd_(native, kind, _TERMS, _LEAF, _START, 0.3, decay, _KEY)
-            reference.sgd_(expected, dist, _TERMS, _LEAF, _START, 0.3, decay, _KEY)
-            agree &= same_bits(native, expected)
-        return agree
 
-    def wide_sgd() -> bool:  # whether torch.add fuses its product depends on the machine: take what matches, or neither
-        for fused in (True, False):
-            backend.fused = fused
-            if sgd(torch.float32) and sgd(torch.float64):
-                return True
-        backend.fused = None
-        return True
+def _sums_fingerprints(backend: NativeBackend, _: Distribution) -> bool:
+    words = specimens(torch.float64).view(torch.int64)
+    return backend.mixed_sum(words, _START) == reference.mixed_sum(words, _START)
 
-    def outer_sum() -> bool:
-        a, b = specimens(torch.float32)[: 3 * 37].view(3, 37), torch.linspace(-1, 1, 3 * 301, dtype=torch.float32).view(3, 301)
-        return same_bits(backend.outer_sum(a, b), reference.outer_sum(a, b))
 
-    def keep_large() -> bool:
-        agree = True
-        for stored in map(specimens, DTYPES):
-            for dtype in DTYPES:
-                native, expected = torch.ones(2, _LENGTH, dtype=dtype)
-                backend.keep_large_(native, stored, 0.5)
-                reference.keep_large_(expected, stored, 0.5)
-                agree &= same_bits(native, expected)
-        return agree
+def _kind(dist: Distribution) -> int:
+    assert dist.native is not None
+    return dist.native
 
-    def mixed_sum() -> bool:
-        words = specimens(torch.float64).view(torch.int64)
-        return backend.mixed_sum(words, _START) == reference.mixed_sum(words, _START)
 
-    return {
-        "the sample": sample,
-        "the perturbation": perturb,
-        "the perturbation of rows": perturb_rows,
-        "stochastic rounding": stochastic_round,
-        "the update": lambda: sgd(torch.bfloat16) and sgd(torch.float16),
-        "the wide update": wide_sgd,
-        "the sum of outer products": outer_sum,
-        "what is kept": keep_large,
-        "the sum for fingerprints": mixed_sum,
-    }
+_CHECKS: dict[str, Callable[[NativeBackend, Distribution], bool]] = {
+    "the sample": _samples,
+    "the perturbation": _perturbs_each_dtype,
+    "the perturbation of rows": _perturbs_rows,
+    "stochastic rounding": _rounds_stochastically,
+    "the update": _updates_narrow,
+    "the wide update": _updates_wide,
+    "the sum of outer products": _sums_outer_products,
+    "the kept weights": _keeps_large,
+    "the sum for fingerprints": _sums_fingerprints,
+}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Literal
 
 from torch import nn
@@ -47,49 +47,26 @@ def build_view(
         ValueError: nothing to train, a parameter that is not the module's, storage shared by two Parameters, codes of a
             quantised layer, or absolute noise on scales of several kinds.
     """
-    names = {id(p): (i, n) for i, (n, p) in enumerate(root.named_parameters())}
-    kinds = {id(layer.scales): layer.scale_kind for _, layer in scaled_layers(root)}
-    rows = {id(layer.scales) for _, layer in scaled_layers(root) if layer.by_rows and layer.scales.dim() == 2}
-    candidates: dict[str, nn.Parameter] = {}
-    for parameter in parameters:
-        if not parameter.requires_grad:
-            continue
-        if id(parameter) not in names:
-            raise ValueError(
-                f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not one of the LightningModule's; "
-                "build the optimizer from self.parameters() after the module is complete"
-            )
-        if parameter.is_complex():
-            raise ValueError(
-                f"{names[id(parameter)][1]!r} is {parameter.dtype}; perturbations are real. Hold it as a real parameter "
-                "(torch.view_as_real), freeze it, or leave it out of the optimizer"
-            )
-        if scales != "frozen" or id(parameter) not in kinds:
-            candidates[names[id(parameter)][1]] = parameter
-    if not candidates:
-        raise ValueError(
-            "nothing to train: the optimizer holds no parameter with requires_grad=True; unfreeze some before `fit`, or train "
-            "the scales of quantised layers with ZOStrategy('qzo')"
-        )
+    names = {id(p): name for name, p in root.named_parameters()}
+    indices = {key: index for index, key in enumerate(names)}
+    layers = [layer for _, layer in scaled_layers(root)]
+    kinds = {id(layer.scales): layer.scale_kind for layer in layers}
+    rows = {id(layer.scales) for layer in layers if layer.by_rows and layer.scales.dim() == 2}
+    candidates = _candidates(parameters, names, left_out=kinds if scales == "frozen" else ())
     refuse_codes(root, candidates)
     _refuse_shared_storage(candidates)
     chosen = select(root, select_spec, candidates)
-    found = {kinds[id(p)] for p in chosen.values() if id(p) in kinds}
-    if scales == "absolute" and len(found) > 1:
-        raise ValueError(
-            f"scales='absolute' gives one noise to scales of different units: {', '.join(sorted(found))}; use "
-            "scales='relative', or select layers of one kind"
-        )
+    if scales == "absolute":
+        _refuse_several({kinds[id(p)] for p in chosen.values() if id(p) in kinds})
 
-    scale_type: type[Leaf] = RelativeScaleLeaf if scales == "relative" else AbsoluteScaleLeaf
     linear, before = _linear_weights(root), before or {}
     structure = STRUCTURES[structure] if isinstance(structure, str) else structure
+    by_rows = isinstance(structure, Rank1) and scales == "relative"
     leaves: list[Leaf] = []
     for name, parameter in chosen.items():
-        place = Place(name, names[id(parameter)][0], parameter, distribution)
+        place = Place(name, indices[id(parameter)], parameter, distribution)
         if id(parameter) in kinds:
-            by_rows = isinstance(structure, Rank1) and scales == "relative" and id(parameter) in rows
-            leaf: Leaf | None = RowScaleLeaf(*place) if by_rows else scale_type(*place)
+            leaf: Leaf | None = _scale_leaf(place, scales, by_rows and id(parameter) in rows)
         else:
             leaf = structure.leaf(place, id(parameter) in linear, before.get(name, {}))
         if leaf is not None:
@@ -100,6 +77,49 @@ def build_view(
             "takes the weight matrices of linear layers, and vectors); use structure='dense'"
         )
     return View(root, sorted(leaves, key=lambda leaf: leaf.index), compiled=compiled)
+
+
+def _candidates(
+    parameters: Iterable[nn.Parameter], names: Mapping[int, str], left_out: Container[int]
+) -> dict[str, nn.Parameter]:
+    """The parameters that can be trained, by name; ids in ``left_out`` are not among them."""
+    found: dict[str, nn.Parameter] = {}
+    for parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        if id(parameter) not in names:
+            raise ValueError(
+                f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that is not one of the LightningModule's; "
+                "build the optimizer from self.parameters() after the module is complete"
+            )
+        if parameter.is_complex():
+            raise ValueError(
+                f"{names[id(parameter)]!r} is {parameter.dtype}; perturbations are real. Hold it as a real parameter "
+                "(torch.view_as_real), freeze it, or leave it out of the optimizer"
+            )
+        if id(parameter) not in left_out:
+            found[names[id(parameter)]] = parameter
+    if not found:
+        raise ValueError(
+            "nothing to train: the optimizer holds no parameter with requires_grad=True; unfreeze some before `fit`, or train "
+            "the scales of quantised layers with ZOStrategy('qzo')"
+        )
+    return found
+
+
+def _refuse_several(units: set[str]) -> None:
+    if len(units) > 1:
+        raise ValueError(
+            f"scales='absolute' gives one noise to scales of different units: {', '.join(sorted(units))}; use "
+            "scales='relative', or select layers of one kind"
+        )
+
+
+def _scale_leaf(place: Place, scales: Scales, by_rows: bool) -> Leaf:
+    """The leaf of a quantised layer's scales."""
+    if by_rows:
+        return RowScaleLeaf(*place)
+    return RelativeScaleLeaf(*place) if scales == "relative" else AbsoluteScaleLeaf(*place)
 
 
 def take_turns(root: nn.Module, leaves: Sequence[Leaf], cycle: Cycle) -> int:

@@ -30,16 +30,16 @@ def load_task(
     test: int = 1000,
     seed: int = 0,
 ) -> TaskSplits:
-    """The task's questions, at most so many of each part; defaults as in MeZO's experiments.
+    """The task's questions, in three parts of limited size; defaults as in MeZO's experiments.
 
-    Test questions come from the set's test part, or, where that is missing or bears no answers (as GLUE's), from its
+    Test questions come from the set's test part, or, where that is missing or has no answers (as GLUE's), from its
     validation part; validation questions then come out of the training part, and never are test questions.
 
     Args:
         task: the task.
         path: a folder with train and validation, and perhaps test files (.csv, .jsonl, .parquet), or one file, which is
-            split. None: the task's source, through Hugging Face ``datasets``.
-        train: most training questions, drawn by ``seed``.
+            split. Default: the task's source, through Hugging Face ``datasets``.
+        train: The largest number of training questions, drawn by ``seed``.
         validation: The same for the validation examples.
         test: The same for the test examples, which do not change with the seed.
         seed: The seed of the draws.
@@ -47,42 +47,46 @@ def load_task(
     Raises:
         ImportError: ``path`` is None and ``datasets`` is not installed.
         OSError: the source cannot be reached.
-        ValueError: a row is not as the task needs it, a number is below 1, or a part would be empty.
+        ValueError: a row does not fit the task, a number is below 1, or a part would be empty.
     """
     for name, count in (("train", train), ("validation", validation), ("test", test)):
         if count < 1:
             raise ValueError(f"`load_task({name}=...)` must be >= 1, got {count}")
-    if path is None:
-        parts = _from_hub(task)
-    elif Path(path).is_dir():
-        parts = {
-            name: _items(task, read_records(file), file)
-            for name, file in split_files(Path(path), needed=("train", "validation")).items()
-        }
-    else:
-        parts = {"train": _items(task, read_records(Path(path)), path)}
+    parts = _parts(task, path)
     # a question that is there twice, even with two answers, must not come into two parts
     trainable = list({(item.prompt, item.options): item for item in parts["train"]}.values())
-    held = parts.get("validation", [])
-    reported = parts.get("test", [])
+    held, reported = parts.get("validation", []), parts.get("test", [])
     if not reported:
         reported, held = held, []
     if not reported:
-        random.Random(0).shuffle(trainable)  # not by `seed`: what one seed reports, no other trains on
-        count = min(test, len(trainable) // 4)
-        reported, trainable = trainable[:count], trainable[count:]
+        random.Random(0).shuffle(trainable)  # not by `seed`: an example that one seed reports is trained on by no other
+        reported, trainable = _apart(trainable, min(test, len(trainable) // 4))
     generator = random.Random(seed)
     generator.shuffle(trainable)
     if held:
         generator.shuffle(held)
     else:
-        count = min(validation, len(trainable) // 3)
-        held, trainable = trainable[:count], trainable[count:]
+        held, trainable = _apart(trainable, min(validation, len(trainable) // 3))
     found = TaskSplits(trainable[:train], held[:validation], drawn(reported, test))
     if not all(found):
         sizes = ", ".join(f"{len(part)} for {name}" for name, part in zip(found._fields, found, strict=True))
         raise ValueError(f"too few rows: {sizes}; each part needs at least one")
     return found
+
+
+def _parts(task: TextTask, path: str | Path | None) -> dict[str, list[Item]]:
+    """The parts as their source has them: train always, validation and test where they are."""
+    if path is None:
+        return _from_hub(task)
+    if not Path(path).is_dir():
+        return {"train": _items(task, read_records(Path(path)), path)}
+    files = split_files(Path(path), needed=("train", "validation"))
+    return {name: _items(task, read_records(file), file) for name, file in files.items()}
+
+
+def _apart(items: list[Item], count: int) -> tuple[list[Item], list[Item]]:
+    """The first ``count`` of the items, and all others."""
+    return items[:count], items[count:]
 
 
 def _items(task: TextTask, rows: Iterable[tuple[int, Row]], where: object) -> list[Item]:
@@ -118,7 +122,7 @@ def _from_hub(task: TextTask) -> dict[str, list[Item]]:
 
 
 def _answered(task: TextTask, row: Row) -> bool:
-    """Whether the part's rows bear answers: benchmarks hide those of their test parts (label −1, or none)."""
+    """Whether the part's rows have answers: benchmarks hide those of their test parts (label −1, or none)."""
     try:
         task.item(row)
     except (KeyError, ValueError, TypeError, AttributeError):
