@@ -138,9 +138,7 @@ class Fit:
         say(f"{model_name(self.model)} as it is: {_scores(trainer.test(module, data, verbose=False)[0])}")
         if self.steps:
             trainer.fit(module, data)
-            if (
-                self.offload == "cpu"
-            ):  # host memory has the weights of the last step; the best one's are replayed from the first
+            if self.offload == "cpu":  # it has the last step's weights; the best one's are replayed from the first
                 del module
                 module = self._module(load_causal_lm(self.model, offline=self.offline)[0], reader)
             chosen = Path(best.best_model_path).stem
