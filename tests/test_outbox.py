@@ -34,7 +34,8 @@ from torch import Tensor
 from zolightning import ZOMonitor, ZOStrategy, mlflow_logger
 from zolightning.records import outbox
 from zolightning.records.mlflow_logger import prepare_store
-from zolightning.records.outbox import Entry, Outbox, PendingFile, send_pending
+from zolightning.records.outbox import Outbox, send_pending
+from zolightning.records.pending_file import Entry, PendingFile
 
 pytestmark = pytest.mark.integration
 

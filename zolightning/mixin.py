@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .types import Batch
+
 
 class ZOMixin:
     """In addition to LightningModule, for modules that define the function that probes evaluate.
@@ -24,7 +26,7 @@ class ZOMixin:
     mixin's ``training_step`` trains on the mean of ``zo_objective`` by backprop, so one module serves both.
     """
 
-    def zo_objective(self, batch: Any) -> float | Tensor | np.ndarray[Any, Any] | Sequence[float]:
+    def zo_objective(self, batch: Batch) -> float | Tensor | np.ndarray[Any, Any] | Sequence[float]:
         """The value that is minimised on a batch. No gradient is needed.
 
         Before the first step it is called once more than the step needs, to see which weights and which state it touches:
@@ -37,13 +39,13 @@ class ZOMixin:
         """
         raise NotImplementedError(f"{type(self).__name__} inherits ZOMixin, so it must define zo_objective(self, batch)")
 
-    def zo_candidate(self, batch: Any) -> Any:
+    def zo_candidate(self, batch: Batch) -> object:
         """The object that is ranked under ``ZOStrategy(estimator=Ranking(oracle))``: a picture, a text, any object but None."""
         raise NotImplementedError(
             f"`estimator=Ranking(...)` needs candidates: {type(self).__name__} must define zo_candidate(self, batch)"
         )
 
-    def zo_prepare(self, batch: Any) -> Any:
+    def zo_prepare(self, batch: Batch) -> object:
         """The part of a step that is computed once, before its probes, because no trained weight takes part in it.
 
         A frozen encoder's features, the keys and values of a prompt: all probes share them, and cost that much less. Reading
@@ -54,7 +56,7 @@ class ZOMixin:
         """
         return batch
 
-    def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
         """The mean of ``zo_objective``, for training by backprop."""
         with torch.no_grad():
             batch = self.zo_prepare(batch)

@@ -51,7 +51,7 @@ class Intervention(nn.Module):
         self.positions, self.scale = int(state["positions"]), float(state["scale"])
 
 
-def intervene(model: nn.Module, positions: int, calibration: Mapping[str, Any]) -> list[Intervention]:
+def intervene(model: nn.Module, positions: int, calibration: Mapping[str, object]) -> list[Intervention]:
     """Freeze the model and put an :class:`Intervention` behind each of its blocks; its vectors are all that is trained.
 
     The scale of each is the RMS of the hidden states at these positions. The vectors are float32, whatever the model is, and
@@ -107,7 +107,7 @@ def at_prompts(model: nn.Module) -> Iterator[None]:
     made = interventions(model)
     with ExitStack() as stack:
 
-        def rest(*_: Any) -> None:  # after the first forward, which is that of the prompts
+        def rest(*_: object) -> None:  # after the first forward, which is that of the prompts
             handle.remove()
             stack.enter_context(idle(made))
 

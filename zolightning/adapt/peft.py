@@ -98,7 +98,7 @@ class _VirtualTokens(nn.Module, ABC):
     count: int
 
     @abstractmethod
-    def put(self, body: Any, kwargs: dict[str, Any]) -> None:
+    def put(self, body: nn.Module, kwargs: dict[str, Any]) -> None:
         """Into the arguments of a sequence's first call, whose mask and positions count the tokens already."""
 
     def before(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..probing.batches import batch_examples
+from ..types import Batch
 
 
 class EngineError(RuntimeError):
@@ -32,10 +33,10 @@ class Engine(Protocol):
     by_example: bool
     """Whether ``run`` takes a row of numbers for each example, (B, n) for a vector of n; else each in its own shape."""
 
-    def prepare(self, batch: Any) -> None:
+    def prepare(self, batch: Batch) -> None:
         """Compute what does not depend on the numbers, and keep it for the calls of ``run`` on this batch."""
 
-    def run(self, numbers: Mapping[str, Tensor], batch: Any) -> Tensor:
+    def run(self, numbers: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """(B, …): the model's outputs for the batch's examples at these numbers."""
 
 
@@ -71,12 +72,12 @@ class EngineModel(nn.Module):
         for key, name in self._names.items():
             self.numbers[key] = nn.Parameter(engine.numbers[name].clone())
 
-    def prepare(self, batch: Any) -> Any:
+    def prepare(self, batch: Batch) -> object:
         """The batch, when the engine has computed what all probes of a step share."""
         self.engine.prepare(batch)
         return batch
 
-    def forward(self, batch: Any) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """The engine's outputs (B, …) at the parameters as they are read now.
 
         Raises:

@@ -42,7 +42,7 @@ class Person:
     def __init__(
         self,
         folder: str | Path,
-        show: Callable[[Any], Any] = lambda candidate: candidate,
+        show: Callable[[object], object] = lambda candidate: candidate,
         words: str = "",
         every: float = 0.2,
         say: Callable[[str], object] = print,
@@ -52,7 +52,7 @@ class Person:
         self.folder, self.show, self.words, self.every, self._say = Path(folder), show, words, every, say
         self._lock: FileLock | None = None
 
-    def __call__(self, candidates: Sequence[Any], top: int) -> Groups:
+    def __call__(self, candidates: Sequence[object], top: int) -> Groups:
         """The person's ranking.
 
         Raises:
@@ -62,7 +62,7 @@ class Person:
         """
         return self._ask("ranking", [self._card(candidate) for candidate in candidates], top)
 
-    def prefers(self, before: Any, after: Any) -> bool | None:
+    def prefers(self, before: object, after: object) -> bool | None:
         """Whether the person likes ``after`` better, shown the two without being told which is which.
 
         Returns:
@@ -122,7 +122,7 @@ class Person:
         with atomic_file(self.folder / "question.json") as draft:
             draft.write_text(json.dumps(asked), encoding="utf-8")
 
-    def _card(self, candidate: Any) -> Card:
+    def _card(self, candidate: object) -> Card:
         shown = self.show(candidate)
         if isinstance(shown, Tensor):
             shown = shown.detach().cpu().float().numpy() if shown.is_floating_point() else shown.cpu().numpy()

@@ -140,6 +140,7 @@ class Fit:
             trainer.fit(module, data)
             if self.offload == "cpu":  # it has the last step's weights; the best one's are replayed from the first
                 del module
+                pl.seed_everything(self.seed, verbose=False)  # a view's new weights are drawn as before
                 module = self._module(load_causal_lm(self.model, offline=self.offline)[0], reader)
             chosen = Path(best.best_model_path).stem
             tested = trainer.test(module, data, ckpt_path="best", verbose=False)[0]

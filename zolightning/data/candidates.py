@@ -14,7 +14,7 @@ from torch import Tensor, nn
 _rows_suffice: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 
 
-def candidate_logits(model: nn.Module, batch: Mapping[str, Any], candidate_ids: Tensor) -> Tensor:
+def candidate_logits(model: nn.Module, batch: Mapping[str, object], candidate_ids: Tensor) -> Tensor:
     """Return float32 logits (batch, candidates) of `candidate_ids` as the token after each prompt.
 
     `model` is a Hugging Face causal language model; `batch` holds left-padded input_ids and
@@ -48,7 +48,7 @@ def _row_logits(model: nn.Module, batch: Mapping[str, Any], candidate_ids: Tenso
         return F.linear(last.float(), head.weight[rows].float(), bias)
 
 
-def _full_logits(model: nn.Module, batch: Mapping[str, Any], candidate_ids: Tensor) -> Tensor:
+def _full_logits(model: nn.Module, batch: Mapping[str, object], candidate_ids: Tensor) -> Tensor:
     last_only = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
     with contiguous_states(model):
         logits: Tensor = model(**model_inputs(model, batch), **last_only).logits

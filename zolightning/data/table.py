@@ -6,7 +6,7 @@ import logging
 import random
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import NamedTuple, TextIO
 
 from .._answers import needs
 from .text import Example, Splits, distinct, split_classes
@@ -122,7 +122,7 @@ def _label_names(path: Path, rows: list[_Row]) -> tuple[str, ...]:
         return tuple(sorted(names))
 
 
-def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
     """Yield the rows of a .csv, .jsonl (UTF-8) or .parquet file as dicts, each with its line (of parquet: row) number.
 
     Raises FileNotFoundError for a missing file, ValueError, with file and line, for anything wrong in it, ImportError for
@@ -151,7 +151,7 @@ def _read_rows(path: Path, text: str, label: str) -> list[_Row]:
     return rows
 
 
-def _row(record: dict[str, Any], where: str, line: int, text: str, label: str) -> _Row:
+def _row(record: dict[str, object], where: str, line: int, text: str, label: str) -> _Row:
     for column in (text, label):
         if column not in record:
             found = ", ".join(map(repr, record)) or "none"
@@ -168,7 +168,7 @@ def _row(record: dict[str, Any], where: str, line: int, text: str, label: str) -
     return _Row(line, content.strip(), str(tag).strip())
 
 
-def _csv_records(stream: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_records(stream: TextIO, path: Path) -> Iterator[tuple[int, dict[str, object]]]:
     reader = csv.DictReader(stream, strict=True)
     try:
         for record in reader:
@@ -182,7 +182,7 @@ def _csv_records(stream: TextIO, path: Path) -> Iterator[tuple[int, dict[str, An
         raise ValueError(f"{path}, line {reader.line_num + 1}: malformed CSV: {error}") from error
 
 
-def _jsonl_records(stream: TextIO, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _jsonl_records(stream: TextIO, path: Path) -> Iterator[tuple[int, dict[str, object]]]:
     for number, line in enumerate(stream, start=1):
         if not line.strip():
             continue
@@ -195,7 +195,7 @@ def _jsonl_records(stream: TextIO, path: Path) -> Iterator[tuple[int, dict[str, 
         yield number, record
 
 
-def _parquet_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parquet_records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
     with needs("pyarrow", f"reading {path}", "pyarrow", ", or save the file as .jsonl"):
         import pyarrow
         from pyarrow import parquet
@@ -206,7 +206,7 @@ def _parquet_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise ValueError(f"{path}: not a parquet file ({error})") from error
 
 
-_READERS: dict[str, Callable[[TextIO, Path], Iterator[tuple[int, dict[str, Any]]]]] = {
+_READERS: dict[str, Callable[[TextIO, Path], Iterator[tuple[int, dict[str, object]]]]] = {
     ".csv": _csv_records,
     ".jsonl": _jsonl_records,
 }

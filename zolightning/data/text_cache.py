@@ -45,7 +45,7 @@ def _encode(model: nn.Module, batch: Mapping[str, Tensor], last: int) -> dict[st
 
 
 @torch.no_grad()
-def _same_answers(model: nn.Module, batch: Mapping[str, Tensor], encoded: Mapping[str, Any]) -> bool:
+def _same_answers(model: nn.Module, batch: Mapping[str, Tensor], encoded: Mapping[str, object]) -> bool:
     some = torch.arange(2, device=batch["input_ids"].device)
     with evaluating(model):
         whole, short = candidate_logits(model, batch, some), candidate_logits(model, encoded, some)

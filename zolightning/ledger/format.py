@@ -113,7 +113,7 @@ class Options:
     """Settings of the parameter groups, beside the learning rates, in the steps that follow."""
 
     optimizer: int
-    groups: tuple[dict[str, Any], ...]
+    groups: tuple[dict[str, object], ...]
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def decode(data: bytes, start: int, end: int, seed: int) -> Record:
         raise LedgerError(f"the {kind.__name__} record at byte {start} is not one that zolightning writes: {error}") from error
 
 
-def _is_described(value: Any) -> bool:
+def _is_described(value: object) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], tuple)
 
 

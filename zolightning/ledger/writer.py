@@ -27,7 +27,7 @@ class Claim(NamedTuple):
     def release(self) -> None:
         self.lock.release()
 
-    def __deepcopy__(self, memo: Any) -> Claim:
+    def __deepcopy__(self, memo: object) -> Claim:
         raise LedgerError(f"the ledger {self.path} has one writer: copy a strategy before its fit or after it")
 
 

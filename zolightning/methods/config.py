@@ -182,7 +182,7 @@ class ZOConfig:
             return OPTIMIZERS.get(self.optimizer)
         return self.optimizer
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Plain values, for loggers and checkpoints."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {k: v if isinstance(v, (int, float, str, type(None))) else repr(v) for k, v in values.items()}

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.optim import SGD, Adam, Optimizer
 
-MakeOptimizer: TypeAlias = Callable[[list[dict[str, Any]]], Optimizer]
+MakeOptimizer: TypeAlias = Callable[[list[dict[str, object]]], Optimizer]
 """Parameter groups → optimizer."""
 
 _SHARED = ("params", "weight_decay", "maximize")

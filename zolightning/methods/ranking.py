@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cmp_to_key
 from itertools import groupby
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 from ..mixin import ZOMixin
 from ..types import Answer, Candidate, Estimate, Forward, Key, Point, Shared, Term
@@ -26,7 +26,7 @@ class EndOfRanking(Exception):
 class Oracle(Protocol):
     """Ranks candidates."""
 
-    def __call__(self, candidates: Sequence[Any], top: int) -> Groups:
+    def __call__(self, candidates: Sequence[object], top: int) -> Groups:
         """The best ``top`` of them in order, or more, or fewer."""
 
 
@@ -105,14 +105,14 @@ def ranking_weights(ranking: Groups, count: int) -> list[float]:
     return [number / pairs if pairs else 0.0 for number in excess]
 
 
-def by_score(score: Callable[[Any], float]) -> Oracle:
+def by_score(score: Callable[[object], float]) -> Oracle:
     """An oracle that orders candidates by a number, the smallest first; equal numbers are equal.
 
     Args:
         score: of one candidate. Only its order counts.
     """
 
-    def oracle(candidates: Sequence[Any], top: int) -> Groups:
+    def oracle(candidates: Sequence[object], top: int) -> Groups:
         scores = [float(score(candidate)) for candidate in candidates]
         if any(value != value for value in scores):
             raise RankingError(f"the scores {scores} have no order")
@@ -122,14 +122,14 @@ def by_score(score: Callable[[Any], float]) -> Oracle:
     return oracle
 
 
-def by_comparison(compare: Callable[[Any, Any], float]) -> Oracle:
+def by_comparison(compare: Callable[[object, object], float]) -> Oracle:
     """An oracle that sorts by comparing two candidates at a time, about m·log₂ m times.
 
     Args:
         compare: (a, b) → below 0 when a is better, above 0 when b is, 0 when they are equal.
     """
 
-    def oracle(candidates: Sequence[Any], top: int) -> Groups:
+    def oracle(candidates: Sequence[object], top: int) -> Groups:
         def between(i: int, j: int) -> int:
             difference = compare(candidates[i], candidates[j])
             return (difference > 0) - (difference < 0)
@@ -164,11 +164,11 @@ class Terminal:
     """
 
     def __init__(
-        self, show: Callable[[Any], str] = str, read: Callable[[str], str] = input, write: Callable[[str], object] = print
+        self, show: Callable[[object], str] = str, read: Callable[[str], str] = input, write: Callable[[str], object] = print
     ) -> None:
         self.show, self.read, self.write = show, read, write
 
-    def __call__(self, candidates: Sequence[Any], top: int) -> Groups:
+    def __call__(self, candidates: Sequence[object], top: int) -> Groups:
         for number, candidate in enumerate(candidates, 1):
             self.write(f"[{number}]\n{self.show(candidate)}")
         while True:

@@ -6,14 +6,13 @@ import json
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .transport import AnswerError, CommandTransport, HttpTransport, Transport
 
-Item = Mapping[str, Any]
+Item = Mapping[str, object]
 
 
 class ExternalScorer:
@@ -48,7 +47,7 @@ class ExternalScorer:
         self._remember(scores)
         return torch.tensor([scores[line] for line in lines], dtype=torch.float64)
 
-    def _number(self, answer: Any) -> float:
+    def _number(self, answer: object) -> float:
         value = answer.get("score") if isinstance(answer, dict) else answer
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise AnswerError(

@@ -38,7 +38,7 @@ class MetricLoss:
             )
         self.metric, self.best, self.higher_is_better = metric, best, higher
 
-    def __call__(self, *args: Any, **kwargs: Any) -> float:
+    def __call__(self, *args: object, **kwargs: object) -> float:
         """The loss of this batch only, on the device of its tensors; the arguments are those of the metric's ``update``."""
         device = next((a.device for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), self.metric.device)
         if device != self.metric.device:

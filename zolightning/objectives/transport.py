@@ -30,7 +30,7 @@ class Transport(ABC):
         self.timeout = timeout
 
     @abstractmethod
-    def ask(self, lines: Sequence[str]) -> list[Any]:
+    def ask(self, lines: Sequence[str]) -> list[object]:
         """One answer for each item, given as a line of JSON.
 
         Raises:
@@ -60,7 +60,7 @@ class CommandTransport(Transport):
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.Queue[str] = queue.Queue()
 
-    def ask(self, lines: Sequence[str]) -> list[Any]:
+    def ask(self, lines: Sequence[str]) -> list[object]:
         deadline = time.monotonic() + self.timeout
         process = self._running()
         assert process.stdin is not None
@@ -75,7 +75,7 @@ class CommandTransport(Transport):
             self.close()
             raise
 
-    def _answer(self, deadline: float) -> Any:
+    def _answer(self, deadline: float) -> object:
         try:
             line = self._answers.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
@@ -120,7 +120,7 @@ class CommandTransport(Transport):
         """A copy starts a program of its own."""
         return {k: v for k, v in vars(self).items() if k not in ("_process", "_answers")}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update(state, _process=None, _answers=queue.Queue())
 
     def __repr__(self) -> str:
@@ -168,7 +168,7 @@ class HttpTransport(Transport):
             raise ValueError(f"`retries` must be >= 0, got {retries}")
         self.url, self.retries, self.headers, self.answers = url, retries, dict(headers or {}), answers
 
-    def ask(self, lines: Sequence[str]) -> list[Any]:
+    def ask(self, lines: Sequence[str]) -> list[object]:
         answer = self._post("{" + f'"items": [{", ".join(lines)}]' + "}")
         found = answer.get(self.answers) if isinstance(answer, dict) else answer
         if not isinstance(found, list) or len(found) != len(lines):
@@ -178,7 +178,7 @@ class HttpTransport(Transport):
             )
         return found
 
-    def _post(self, body: str) -> Any:
+    def _post(self, body: str) -> object:
         import requests
         from requests.adapters import HTTPAdapter
         from urllib3.util import Retry

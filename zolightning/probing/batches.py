@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..types import Batch
 
-def batch_examples(batch: Any) -> int | None:
+
+def batch_examples(batch: Batch) -> int | None:
     """The batch's size: dimension 0 of the first tensor in it, or None."""
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.dim() else None
@@ -20,14 +22,14 @@ def batch_examples(batch: Any) -> int | None:
     return None
 
 
-def batch_numel(batch: Any) -> int:
+def batch_numel(batch: Batch) -> int:
     """Elements of the batch's largest tensor."""
     if isinstance(batch, Tensor):
         return batch.numel()
     return max(map(batch_numel, _children(batch)), default=0)
 
 
-def repeat_batch(batch: Any, examples: int, copies: int) -> Any:
+def repeat_batch(batch: Batch, examples: int, copies: int) -> Batch:
     """The batch with every tensor, and every list of plain values, of ``examples`` entries repeated ``copies`` times."""
     if copies == 1:
         return batch
@@ -40,21 +42,21 @@ def repeat_batch(batch: Any, examples: int, copies: int) -> Any:
     return _rebuilt(batch, lambda value: repeat_batch(value, examples, copies))
 
 
-def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
+def map_leaves(batch: Batch, function: Callable[[Any], Any]) -> Batch:
     """The batch with every value that is no container replaced by the function's."""
     return _rebuilt(batch, lambda value: map_leaves(value, function)) if _is_container(batch) else function(batch)
 
 
-def leaves(batch: Any) -> list[Any]:
+def leaves(batch: Batch) -> list[Any]:
     """Every value in the batch that is no container, in the order of :func:`map_leaves`."""
     return [leaf for child in _children(batch) for leaf in leaves(child)] if _is_container(batch) else [batch]
 
 
-def _is_container(batch: Any) -> bool:
+def _is_container(batch: Batch) -> bool:
     return isinstance(batch, (Mapping, list, tuple)) or (is_dataclass(batch) and not isinstance(batch, type))
 
 
-def _rebuilt(batch: Any, child: Callable[[Any], Any]) -> Any:
+def _rebuilt(batch: Batch, child: Callable[[Any], Any]) -> Batch:
     """A container of the same type with ``child`` of each of its values; anything else as it is."""
     if isinstance(batch, Mapping):
         values = {k: child(v) for k, v in batch.items()}
@@ -67,7 +69,7 @@ def _rebuilt(batch: Any, child: Callable[[Any], Any]) -> Any:
     return batch
 
 
-def _children(batch: Any) -> list[Any]:
+def _children(batch: Batch) -> list[object]:
     if isinstance(batch, Mapping):
         return list(batch.values())
     if isinstance(batch, (list, tuple)):

@@ -86,9 +86,9 @@ class Reuse:
 
     def __init__(self, blocks: BlockReuse, unperturbed: Sequence[nn.Module], device: torch.device) -> None:
         self.blocks, self._blocks, self._device = blocks, unperturbed, device
-        self._input: Any = None
+        self._input: object = None
         self._output: Any = None
-        self._rng: list[Any] = []
+        self._rng: list[object] = []
         self._next = 0  # the block that should be entered now
         self._usable = False
         self.reused = False
@@ -137,11 +137,11 @@ class Reuse:
         return [*states, torch.cuda.get_rng_state(self._device)] if self._device.type == "cuda" else states
 
     @contextmanager
-    def _instead(self, call: Callable[[int, Callable[..., Any], Any, Any], Any] | None) -> Iterator[None]:
+    def _instead(self, call: Callable[[int, Callable[..., object], object, object], object] | None) -> Iterator[None]:
         """Have each block's forward go through ``call``; restored whatever happens."""
         own = [block.__dict__.get("forward") for block in self._blocks]
 
-        def through(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def through(index: int, forward: Callable[..., object]) -> Callable[..., object]:
             return lambda *args, **kwargs: call(index, forward, args, kwargs)  # type: ignore[misc]
 
         try:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..noise import CapturedKey
 from ..space import Both, DenseLeaf, Rank1Leaf, RowScaleLeaf, View
-from ..types import Forward, PerExample, Point, Shared
+from ..types import Batch, Forward, PerExample, Point, Shared, StepOutput
 from .batches import leaves, map_leaves
 from .isolation import Isolation, rng_state, set_rng_state
 from .objective import returned_loss
@@ -54,7 +54,7 @@ class Graphs:
         if why := self._why_not():
             self._refuse(why)
 
-    def __call__(self, forward: Forward, batch: Any) -> Any:
+    def __call__(self, forward: Forward, batch: Batch) -> StepOutput:
         """``forward(batch)`` at the view's point."""
         point = self._view.point
         form = None if self.refused or point is None else self._form(batch, point)
@@ -80,7 +80,7 @@ class Graphs:
         self._seen.clear()
         self._pool = None
 
-    def _tried(self, form: Hashable, graph: _Graph | None, forward: Forward, batch: Any, point: Point | Both) -> Any:
+    def _tried(self, form: Hashable, graph: _Graph | None, forward: Forward, batch: Batch, point: Point | Both) -> StepOutput:
         """The plain forward, with which a replay must agree."""
         start = rng_state(self._device)
         why = ""
@@ -111,7 +111,7 @@ class Graphs:
         self._notices.append(self.refused)
         self.release()
 
-    def _record(self, forward: Forward, batch: Any, point: Point | Both) -> _Graph:
+    def _record(self, forward: Forward, batch: Batch, point: Point | Both) -> _Graph:
         device = self._device
         batch = map_leaves(batch, lambda v: v.clone() if isinstance(v, Tensor) else v)
         if isinstance(point, PerExample):
@@ -138,7 +138,7 @@ class Graphs:
         self._view.read |= before
         return _Graph(graph, held, point, batch, out, self._view.buffers(), read)
 
-    def _form(self, batch: Any, point: Point | Both) -> Hashable | None:
+    def _form(self, batch: Batch, point: Point | Both) -> Hashable | None:
         """The properties of a batch that must be equal for a graph to fit; None: none can."""
         kind: tuple[Hashable, ...]
         if isinstance(point, Shared) and len(point.terms) == 1:
@@ -180,14 +180,14 @@ class _Graph:
     graph: Any
     key: CapturedKey
     point: Point | Both
-    batch: Any
+    batch: Batch
     out: Any
     buffers: list[Tensor]
     read: frozenset[int]
     """Ids of the parameters that the forward reads."""
     proved: bool = False
 
-    def replay(self, batch: Any, point: Point | Both) -> Any:
+    def replay(self, batch: Batch, point: Point | Both) -> StepOutput:
         for own, value in zip(leaves(self.batch), leaves(batch), strict=True):
             if isinstance(own, Tensor):
                 own.copy_(value)
@@ -199,7 +199,7 @@ class _Graph:
         return map_leaves(self.out, lambda v: v.clone() if isinstance(v, Tensor) else v)
 
 
-def _check(out: Any, point: Point | Both) -> None:
+def _check(out: StepOutput, point: Point | Both) -> None:
     """A mean that is split afterwards, or a number made on the host, is nothing that a replay could give."""
     loss = returned_loss(out)
     if not isinstance(loss, Tensor):

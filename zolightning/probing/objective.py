@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +14,12 @@ from ..types import Batch, Forward, SkipStep, StepOutput
 from .loss_splitter import LossSplitter
 
 
-def returned_loss(out: StepOutput) -> Any:
+def returned_loss(out: StepOutput) -> object:
     """The loss in the output of a training step as it is: the output, or its entry 'loss'."""
     return out.get("loss") if isinstance(out, Mapping) else out
 
 
-def loss_of(out: StepOutput) -> Any:
+def loss_of(out: StepOutput) -> object:
     """The loss in the output of a training step, lists of numbers and arrays as a tensor."""
     loss = returned_loss(out)
     if isinstance(loss, np.ndarray) and loss.dtype.kind in "biufc":

@@ -119,7 +119,7 @@ def _kind(value: Any) -> Kind | None:
     return _OBJECT if _holds_values(value, set()) else None
 
 
-def _holds_values(value: Any, seen: set[int]) -> bool:
+def _holds_values(value: object, seen: set[int]) -> bool:
     """Whether an object holds values and nothing else: no lock, no connection, nothing that the world outside knows."""
     if isinstance(value, (*_ATOMS, Tensor, np.ndarray, nn.Module)) or id(value) in seen:
         return True
@@ -133,7 +133,7 @@ def _holds_values(value: Any, seen: set[int]) -> bool:
     return len(held) <= _LONG and all(_holds_values(v, seen) for v in held)
 
 
-def _alike(one: Any, other: Any) -> bool:
+def _alike(one: object, other: object) -> bool:
     """Whether numbers, of whichever kind, are the same but for rounding; True for other values."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         one, other = one.detach().cpu().numpy(force=True), other.detach().cpu().numpy(force=True)
@@ -154,7 +154,7 @@ class Kept:
 
     __slots__ = ("_copy", "_inner", "_kind", "value")
 
-    def __init__(self, value: Any, depth: int, opaque: set[int] | frozenset[int] = frozenset(), limit: float = float("inf")):
+    def __init__(self, value: object, depth: int, opaque: set[int] | frozenset[int] = frozenset(), limit: float = float("inf")):
         self.value = value
         kind = _kind(value) if depth > 0 and id(value) not in opaque else None
         if isinstance(value, Tensor) and kind is not None and value.nbytes > limit:
@@ -168,7 +168,7 @@ class Kept:
             opaque = {*opaque, id(value)}  # an object may hold itself
             self._inner = [Kept(v, depth - 1, opaque, limit) for v in held]
 
-    def restore(self) -> Any:
+    def restore(self) -> object:
         """The value, its content as it was."""
         for inner in self._inner:
             inner.restore()
@@ -176,7 +176,7 @@ class Kept:
             self._kind.put(self.value, self._copy)
         return self.value
 
-    def change(self, now: Any) -> int | None:
+    def change(self, now: object) -> int | None:
         """How deep the change to the value that stands in its place now is; None: there is none."""
         depth = self._moved()
         return depth if depth or now is not self.value else None
@@ -260,14 +260,14 @@ def modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 waiting += [(f"{path}.{name}" if path else name, found) for found in _modules_in(value, 2)]
 
 
-def _modules_in(value: Any, depth: int) -> list[nn.Module]:
+def _modules_in(value: object, depth: int) -> list[nn.Module]:
     if isinstance(value, nn.Module):
         return [value]
     held = list(value.values()) if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     return [m for v in held for m in _modules_in(v, depth - 1)] if depth and len(held) <= _LONG else []
 
 
-def attributes(module: nn.Module) -> dict[str, Any]:
+def attributes(module: nn.Module) -> dict[str, object]:
     """The attributes of a module other than parameters, buffers and submodules."""
     own = ("_parameters", "_buffers", "_modules")
     return {name: value for name, value in vars(module).items() if name not in own}

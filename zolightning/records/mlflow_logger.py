@@ -223,7 +223,7 @@ def _new_outbox(logger: MLFlowLogger, folder: Path) -> Outbox:
     return Outbox(logger.experiment, run_id, folder / str(logger.name) / run_id)
 
 
-def _log_params(outbox: Outbox, params: dict[str, Any] | Namespace) -> None:
+def _log_params(outbox: Outbox, params: dict[str, object] | Namespace) -> None:
     """Nested settings as ``outer/inner``, in MLflow's limits: 100 at once, and Lightning's 250 characters."""
     items = [(key, str(value)[:250]) for key, value in _flatten_dict(_convert_params(params)).items()]
     for first in range(0, len(items), 100):

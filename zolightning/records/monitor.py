@@ -14,7 +14,7 @@ from torch import Tensor
 from ..probing.batches import batch_examples
 from ..strategy._lightning import Callback, pl, rank_zero_info
 from ..strategy.strategy import ZOStrategy
-from ..types import StepRecord
+from ..types import Batch, StepOutput, StepRecord
 from .memory import MemoryMeter, device_memory, rss
 from .mlflow_logger import MetricBuffer
 
@@ -102,13 +102,13 @@ class ZOMonitor(Callback):
         if self._buffer is not None:
             self._buffer.tag(tags)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int) -> None:
         self._started, self._cpu_started = time.perf_counter(), time.process_time()
         if isinstance(trainer.strategy, ZOStrategy):
             trainer.strategy.measure_update = trainer.global_step % _SLOW_EVERY == 0
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: StepOutput, batch: Batch, batch_idx: int
     ) -> None:
         self.train_seconds += time.perf_counter() - self._started
         self.cpu_seconds += time.process_time() - self._cpu_started
@@ -135,7 +135,7 @@ class ZOMonitor(Callback):
             self._logged = time.monotonic()
             self._log(trainer, pl_module, record, outputs)
 
-    def _log(self, trainer: pl.Trainer, module: pl.LightningModule, record: StepRecord | None, outputs: Any) -> None:
+    def _log(self, trainer: pl.Trainer, module: pl.LightningModule, record: StepRecord | None, outputs: StepOutput) -> None:
         assert self._buffer is not None and self.meter is not None
         step = trainer.global_step
         loss = record.loss if record is not None else _loss(outputs)
@@ -197,7 +197,7 @@ class ZOMonitor(Callback):
             self._buffer.flush(wait=True)
 
 
-def count_tokens(batch: Any) -> int:
+def count_tokens(batch: Batch) -> int:
     """Tokens in a batch of Hugging Face's form: those its attention mask keeps, or all of its input_ids."""
     get = getattr(batch, "get", None)
     mask = get("attention_mask") if get else None
@@ -207,6 +207,6 @@ def count_tokens(batch: Any) -> int:
     return ids.numel() if isinstance(ids, Tensor) else 0
 
 
-def _loss(outputs: Any) -> float:
+def _loss(outputs: StepOutput) -> float:
     loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
     return float(loss) if loss is not None else math.nan

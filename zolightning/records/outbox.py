@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import atexit
-import json
 import logging
-import math
-import os
 import re
 import shutil
 import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING
 
-Entry: TypeAlias = dict[str, Any]
-"""What is logged at once: ``step``, ``time_ms`` and ``metrics``; or ``params``; or ``tags``; or ``status`` and ``time_ms``."""
+from .pending_file import Entry, PendingFile, decoded
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 TICK = 1.0  # seconds between two batches, and between two attempts while the store is away
 WAIT = 30.0  # seconds that the end of a run waits at most
@@ -48,7 +46,7 @@ class Outbox:
         folder: The folder of the file, ``pending-metrics-<run_id>.jsonl``; made when needed.
     """
 
-    def __init__(self, client: Any, run_id: str, folder: Path) -> None:
+    def __init__(self, client: MlflowClient, run_id: str, folder: Path) -> None:
         self._client, self.run_id = client, run_id
         self._file = PendingFile(folder.absolute() / f"pending-metrics-{run_id}.jsonl", run_id)
         self._entries: deque[Entry] = deque()
@@ -62,7 +60,7 @@ class Outbox:
         """Log the values of a step at the time of this call."""
         self._put({"step": step, "time_ms": _now(), "metrics": {key: float(value) for key, value in values.items()}})
 
-    def params(self, values: Mapping[str, Any]) -> None:
+    def params(self, values: Mapping[str, object]) -> None:
         """Log settings, each once."""
         self._put({"params": {key: str(value) for key, value in values.items()}})
 
@@ -128,7 +126,7 @@ class Outbox:
         while self._due():
             try:
                 self._send()
-            except Exception as error:  # whatever it is, training is not to notice
+            except Exception as error:  # of any kind: training goes on
                 self._trouble(error)
             else:
                 self._well()
@@ -221,57 +219,7 @@ class Outbox:
         return f"MLflow at {_without_login(self._client.tracking_uri)}"
 
 
-class PendingFile:
-    """Entries in a file, a JSON object a line, read in order from the start.
-
-    Args:
-        path: The path of the file; one left by an earlier process of the run is taken up.
-        run_id: noted in each line.
-    """
-
-    def __init__(self, path: Path, run_id: str) -> None:
-        self.path, self._run_id = path, run_id
-        self.waiting = self._torn = path.exists()  # whoever wrote it may have died in the middle of a line
-        self._sent = self._read = 0
-
-    def append(self, entries: Iterable[Entry]) -> None:
-        """Write entries; they outlive this process when it returns. Raises OSError when they may not all be there."""
-        lines = [json.dumps({"run_id": self._run_id, **_encoded(entry)}) + "\n" for entry in entries]
-        if not lines:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        torn, self._torn = self._torn, True
-        with self.path.open("a", encoding="utf-8") as stream:
-            self.waiting = True
-            stream.write("\n" * torn + "".join(lines))
-        self._torn = False
-
-    def sync(self) -> None:
-        """Return when a power cut can no longer take what was appended."""
-        with suppress(OSError), self.path.open("rb") as stream:
-            os.fsync(stream.fileno())
-
-    def head(self) -> list[Entry]:
-        """The next entries; when there are none, the file is removed."""
-        while self.waiting:
-            with self.path.open("rb") as stream:
-                stream.seek(self._sent)
-                lines = stream.readlines(1 << 16)
-                self._read = stream.tell()
-            if entries := [entry for _, entry in filter(None, map(_decoded, lines))]:
-                return entries
-            self.drop()
-            if not lines:
-                self.path.unlink()
-                self.waiting, self._sent, self._read = False, 0, 0
-        return []
-
-    def drop(self) -> None:
-        """Tick off what :meth:`head` returned last."""
-        self._sent = self._read
-
-
-def deliver(client: Any, run_id: str, entries: Sequence[Entry]) -> list[str]:
+def deliver(client: MlflowClient, run_id: str, entries: Sequence[Entry]) -> list[str]:
     """Store entries in order.
 
     Args:
@@ -281,7 +229,7 @@ def deliver(client: Any, run_id: str, entries: Sequence[Entry]) -> list[str]:
 
     Returns:
         what MLflow refuses for what it is, such as a setting that already has another value, with the reason: one text for
-        each entry of which something was refused. The rest is stored.
+        each entry of which something was refused. All else is stored.
 
     Raises:
         Exception: the store is away, or the run is gone; some of the entries may be stored.
@@ -317,8 +265,10 @@ def deliver(client: Any, run_id: str, entries: Sequence[Entry]) -> list[str]:
 
 def _parts(entry: Entry) -> list[Entry]:
     """An entry of several values as one entry for each, so that one that is refused takes no other with it."""
-    several = [(kind, values) for kind, values in entry.items() if isinstance(values, dict) and len(values) > 1]
-    return [{**entry, kind: {name: value}} for kind, values in several for name, value in values.items()]
+    parts: list[Entry] = [{**entry, "metrics": {name: value}} for name, value in entry.get("metrics", {}).items()]
+    parts += [{**entry, "params": {name: value}} for name, value in entry.get("params", {}).items()]
+    parts += [{**entry, "tags": {name: value}} for name, value in entry.get("tags", {}).items()]
+    return parts if len(parts) > 1 else []
 
 
 def send_pending(path: str | Path, store: str) -> int:
@@ -339,7 +289,7 @@ def send_pending(path: str | Path, store: str) -> int:
     from mlflow import MlflowClient
 
     lines = Path(path).read_bytes().splitlines()
-    found = [entry for entry in map(_decoded, lines) if entry]
+    found = [entry for entry in map(decoded, lines) if entry]
     if not found:
         raise ValueError(f"`send_pending(path={str(path)!r})` holds no entries; give a pending-metrics-<run_id>.jsonl")
     damaged = sum(bool(line.strip()) for line in lines) - len(found)
@@ -351,31 +301,6 @@ def send_pending(path: str | Path, store: str) -> int:
     for reason in refused:
         log.warning("%s refuses %s", _without_login(store), reason)
     return len(found) - len(refused)
-
-
-def _encoded(entry: Entry) -> Entry:
-    """JSON has no NaN and no infinity."""
-    if "metrics" not in entry:
-        return entry
-    return {**entry, "metrics": {k: v if math.isfinite(v) else str(v) for k, v in entry["metrics"].items()}}
-
-
-_FIELDS = ({"step": int, "time_ms": int, "metrics": dict}, {"params": dict}, {"tags": dict}, {"status": str, "time_ms": int})
-
-
-def _decoded(line: bytes) -> tuple[str, Entry] | None:
-    """(run id, entry), or nothing for a line that is damaged or blank."""
-    try:
-        entry = json.loads(line)
-        run_id = entry.pop("run_id")
-        kinds = {name: type(value) for name, value in entry.items()}
-        if not isinstance(run_id, str) or kinds not in _FIELDS:
-            return None
-        if "metrics" in entry:
-            entry["metrics"] = {key: float(value) for key, value in entry["metrics"].items()}
-    except (ValueError, TypeError, AttributeError, KeyError):
-        return None
-    return run_id, entry
 
 
 def _now() -> int:

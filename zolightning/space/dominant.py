@@ -15,7 +15,7 @@ JUMP = 10.0
 
 
 @torch.no_grad()
-def dominant_block(root: nn.Module, run: Callable[[], Any]) -> str:
+def dominant_block(root: nn.Module, run: Callable[[], object]) -> str:
     r"""The selection ('blocks:I-I') of the first block after which activations have outliers.
 
     With :math:`r_i = \max|h_i| / \operatorname{median}|h_i|` of the output of block i, and :math:`r_{-1}` of the first one's
@@ -43,7 +43,7 @@ def dominant_block(root: nn.Module, run: Callable[[], Any]) -> str:
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         note(-1, (*args, *kwargs.values()))
 
-    def after(place: int) -> Callable[[nn.Module, Any, Any], None]:
+    def after(place: int) -> Callable[[nn.Module, object, object], None]:
         return lambda _, args, out: note(place, out if isinstance(out, (list, tuple)) else (out,))
 
     members = list(stack.children())

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-DIFFERENTIATES: frozenset[Any] = frozenset((torch.autograd.grad, torch.Tensor.backward))
+DIFFERENTIATES: frozenset[object] = frozenset((torch.autograd.grad, torch.Tensor.backward))
 """Functions that name weights without reading them."""
 
 
@@ -21,11 +19,11 @@ class _Linked(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def setup_context(ctx: object, inputs: tuple[object, ...], output: object) -> None:
         pass
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 

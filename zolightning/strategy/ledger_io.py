@@ -153,5 +153,5 @@ def base_of(ledger: Ledger) -> dict[str, nn.Parameter]:
     return {name: nn.Parameter(p.to(device), requires_grad=False) for name, p in load_base(path).items()}
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
+def _place(tensor: Tensor) -> tuple[object, ...]:
     return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from ._lightning import _ResultCollection, pl
 
@@ -12,7 +11,7 @@ from ._lightning import _ResultCollection, pl
 class _Muted(_ResultCollection):
     """Swallows ``self.log``."""
 
-    def log(self, *args: Any, **kwargs: Any) -> None:
+    def log(self, *args: object, **kwargs: object) -> None:
         pass
 
 

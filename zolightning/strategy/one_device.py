@@ -65,13 +65,13 @@ class OneDeviceStrategy(Strategy):
         assert self.model is not None
         self.model.to(self.root_device)
 
-    def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
+    def reduce(self, tensor: object, *args: object, **kwargs: object) -> object:
         return tensor
 
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+    def all_gather(self, tensor: Tensor, group: object = None, sync_grads: bool = False) -> Tensor:
         return tensor
 
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
+    def barrier(self, *args: object, **kwargs: object) -> None:
         pass
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ..ledger import PendingLedger
 from ._lightning import Callback, pl, rank_zero_info, rank_zero_warn
@@ -21,7 +20,7 @@ class RunLedger(Callback):
         keep_base: have the base's weights beside the ledger.
     """
 
-    def __init__(self, trainer: pl.Trainer, choice: bool | str | Path, settings: Mapping[str, Any], keep_base: bool) -> None:
+    def __init__(self, trainer: pl.Trainer, choice: bool | str | Path, settings: Mapping[str, object], keep_base: bool) -> None:
         self._choice = choice
         claim = claim_ledger(trainer, choice)
         self.pending = PendingLedger(

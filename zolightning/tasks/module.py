@@ -55,13 +55,13 @@ class TaskModule(ZOMixin, pl.LightningModule):
         self.objective: Objective = known[chosen] if isinstance(chosen, str) else chosen
         self.make_optimizer, self.decay_steps = make_optimizer or _sgd, decay_steps
 
-    def zo_objective(self, batch: dict[str, Any]) -> Tensor | float:
+    def zo_objective(self, batch: dict[str, object]) -> Tensor | float:
         return self.objective(self.model, batch)
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: dict[str, object], batch_idx: int) -> None:
         self._score(batch, "val")
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def test_step(self, batch: dict[str, object], batch_idx: int) -> None:
         self._score(batch, "test")
 
     def _score(self, batch: dict[str, Any], stage: str) -> None:
@@ -100,17 +100,17 @@ class TaskData(pl.LightningDataModule):
         self.splits, self.reader = splits, reader
         self.batch_size, self.seed, self.evaluation_batch_size = batch_size, seed, evaluation_batch_size
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> DataLoader[object]:
         train, collate = self.splits.train, self.reader.collate
         batches = SimilarLengths([len(i.prompt) for i in train], self.batch_size, torch.Generator().manual_seed(self.seed))
         return DataLoader(train, batch_sampler=batches, collate_fn=collate)  # type: ignore[arg-type]
 
-    def _evaluation(self, items: Sequence[Item]) -> DataLoader[Any]:
+    def _evaluation(self, items: Sequence[Item]) -> DataLoader[object]:
         by_length = sorted(items, key=lambda item: len(item.prompt))
         return DataLoader(by_length, self.evaluation_batch_size, collate_fn=self.reader.collate)  # type: ignore[arg-type]
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> DataLoader[object]:
         return self._evaluation(self.splits.validation)
 
-    def test_dataloader(self) -> DataLoader[Any]:
+    def test_dataloader(self) -> DataLoader[object]:
         return self._evaluation(self.splits.test)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from ..data import answer_log_likelihood, candidate_logits, generate_answers
 from ..objectives import exact_match, f1_error, soft_zero_one, text_errors, token_f1, zero_one
 from .item import Item, TextTask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Batch = Mapping[str, Any]
 Objective = Callable[[nn.Module, Batch], Tensor | float]
@@ -34,7 +37,7 @@ class Reader(ABC):
     main: ClassVar[str]
     """Name of the score that decides."""
 
-    def __init__(self, tokenizer: Any, max_length: int = 512) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 512) -> None:
         if max_length < 2:
             raise ValueError(f"`max_length` must be >= 2, got {max_length}")
         if tokenizer.pad_token_id is None:
@@ -42,7 +45,7 @@ class Reader(ABC):
         self.tokenizer, self.max_length = tokenizer, max_length
 
     @abstractmethod
-    def collate(self, items: Sequence[Item]) -> dict[str, Any]:
+    def collate(self, items: Sequence[Item]) -> dict[str, object]:
         """A batch whose first tensor has the items along dimension 0."""
 
     @abstractmethod
@@ -139,7 +142,9 @@ class WordReader(ChoiceReader):
         max_length: most tokens of a prompt.
     """
 
-    def __init__(self, tokenizer: Any, words: Sequence[str], prompt: str = "A film.", max_length: int = 512) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, words: Sequence[str], prompt: str = "A film.", max_length: int = 512
+    ) -> None:
         super().__init__(tokenizer, max_length)
         before, *sequences = self._ids([prompt, *(prompt + word for word in words)])
         self.ids = torch.tensor([ids[-1] for ids in sequences])
@@ -147,7 +152,7 @@ class WordReader(ChoiceReader):
             made = [self.tokenizer.convert_ids_to_tokens(ids) for ids in sequences]
             raise ValueError(f"words {tuple(words)!r} must be different single tokens after {prompt!r}; they make {made}")
 
-    def collate(self, items: Sequence[Item]) -> dict[str, Any]:
+    def collate(self, items: Sequence[Item]) -> dict[str, object]:
         prompts = [self._fitted(ids) for ids in self._ids([item.prompt for item in items])]
         return {**self._left_padded(prompts), "right": self._right(items)}
 
@@ -158,7 +163,7 @@ class WordReader(ChoiceReader):
 class OptionReader(ChoiceReader):
     """Continuations of any length, scored by the average log-likelihood of their tokens, as MeZO's multiple choice."""
 
-    def collate(self, items: Sequence[Item]) -> dict[str, Any]:
+    def collate(self, items: Sequence[Item]) -> dict[str, object]:
         right = self._right(items)
         count, widest = right.shape
         sequences, lengths = [], []
@@ -193,7 +198,7 @@ class MaskReader(ChoiceReader):
         max_length: most tokens of a prompt, which loses its end.
     """
 
-    def __init__(self, tokenizer: Any, words: Sequence[str], max_length: int = 512) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, words: Sequence[str], max_length: int = 512) -> None:
         super().__init__(tokenizer, max_length)
         ids = tokenizer(list(words), add_special_tokens=False)["input_ids"]
         if any(len(word) != 1 or word[0] == tokenizer.unk_token_id for word in ids) or len({word[0] for word in ids}) < len(
@@ -234,7 +239,7 @@ class TextReader(Reader):
 
     main = "f1"
 
-    def __init__(self, tokenizer: Any, max_new_tokens: int = 32, max_length: int = 512) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int = 32, max_length: int = 512) -> None:
         super().__init__(tokenizer, max_length)
         if not 1 <= max_new_tokens <= max_length - 2:
             raise ValueError(
@@ -243,7 +248,7 @@ class TextReader(Reader):
             )
         self.max_new_tokens = max_new_tokens
 
-    def collate(self, items: Sequence[Item]) -> dict[str, Any]:
+    def collate(self, items: Sequence[Item]) -> dict[str, object]:
         prompts = [self._fitted(ids, self.max_new_tokens) for ids in self._ids([item.prompt for item in items])]
         answered = [self._continued(item.prompt, [f" {item.references[0]}\n"]) for item in items]
         taught = self._left_padded([sequences[0] for sequences, _ in answered])
@@ -280,7 +285,7 @@ def _lists(batch: Batch) -> list[list[str]]:
     return [list(references) for references in batch["references"]]
 
 
-def reader_for(task: TextTask, tokenizer: Any, max_length: int = 512) -> Reader:
+def reader_for(task: TextTask, tokenizer: PreTrainedTokenizerBase, max_length: int = 512) -> Reader:
     """The reader of a task's kind; words of several tokens are read as options."""
     if task.kind == "mask":
         return MaskReader(tokenizer, task.words, max_length)

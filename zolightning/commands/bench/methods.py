@@ -22,6 +22,7 @@ from ...probing.objective import loss_value
 from ...space import build_view, expose_scales
 from ...strategy._lightning import Callback, pl
 from ...strategy.strategy import ZOStrategy
+from ...types import Batch
 from .reference_mezo import ReferenceMeZO
 from .workload import Spec, Unavailable, Workload
 
@@ -135,21 +136,21 @@ class _Module(ZOMixin, pl.LightningModule):
         self.model, self.lr = work.shell(), LR
         self._loss = work.loss(self.model)
 
-    def zo_objective(self, batch: Any) -> Tensor:
+    def zo_objective(self, batch: Batch) -> Tensor:
         return self._loss(batch)
 
     def configure_optimizers(self) -> Any:
         return SGD(self.parameters(), lr=self.lr)
 
 
-class _Same(Dataset[Any]):
-    def __init__(self, item: Any) -> None:
+class _Same(Dataset[object]):
+    def __init__(self, item: object) -> None:
         self.item = item
 
     def __len__(self) -> int:
         return 4
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> object:
         return self.item
 
 
@@ -157,7 +158,7 @@ class _Stamps(Callback):
     def __init__(self, device: torch.device) -> None:
         self.device, self.starts = device, list[float]()
 
-    def on_train_batch_start(self, *args: Any) -> None:
+    def on_train_batch_start(self, *args: object) -> None:
         synchronize(self.device)
         self.starts.append(time.perf_counter())
 

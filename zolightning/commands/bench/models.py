@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -100,7 +100,7 @@ def random_model(shape: Shape, dtype: torch.dtype, device: torch.device, length:
     return model.eval()
 
 
-def _config(shape: Shape, positions: int) -> Any:
+def _config(shape: Shape, positions: int) -> object:
     from transformers import LlamaConfig, OPTConfig
 
     common = {

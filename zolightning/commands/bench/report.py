@@ -144,7 +144,7 @@ def _cell(value: float | None, form: str, scale: float) -> str:
     return "–" if value is None else format(value * scale, form)
 
 
-def write_json(path: Path, facts: Mapping[str, Any], rows: Sequence[Row]) -> None:
+def write_json(path: Path, facts: Mapping[str, object], rows: Sequence[Row]) -> None:
     """Everything, with every single time."""
     path.write_text(json.dumps({**facts, "rows": [asdict(r) for r in rows]}, indent=1) + "\n", encoding="utf-8")
 

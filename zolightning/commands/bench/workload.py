@@ -142,7 +142,7 @@ class Workload:
 
         return loss
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[object]:
         """The forward's context: compute in the narrow dtype where the weights are fp32 masters."""
         if self.spec.master is None:
             return nullcontext()

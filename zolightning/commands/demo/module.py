@@ -112,17 +112,17 @@ class PromptData(pl.LightningDataModule):
     def _collate(self, items: Sequence[Encoded]) -> dict[str, Tensor]:
         return collate(items, self.pad_id)
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> DataLoader[object]:
         lengths = [len(item.input_ids) for item in self._train]
         batches = SimilarLengths(lengths, self.batch_size, torch.Generator().manual_seed(self.seed))
         return DataLoader(self._train, batch_sampler=batches, collate_fn=self._collate)  # type: ignore[arg-type]
 
-    def _evaluation(self, items: list[Encoded]) -> DataLoader[Any]:
+    def _evaluation(self, items: list[Encoded]) -> DataLoader[object]:
         by_length = sorted(items, key=lambda item: len(item.input_ids))
         return DataLoader(by_length, 32, collate_fn=self._collate)  # type: ignore[arg-type]
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> DataLoader[object]:
         return self._evaluation(self._validation)
 
-    def test_dataloader(self) -> DataLoader[Any]:
+    def test_dataloader(self) -> DataLoader[object]:
         return self._evaluation(self._test)

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from ...strategy._lightning import Callback, pl
+from ...types import Batch, StepOutput
 from ..console import say
 
 
@@ -21,7 +22,7 @@ class Progress(Callback):
         self._said = time.monotonic()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: StepOutput, batch: Batch, batch_idx: int
     ) -> None:
         step, steps = trainer.global_step, trainer.max_steps
         loss = float(outputs["loss"]) if outputs else float("nan")  # a skipped step has none
@@ -34,12 +35,12 @@ class Progress(Callback):
         self._say(line)
 
     def on_validation_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: StepOutput, batch: Batch, batch_idx: int, *_: object
     ) -> None:
         self._say(f"validation, batch {batch_idx + 1} of {_all(trainer.num_val_batches)}")
 
     def on_test_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: StepOutput, batch: Batch, batch_idx: int, *_: object
     ) -> None:
         self._say(f"test, batch {batch_idx + 1} of {_all(trainer.num_test_batches)}")
 

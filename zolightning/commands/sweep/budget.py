@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from ...probing.batches import batch_examples
 from ...records.monitor import ZOMonitor
 from ...strategy._lightning import Callback, pl
 from ...strategy.strategy import ZOStrategy
+from ...types import Batch, StepOutput
 from ..demo.module import PromptClassifier, PromptData
 
 Clock = Literal["wall", "cpu"]
@@ -76,7 +77,7 @@ class Meter(Callback):
         self._rates = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
         self._validate(trainer, pl_module)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int) -> None:
         factor = (1 + math.cos(math.pi * min(1.0, self.used))) / 2 if self.decay else 1.0
         for optimizer, rates in zip(trainer.optimizers, self._rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -84,7 +85,7 @@ class Meter(Callback):
         self._started, self._wall_started = self.budget.now(), time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: StepOutput, batch: Batch, batch_idx: int
     ) -> None:
         self.seconds += self.budget.now() - self._started
         self.wall_seconds += time.perf_counter() - self._wall_started

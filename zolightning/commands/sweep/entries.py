@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from ..console import pick
 from ..demo.methods import ADAMW, CHECKPOINTED, LORA, REFT, Method
@@ -35,7 +34,7 @@ class Entry:
             raise ValueError(f"`seeds` of {self.method.name} must be >= 1, got {self.seeds}")
 
 
-def _zo(name: str, title: str, *lrs: float, recipe: str | None = None, batch_size: int = 16, **overrides: Any) -> Entry:
+def _zo(name: str, title: str, *lrs: float, recipe: str | None = None, batch_size: int = 16, **overrides: object) -> Entry:
     method = Method(name, title, recipe=recipe or name, batch_size=batch_size, decay=True, overrides=overrides)
     return Entry(method, lrs)
 

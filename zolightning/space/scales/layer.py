@@ -57,7 +57,7 @@ class ScaledLayer(KeepsFloat32, ABC):
 
     @classmethod
     @abstractmethod
-    def stored_scales(cls, layer: Any) -> Tensor:
+    def stored_scales(cls, layer: object) -> Tensor:
         """The layer's scales, in any dtype; ValueError says why they cannot be trained. Changes nothing."""
 
     def adopt(self) -> None:
@@ -75,7 +75,7 @@ class ScaledLayer(KeepsFloat32, ABC):
         compute = lambda scales, x: self.forward_with(scales, x, *args, **kwargs)  # noqa: E731
         return compute_with(self.scales, x, compute, self._parameters.get("bias"))
 
-    def forward_with(self, scales: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward_with(self, scales: Tensor, x: Tensor, *args: object, **kwargs: object) -> Any:
         """The library's forward with these scales, which inside a probe are perturbed."""
         self.use_scales(scales.detach())
         try:
@@ -97,7 +97,7 @@ class ScaledLayer(KeepsFloat32, ABC):
         self.link_scales()
         return self
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: dict[str, object], prefix: str, keep_vars: bool) -> None:
         self.link_scales()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.pop(prefix + "scales")  # they are there under the library's name
@@ -128,7 +128,7 @@ def with_scales(kind: Any, stock: Any) -> type[nn.Module]:
     return type(f"{stock.__name__}WithScales", (kind, stock), {"__module__": kind.__module__})
 
 
-def _empty(kind: Any, stock: Any) -> nn.Module:
+def _empty(kind: object, stock: object) -> nn.Module:
     layer: nn.Module = nn.Module.__new__(with_scales(kind, stock))
     return layer
 

@@ -52,7 +52,7 @@ class ScaledPacked(ScaledLayer):
         finally:
             self._parameters["scales"] = trained
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: dict[str, object], prefix: str, keep_vars: bool) -> None:
         super(ScaledLayer, self)._save_to_state_dict(destination, prefix, keep_vars)
         with torch.no_grad():
             destination[prefix + "scales"] = self._as_stored(self.scales)
@@ -76,7 +76,7 @@ class ScaledAQLM(ScaledPacked):
     def own_layout(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self._swapped(dict(state), "codes")
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: dict[str, object], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         self._swapped(destination, prefix + "codes")
 
