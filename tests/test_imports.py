@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -41,6 +42,14 @@ LOWEST = {"ledger.format", "strategy._lightning"}
 
 UPWARDS: set[tuple[str, str]] = set()
 """What still breaks the order."""
+
+STILL_LONG = {
+    "zolightning/engine/subspace.py find_subspace": 75,
+    "zolightning/offload/store.py": 380,
+    "zolightning/space/leaf.py": 363,
+    "zolightning/strategy/strategy.py": 375,
+}
+"""Files and functions over the limits, with their lines: they may become shorter only."""
 
 LATER = {"offload", "blackbox", "federated"}
 """Rooms that have their place before they are there."""
@@ -150,6 +159,29 @@ def test_the_core_needs_torch_and_little_else() -> None:
 
 def test_few_modules_stand_at_the_root() -> None:
     assert len(list(ROOT.glob("*.py"))) <= 8
+
+
+def test_files_and_functions_are_short() -> None:
+    """At most 350 lines a file and 60 a function, docstring included."""
+    lengths: dict[str, int] = {}
+    for path in (*ROOT.rglob("*.py"), *DASHBOARD.rglob("*.py")):
+        source, name = path.read_text(), path.relative_to(ROOT.parent).as_posix()
+        if (lines := len(source.splitlines())) > 350:
+            lengths[name] = lines
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > 60:
+                    lengths[f"{name} {node.name}"] = lines
+    assert {name: lines for name, lines in lengths.items() if lines > STILL_LONG.get(name, 0)} == {}
+
+
+@pytest.mark.parametrize("package", [ROOT, DASHBOARD], ids=lambda path: path.name)
+def test_few_types_are_left_open(package: Path) -> None:
+    """``Any`` stands at most 15 times in 1,000 lines, imports not counted."""
+    lines = [line for path in package.rglob("*.py") for line in path.read_text().splitlines()]
+    found = sum(len(re.findall(r"\bAny\b", line)) for line in lines if not line.startswith(("from ", "import ")))
+    assert 1000 * found <= 15 * len(lines)
 
 
 def test_the_dashboard_imports_nothing_of_the_plugin() -> None:

@@ -17,6 +17,9 @@ StepOutput: TypeAlias = Any
 Forward: TypeAlias = Callable[[Batch], StepOutput]
 """The user's step: it evaluates the batch that it is given."""
 
+StateDict: TypeAlias = dict[str, Any]
+"""A checkpoint, or the part of it that one object keeps: values that ``torch.save`` takes, by name."""
+
 Operation: TypeAlias = Callable[..., Any]
 """A function of PyTorch's, as a function mode sees it called."""
 

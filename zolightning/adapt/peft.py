@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from .._answers import needs
 
 NAME = "virtual_tokens"
 """Of the submodule that :func:`prefix` and :func:`prompt` add to the model's decoder."""
+
+Kwargs: TypeAlias = dict[str, Any]
+"""The arguments of a decoder's call, by name."""
 
 
 def lora(model: nn.Module, r: int = 8, alpha: float = 16.0, targets: Sequence[str] | None = None) -> nn.Module:
@@ -98,10 +101,10 @@ class _VirtualTokens(nn.Module, ABC):
     count: int
 
     @abstractmethod
-    def put(self, body: nn.Module, kwargs: dict[str, Any]) -> None:
+    def put(self, body: nn.Module, kwargs: Kwargs) -> None:
         """Into the arguments of a sequence's first call, whose mask and positions count the tokens already."""
 
-    def before(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def before(self, body: nn.Module, args: tuple[object, ...], kwargs: Kwargs) -> tuple[tuple[object, ...], Kwargs]:
         kwargs = {**dict(zip(("input_ids",), args, strict=False)), **kwargs}
         ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
         if ids is None or len(args) > 1:
@@ -119,7 +122,7 @@ class _VirtualTokens(nn.Module, ABC):
             self.put(body, kwargs)
         return (), kwargs
 
-    def after(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def after(self, body: nn.Module, args: tuple[object, ...], kwargs: Kwargs, output: Any) -> Any:
         if kwargs.get("inputs_embeds") is not None:  # outputs are those of the real tokens
             output.last_hidden_state = output.last_hidden_state[:, self.count :]
         return output
@@ -134,7 +137,7 @@ class _Prefix(_VirtualTokens):
         self.keys = nn.ParameterList([nn.Parameter(key.clone()) for key, _ in layers])
         self.values = nn.ParameterList([nn.Parameter(value.clone()) for _, value in layers])
 
-    def put(self, body: Any, kwargs: dict[str, Any]) -> None:
+    def put(self, body: Any, kwargs: Kwargs) -> None:
         from transformers import DynamicCache
 
         if kwargs.get("past_key_values") is None:
@@ -153,7 +156,7 @@ class _Prompt(_VirtualTokens):
         self.count = len(embeddings)
         self.embeddings = nn.Parameter(embeddings.clone())
 
-    def put(self, body: Any, kwargs: dict[str, Any]) -> None:
+    def put(self, body: Any, kwargs: Kwargs) -> None:
         ids = kwargs.pop("input_ids")
         shown = self.embeddings.unsqueeze(0).expand(len(ids), -1, -1)
         kwargs["inputs_embeds"] = torch.cat([shown, body.get_input_embeddings()(ids)], 1)

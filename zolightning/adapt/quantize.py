@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, get_args
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -13,6 +14,9 @@ from .._answers import needs
 from ..space.adapters import adapter_names
 from ..space.scales.layer import is_a
 from .matmul import dtype_of_products
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 Kind = Literal["nf4", "fp4", "int8"]
 _DEVICES = ("cpu", "cuda", "xpu")
@@ -93,7 +97,7 @@ def _check_layer(name: str, layer: Any, kind: Kind) -> None:
         )
 
 
-def _note(model: Any, config: Any, kind: Kind, skip: Sequence[str]) -> None:
+def _note(model: PreTrainedModel, config: BitsAndBytesConfig, kind: Kind, skip: Sequence[str]) -> None:
     """Write the quantisation into a Hugging Face model's config, with the names of the layers that were left out."""
     left = {name for name, layer in model.named_modules() if _convertible(layer)}
     config.llm_int8_skip_modules = sorted(left | ({"lm_head"} & set(skip)))  # the head too that only an outer model has
@@ -151,7 +155,9 @@ def skipped(name: str, skip: Iterable[str]) -> bool:
     return any(f".{part}." in f".{name}." for part in skip)
 
 
-def _quantized(bnb: Any, layer: Any, kind: Kind, double: bool, compute_dtype: torch.dtype | None, backprop: bool) -> nn.Module:
+def _quantized(
+    bnb: ModuleType, layer: Any, kind: Kind, double: bool, compute_dtype: torch.dtype | None, backprop: bool
+) -> nn.Module:
     weight = layer.weight.data
     if not isinstance(layer, nn.Linear):
         weight = weight.T.contiguous()  # Conv1D's is (in, out)
@@ -169,7 +175,7 @@ def _quantized(bnb: Any, layer: Any, kind: Kind, double: bool, compute_dtype: to
     return new.train(layer.training)  # type: ignore[no-any-return]
 
 
-def _pretrained(module: nn.Module) -> list[Any]:
+def _pretrained(module: nn.Module) -> list[PreTrainedModel]:
     """The Hugging Face models in it; the outer one where one is a part of another."""
     from transformers import PreTrainedModel
 
@@ -178,7 +184,7 @@ def _pretrained(module: nn.Module) -> list[Any]:
     return [model for child in module.children() for model in _pretrained(child)]
 
 
-def _config(model: Any, kind: Kind, double: bool, compute_dtype: torch.dtype | None) -> Any:
+def _config(model: PreTrainedModel, kind: Kind, double: bool, compute_dtype: torch.dtype | None) -> BitsAndBytesConfig:
     """The quantisation in transformers' terms; ValueError where the model's config says something else already."""
     from transformers import BitsAndBytesConfig
 

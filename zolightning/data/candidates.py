@@ -1,7 +1,7 @@
 """Score a few candidate next tokens without computing the logits of the whole vocabulary."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..types import Batch
+
 # Per model: whether candidate rows of the output embedding give the model's own logits.
 _rows_suffice: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 
 
-def candidate_logits(model: nn.Module, batch: Mapping[str, object], candidate_ids: Tensor) -> Tensor:
+def candidate_logits(model: nn.Module, batch: Batch, candidate_ids: Tensor) -> Tensor:
     """Return float32 logits (batch, candidates) of `candidate_ids` as the token after each prompt.
 
     `model` is a Hugging Face causal language model; `batch` holds left-padded input_ids and
@@ -26,7 +28,7 @@ def candidate_logits(model: nn.Module, batch: Mapping[str, object], candidate_id
     return score(model, batch, candidate_ids)
 
 
-def rows_suffice(model: nn.Module, batch: Mapping[str, Any], candidate_ids: Tensor) -> bool:
+def rows_suffice(model: nn.Module, batch: Batch, candidate_ids: Tensor) -> bool:
     """Return whether the output embedding, applied to the body's last states, gives the model's own logits.
 
     Compared on the first batch's first sequence, at `candidate_ids`, and remembered.
@@ -38,7 +40,7 @@ def rows_suffice(model: nn.Module, batch: Mapping[str, Any], candidate_ids: Tens
     return _rows_suffice[model] and _has_plain_head(model)
 
 
-def _row_logits(model: nn.Module, batch: Mapping[str, Any], candidate_ids: Tensor) -> Tensor:
+def _row_logits(model: nn.Module, batch: Batch, candidate_ids: Tensor) -> Tensor:
     body = _body(model)
     last = body(**model_inputs(body, batch)).last_hidden_state[:, -1]
     head = _head(model)
@@ -48,7 +50,7 @@ def _row_logits(model: nn.Module, batch: Mapping[str, Any], candidate_ids: Tenso
         return F.linear(last.float(), head.weight[rows].float(), bias)
 
 
-def _full_logits(model: nn.Module, batch: Mapping[str, object], candidate_ids: Tensor) -> Tensor:
+def _full_logits(model: nn.Module, batch: Batch, candidate_ids: Tensor) -> Tensor:
     last_only = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
     with contiguous_states(model):
         logits: Tensor = model(**model_inputs(model, batch), **last_only).logits
@@ -64,7 +66,7 @@ def _head(model: Any) -> Any:
     return model.get_output_embeddings()
 
 
-def model_inputs(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+def model_inputs(module: nn.Module, batch: Batch) -> dict[str, Any]:
     """Return the arguments of `module` for a left-padded batch, or one whose text :func:`~.text_cache.encode_text` encoded."""
     ids, mask = batch["input_ids"], batch["attention_mask"]
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
@@ -75,7 +77,7 @@ def model_inputs(module: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     return inputs
 
 
-def text_cache(batch: Mapping[str, Any]) -> Any:
+def text_cache(batch: Batch) -> Any:
     """Return a new cache of the keys and values of an encoded text: a forward adds the last tokens to it."""
     from transformers import DynamicCache
 
@@ -96,7 +98,7 @@ def _has_plain_head(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _agrees(model: nn.Module, batch: Mapping[str, Any], candidate_ids: Tensor) -> bool:
+def _agrees(model: nn.Module, batch: Batch, candidate_ids: Tensor) -> bool:
     # a function mode that is active now, such as a probe of perturbed weights, is not the model's doing
     with evaluating(model), torch._C.DisableTorchFunction():
         try:

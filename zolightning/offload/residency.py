@@ -6,13 +6,14 @@ its shape: code that gets past PyTorch's function protocol computes NaN, not wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from ..space.operations import METADATA, write_targets
+from ..space.operations import METADATA, Args, Kwargs, Types, write_targets
+from ..types import Operation
 from .entry import Entry
 from .files import OffloadError
 from .store import Store
@@ -31,7 +32,7 @@ class StoredParameter(nn.Parameter):
     store: Store
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(cls, func: Operation, types: Types, args: Args = (), kwargs: Kwargs | None = None) -> object:
         kwargs = kwargs or {}
         if func in _ANSWERS:
             return _ANSWERS[func](*args, **kwargs)
@@ -44,7 +45,7 @@ class StoredParameter(nn.Parameter):
         weights = {id(p): tensor for p, tensor in zip(wanted, tensors, strict=True)}
         return func(*_replaced(args, weights), **{k: _replaced(v, weights) for k, v in kwargs.items()})
 
-    def __deepcopy__(self, memo: Any) -> Any:
+    def __deepcopy__(self, memo: object) -> NoReturn:
         raise OffloadError(
             f"{self.entry.name!r} is offloaded, and a copy of its module would need all weights in memory; keep averages and "
             "copies of weights only where they fit, without offload"
@@ -86,7 +87,7 @@ def stored(parameters: Iterable[Tensor]) -> list[StoredParameter]:
     return [p for p in parameters if isinstance(p, StoredParameter)]
 
 
-def _stored(values: Iterable[Any]) -> list[StoredParameter]:
+def _stored(values: Iterable[object]) -> list[StoredParameter]:
     found: dict[int, StoredParameter] = {}
     for value in values:
         if isinstance(value, StoredParameter):
@@ -103,7 +104,7 @@ def _replaced(value: Any, weights: dict[int, Tensor]) -> Any:
     return weights.get(id(value), value) if isinstance(value, StoredParameter) else value
 
 
-def _refuse_write(func: Any, args: Any, kwargs: Any) -> None:
+def _refuse_write(func: Operation, args: Args, kwargs: Kwargs) -> None:
     if written := _stored(write_targets(func, args, kwargs)):
         raise OffloadError(
             f"`{getattr(func, '__name__', func)}` writes to {written[0].entry.name!r}, whose weights are offloaded; "
@@ -143,7 +144,7 @@ def _set_data(parameter: StoredParameter, value: Any) -> None:
         )
 
 
-_ANSWERS: dict[Any, Callable[..., Any]] = {
+_ANSWERS: dict[object, Operation] = {
     _T.is_contiguous: lambda parameter, *args, **kwargs: True,
     _T.stride: _contiguous_strides,
     _T.untyped_storage: _own_storage,  # who compares addresses, or counts memory, looks at it

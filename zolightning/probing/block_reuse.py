@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ..space import View, blocks
+from ..space.operations import Args, Kwargs
+from ..types import Operation
 
 _PLAIN = (type(None), bool, int, float, str)
 
@@ -112,7 +114,7 @@ class Reuse:
         with self._instead(self._skip if self._usable else None):
             yield
 
-    def _watch(self, index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _watch(self, index: int, forward: Operation, args: Args, kwargs: Kwargs) -> object:
         inputs = (args, kwargs)
         if index != self._next:
             self._usable = False  # another order, or a second pass
@@ -126,7 +128,7 @@ class Reuse:
             self._output = _copy(output) if self._usable else None
         return output
 
-    def _skip(self, index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _skip(self, index: int, forward: Operation, args: Args, kwargs: Kwargs) -> object:
         if index == 0:
             self.reused = _same(self._input, (args, kwargs))
         return _copy(self._output) if self.reused else forward(*args, **kwargs)
@@ -137,11 +139,11 @@ class Reuse:
         return [*states, torch.cuda.get_rng_state(self._device)] if self._device.type == "cuda" else states
 
     @contextmanager
-    def _instead(self, call: Callable[[int, Callable[..., object], object, object], object] | None) -> Iterator[None]:
+    def _instead(self, call: Callable[[int, Operation, Args, Kwargs], object] | None) -> Iterator[None]:
         """Have each block's forward go through ``call``; restored whatever happens."""
         own = [block.__dict__.get("forward") for block in self._blocks]
 
-        def through(index: int, forward: Callable[..., object]) -> Callable[..., object]:
+        def through(index: int, forward: Operation) -> Operation:
             return lambda *args, **kwargs: call(index, forward, args, kwargs)  # type: ignore[misc]
 
         try:

@@ -18,16 +18,17 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from ..types import StateDict
 from .state import DEPTH, MISSING, Kept, Slot, attributes, modules
 from .writes import Writes, seen
 
 _ALWAYS = 1 << 20  # bytes; a larger buffer (quantised weights, masks) is watched only if the first forward changes it
 
 
-def rng_state(device: torch.device) -> dict[str, Any]:
+def rng_state(device: torch.device) -> StateDict:
     """Every generator that a forward on ``device`` may draw from, in types that a safe checkpoint holds."""
     kind, keys, *rest = np.random.get_state(legacy=True)
-    state: dict[str, Any] = {
+    state: StateDict = {
         "torch": torch.get_rng_state(),
         "numpy": [str(kind), torch.from_numpy(keys.astype(np.int64)), *rest],  # type: ignore[union-attr]
         "python": random.getstate(),
@@ -39,7 +40,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
     return state
 
 
-def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+def set_rng_state(state: StateDict, device: torch.device) -> None:
     """Restore the result of :func:`rng_state`."""
     torch.set_rng_state(state["torch"])
     kind, keys, *rest = state["numpy"]
@@ -185,7 +186,7 @@ class Probes:
 
     def __init__(self, isolation: Isolation, everywhere: bool) -> None:
         self._isolation, self._everywhere = isolation, everywhere
-        self._rng: dict[str, Any] | None = None
+        self._rng: StateDict | None = None
         self._before: dict[Slot, Kept] = {}
         self._after: dict[Slot, Kept] = {}
         self.count = 0

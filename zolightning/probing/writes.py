@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..space.operations import METADATA, write_targets
+from ..space.operations import METADATA, Args, Kwargs, Types, write_targets
 from ..space.view import compiled_regions
+from ..types import Operation
 from .state import Kept, Slot, modules
 
 
@@ -34,7 +33,7 @@ class Writes(TorchFunctionMode):
                     self._slots.setdefault(place, []).append(Slot(owner, part._parameters, name))
         self.kept: dict[Slot, Kept] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Operation, types: Types, args: Args = (), kwargs: Kwargs | None = None) -> object:
         kwargs = kwargs or {}
         for target in write_targets(func, args, kwargs):
             for tensor in target if isinstance(target, (list, tuple)) else (target,):

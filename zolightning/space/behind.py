@@ -9,16 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..types import Operation
 from .compute import compute_with
 from .linked import DIFFERENTIATES, linked
-from .operations import METADATA
+from .operations import METADATA, Args, Kwargs, Types
 from .probe import reads, refuse_write, substituted
 
 _OF_THE_MEMORY = frozenset(
@@ -43,7 +44,7 @@ class Stored(TorchFunctionMode):
         super().__init__()
         self._hidden = hidden
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Operation, types: Types, args: Args = (), kwargs: Kwargs | None = None) -> object:
         kwargs = kwargs or {}
         if not reads(self._hidden, args) and not reads(self._hidden, kwargs.values()):
             return func(*args, **kwargs)
@@ -60,7 +61,7 @@ class Stored(TorchFunctionMode):
             args[1:2] = [v.clone() for v in args[1:2]]  # it renormalises the rows that it reads, in place
         return func(*args, **kwargs)
 
-    def _weight(self, parameter: Any) -> Tensor:
+    def _weight(self, parameter: Tensor) -> Tensor:
         return linked(parameter, self._hidden[id(parameter)].weight)
 
 

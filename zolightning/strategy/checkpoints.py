@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection
 
 from torch import nn
 
@@ -11,12 +10,13 @@ from ..engine.session import Session
 from ..ledger import LedgerError, PendingLedger, Position
 from ..methods.optimizers import OPTIMIZERS
 from ..offload import OffloadError
+from ..types import StateDict
 from ._lightning import MisconfigurationException, rank_zero_warn
 from .ledger_io import STATE, slim
 
 
 def saved(
-    checkpoint: dict[str, Any],
+    checkpoint: StateDict,
     session: Session,
     ledger: PendingLedger,
     module: nn.Module,
@@ -24,7 +24,7 @@ def saved(
     positions: bool,
     away: Collection[str] = (),
     warn: Callable[[str], None],
-) -> dict[str, Any]:
+) -> StateDict:
     """The checkpoint with the session's part; with a position in the ledger in place of the weights, where wanted.
 
     Args:
@@ -73,7 +73,7 @@ def _position(ledger: PendingLedger, warn: Callable[[str], None] | None) -> dict
         return None
 
 
-def restored(checkpoint: Mapping[str, Any], session: Session, ledger: PendingLedger) -> dict[str, Any] | None:
+def restored(checkpoint: StateDict, session: Session, ledger: PendingLedger) -> StateDict | None:
     """Have the session go on from a checkpoint; the generators' state that it holds, or None when it is not ours."""
     states, state = checkpoint["optimizer_states"], checkpoint.get(STATE)
     before, now = state["config"].get("optimizer") if state is not None else "module", session.config.optimizer
@@ -89,11 +89,11 @@ def restored(checkpoint: Mapping[str, Any], session: Session, ledger: PendingLed
     position = state.get("ledger")
     # the ledger's steps rest on the state of another rule, which this optimizer does not take over
     ledger.resumed = None if position is None or another else Position(**position)
-    rng: dict[str, Any] = state["rng"]
+    rng: StateDict = state["rng"]
     return rng
 
 
-def check_whole(checkpoint: Mapping[str, Any], path: str) -> None:
+def check_whole(checkpoint: StateDict, path: str) -> None:
     """Refuse one that holds a position in place of weights."""
     if checkpoint.get(STATE, {}).get("replayed") is not None:
         raise MisconfigurationException(

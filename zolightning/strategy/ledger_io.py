@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ledger import Claim, Ledger, LedgerError, base_path, claim, load_base, locate, replay
+from ..types import StateDict
 from ._lightning import CheckpointIO, ModelCheckpoint, TorchCheckpointIO, _WrappingCheckpointIO, pl, rank_zero_warn
 
 STATE = "zolightning"
@@ -73,8 +74,8 @@ class LedgerCheckpointIO(TorchCheckpointIO):
     with an optimizer that cannot be replayed, or after other code changed a parameter, holds all weights.
     """
 
-    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        checkpoint: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> StateDict:
+        checkpoint: StateDict = super().load_checkpoint(path, *args, **kwargs)
         replayed = checkpoint.get(STATE, {}).pop("replayed", None)
         if replayed is None:
             return checkpoint
@@ -100,11 +101,11 @@ def keeps_positions(io: CheckpointIO | None) -> bool:
 
 
 def slim(
-    checkpoint: Mapping[str, Any],
+    checkpoint: StateDict,
     position: Mapping[str, str],
     parameters: Mapping[str, Tensor],
     slots: Mapping[int, Collection[int]],
-) -> dict[str, Any]:
+) -> StateDict:
     """The checkpoint without the state that its position in the ledger gives, as LedgerCheckpointIO reads it.
 
     Args:

@@ -14,6 +14,7 @@ from ..engine.deferred import Deferred
 from ..engine.updates import Apply, apply_update
 from ..ledger import PendingLedger, Replayed, replay
 from ..offload import DiskTier, Offload, OffloadError, StoredParameter, attach, left_in_memory, move, resume, stored
+from ..types import StateDict
 from ._lightning import CheckpointIO, pl, rank_zero_info, rank_zero_warn
 from .ledger_io import STATE, find_ledger, keeps_positions, run_folder
 
@@ -33,7 +34,7 @@ class InMemory:
     def begin(self, ledger: PendingLedger) -> None:
         """A fit is about to take its first step, which goes into this ledger."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """The module's, as far as it is in memory."""
         return self._module.state_dict()
 
@@ -44,7 +45,7 @@ class InMemory:
         """Bring the module to a checkpoint."""
         self._module.load_state_dict(checkpoint["state_dict"], strict=strict)
 
-    def optimizer_states(self, states: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def optimizer_states(self, states: list[StateDict]) -> list[StateDict]:
         """A checkpoint's, with all of the state of weights in memory."""
         return states
 
@@ -89,7 +90,7 @@ class Offloading(InMemory):
         self.apply = Deferred(self.store, lambda: ledger.mark)
         self.store.start()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         state = self._module.state_dict(keep_vars=True)
         here = {key: value for key, value in state.items() if not isinstance(value, StoredParameter)}
         return {key: value.detach() if isinstance(value, Tensor) else value for key, value in here.items()}
@@ -143,7 +144,7 @@ class Offloading(InMemory):
         for name, before in self.store.vectors.items():
             self._module.get_parameter(name).copy_(before)
 
-    def optimizer_states(self, states: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def optimizer_states(self, states: list[StateDict]) -> list[StateDict]:
         """A checkpoint's, with the state of the weights in memory as the replay left it."""
         if self._replayed is None:
             return states

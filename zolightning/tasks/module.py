@@ -15,6 +15,7 @@ from .._answers import did_you_mean
 from ..data import SimilarLengths
 from ..mixin import ZOMixin
 from ..strategy._lightning import pl
+from ..types import Batch
 from .item import Item
 from .reader import Objective, Reader
 from .rows import TaskSplits
@@ -64,7 +65,7 @@ class TaskModule(ZOMixin, pl.LightningModule):
     def test_step(self, batch: dict[str, object], batch_idx: int) -> None:
         self._score(batch, "test")
 
-    def _score(self, batch: dict[str, Any], stage: str) -> None:
+    def _score(self, batch: Batch, stage: str) -> None:
         values = {f"{stage}/{name}": value.mean() for name, value in self.reader.evaluate(self.model, batch).items()}
         self.log_dict(values, batch_size=len(batch["input_ids"]), on_epoch=True, prog_bar=stage == "val")
 

@@ -66,13 +66,15 @@ def count_flops(running: Running) -> int:
     return int(counter.get_total_flops())
 
 
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
     """Two products, counted like PyTorch's counter does: also what a causal mask leaves out."""
     batch, heads, length, width = query
-    return 2 * batch * heads * length * key[2] * (width + value[3])  # type: ignore[no-any-return]
+    return 2 * batch * heads * length * key[2] * (width + value[3])
 
 
-def _attention_backward_flops(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> int:
+def _attention_backward_flops(
+    _: object, query: torch.Size, key: torch.Size, value: torch.Size, *__: object, **___: object
+) -> int:
     """The scores again, and the gradients of both products: five products for the forward's two."""
     return _attention_flops(query, key, value) * 5 // 2
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from ...blackbox.control_vectors import ControlVectors
@@ -13,6 +11,7 @@ from ...data import Encoded, PromptTemplate, Splits
 from ...data.model import default_gguf
 from ...data.text import Example
 from ...records.memory import rss
+from ...types import Batch
 from .methods import Method
 from .module import MakeOptimizer, PromptClassifier, PromptData
 
@@ -30,12 +29,12 @@ class EngineClassifier(PromptClassifier):
         super().__init__(model, model.numbers["vectors"].new_zeros(0), make_optimizer, decay_steps)
         self.outside = outside
 
-    def forward(self, batch: dict[str, Any]) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """Logits (B, labels), float32."""
         logits: Tensor = self.model(batch)
         return logits
 
-    def zo_prepare(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+    def zo_prepare(self, batch: dict[str, Tensor]) -> Batch:
         return {**self.model.prepare(batch)}  # type: ignore[operator]  # another mapping: the encoding counts as a forward
 
 

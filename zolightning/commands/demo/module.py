@@ -16,6 +16,7 @@ from ...adapt.interventions import idle, intervene, interventions
 from ...data import Encoded, SimilarLengths, candidate_logits, collate, common_ending, encode_text
 from ...mixin import ZOMixin
 from ...strategy._lightning import pl
+from ...types import Batch
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 
@@ -40,11 +41,11 @@ class PromptClassifier(ZOMixin, pl.LightningModule):
         self.make_optimizer, self.decay_steps = make_optimizer, decay_steps
         self.register_buffer("candidate_ids", candidate_ids, persistent=False)
 
-    def forward(self, batch: dict[str, Any]) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """Logits (B, labels), float32."""
         return candidate_logits(self.model, batch, self.candidate_ids)
 
-    def zo_prepare(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+    def zo_prepare(self, batch: dict[str, Tensor]) -> Batch:
         """Where the model has interventions and is frozen else: the text before them encoded, once for all probes."""
         made = interventions(self.model)
         vectors = {id(one.vectors) for one in made}
@@ -53,7 +54,7 @@ class PromptClassifier(ZOMixin, pl.LightningModule):
         with idle(made):
             return encode_text(self.model, batch, made[0].positions) or batch
 
-    def zo_objective(self, batch: dict[str, Any]) -> Tensor:
+    def zo_objective(self, batch: Batch) -> Tensor:
         return F.cross_entropy(self(batch), batch["labels"], reduction="none")
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...types import StateDict
 from .layer import ScaledLayer, is_a
 
 _READ_EACH_TIME = {  # (package, module, class)
@@ -80,7 +81,7 @@ class ScaledAQLM(ScaledPacked):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         self._swapped(destination, prefix + "codes")
 
-    def _swapped(self, state: dict[str, Any], key: str) -> dict[str, Any]:
+    def _swapped(self, state: StateDict, key: str) -> StateDict:
         codes: Any = self.codes
         if key in state and self.gemv_op is not None and self.codebook_size == 256 and codes.device.type == "cpu":
             state[key] = state[key].transpose(0, 1).contiguous()
