@@ -164,7 +164,7 @@ def _loss(run: Run, series: ReadSeries) -> Finding:
     tenth = max(2, len(finite) // 10)
     begin, end = float(finite[:tenth].mean()), float(finite[-tenth:].mean())
     noise = float(finite[:tenth].std() + finite[-tenth:].std()) / math.sqrt(tenth)
-    seen = f"It went from {words.number(begin)} to {words.number(end)}"
+    seen = f"It changed from {words.number(begin)} to {words.number(end)}"
     if end < begin - noise:
         return Finding("Loss", "good", f"{seen}: it falls.")
     if end > begin + max(2 * noise, 0.05 * abs(begin)):

@@ -57,10 +57,9 @@ def change(**fields: Any) -> View:
     return current()
 
 
-def settle(**fields: Any) -> View:
+def settle(**fields: Any) -> None:
     """Replace fields of the view from elsewhere than the widgets that show them: all of these begin anew."""
     st.session_state[_KEPT] = replace(_kept(), view=replace(current(), **fields), edition=_kept().edition + 1)
-    return current()
 
 
 def keep() -> None:
@@ -83,6 +82,11 @@ def new_board() -> None:
 def widget(name: str) -> str:
     """A widget's key: a new one after the view came from elsewhere, so that the widget begins with it."""
     return f"{name}-{_kept().edition}"
+
+
+def edition() -> int:
+    """Grows with each change that all widgets must begin anew from."""
+    return _kept().edition
 
 
 def keep_pages(pages: Mapping[str, StreamlitPage]) -> None:

@@ -50,7 +50,7 @@ def sidebar(scene: Scene, shown_store: str) -> View:
             REPORT,
             "Report",
             shown_store,
-            "One HTML file with the selected runs: what they cost and gave, their parameters and their curves. It needs no "
+            "One HTML file with the selected runs: their costs and results, their parameters and their curves. It needs no "
             "server and no network.",
         )
     return view

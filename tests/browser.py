@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page, WebSocket, WebSocketRoute
 
 LAUNCHER = Path(__file__).parents[1] / "dashboard" / "launch.py"
+PATIENCE = 120.0
+"""Seconds until a wait fails: a machine that does much else is slow, and a wait that succeeds costs nothing."""
+
 BOARD = "board0-1"
 """The name of the first set of charts of a session."""
 
@@ -31,12 +34,16 @@ _DRAWN = """count => {
   const charts = [...document.querySelectorAll("[data-testid='zo-chart']")];
   return charts.length >= count && charts.every((one) => one.dataset.points > 0);
 }"""
+# a moment is also so many looks, since a busy machine gives a page few
 _SETTLED = """board => {
   const ended = document.querySelector("[data-testid='stApp'][data-test-script-state='notRunning']");
-  const idle = ended && globalThis.zo && !document.querySelector(".zo-early");
-  const now = idle ? JSON.stringify(zo.charts(board).map((one) => [one.id, one.mounts])) : performance.now();
-  if (now !== window.settling?.state) window.settling = { state: now, since: performance.now() };
-  return performance.now() - window.settling.since > 400;
+  const coming = document.querySelector(".zo-early, [data-testid='stSkeleton'], [data-stale='true']");
+  const idle = ended && globalThis.zo && document.querySelector(".zo-run") && !coming;
+  const parts = () => [zo.charts(board).map((one) => [one.id, one.mounts]), document.querySelectorAll("[data-testid]").length];
+  const now = idle ? JSON.stringify(parts()) : performance.now();
+  if (now !== window.settling?.state) window.settling = { state: now, since: performance.now(), looks: 0 };
+  window.settling.looks += 1;
+  return performance.now() - window.settling.since > 400 && window.settling.looks > 10;
 }"""
 
 
@@ -102,7 +109,7 @@ def started(command: Sequence[str], log: Path, port: int = 0) -> Iterator[Server
         )  # fmt: skip
     try:
         server = Server(process.pid, port, f"http://127.0.0.1:{port}", log)
-        patience = time.monotonic() + 120
+        patience = time.monotonic() + PATIENCE
         while not server.answers():
             if process.poll() is not None or time.monotonic() > patience:
                 raise RuntimeError(f"the server did not start:\n{log.read_text()}")
@@ -205,13 +212,13 @@ class SlowLine:
             self._page_end.send(message)
 
 
-def wait_drawn(page: Page, count: int = 1, seconds: float = 60) -> None:
+def wait_drawn(page: Page, count: int = 1, seconds: float = PATIENCE) -> None:
     """Until so many charts are there and all have points."""
     page.wait_for_function(_DRAWN, arg=count, timeout=1000 * seconds)
 
 
-def wait_settled(page: Page, seconds: float = 60) -> None:
-    """Until the script has run, and no chart was made anew for a moment."""
+def wait_settled(page: Page, seconds: float = PATIENCE) -> None:
+    """Until the script has run, and for a moment no part of the page came or went and no chart was made anew."""
     page.wait_for_function(_SETTLED, arg=BOARD, timeout=1000 * seconds)
 
 

@@ -1,10 +1,15 @@
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job's; Ctrl-C is to reach tests and their children
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -30,3 +35,21 @@ def _one_thread_and_seed() -> None:
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs leave their files where they are started."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")  # while it is open no test of this process can have an event loop of its own
+def browser() -> "Iterator[Browser]":
+    """Headless Chromium; each visit has its own cookies and caches."""
+    from browser import open_browser
+
+    with open_browser(["--host-resolver-rules=MAP rebound.example 127.0.0.1"]) as found:
+        yield found
+
+
+@pytest.fixture
+def page(browser: "Browser") -> "Iterator[Page]":
+    """A page of 1400 × 900; whatever goes wrong on it fails the test."""
+    from dashboard_page import visit
+
+    with visit(browser) as found:
+        yield found

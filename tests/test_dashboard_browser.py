@@ -12,9 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,23 @@ import pytest
 pytest.importorskip("streamlit", reason="the dashboard's packages are not installed")
 pytest.importorskip("playwright", reason="the browser tests need Playwright: pip install playwright")
 
-from browser import BOARD, Server, Traffic, charts, find_chromium, open_browser, serve, wait_drawn, wait_settled
+from browser import BOARD, Server, Traffic, charts, serve, wait_drawn, wait_settled
+from dashboard_page import (
+    PAGES,
+    START,
+    address,
+    chip,
+    drag,
+    listed,
+    needs_chromium,
+    run_id,
+    ticked,
+    toggle,
+    uri,
+    visit,
+    wait_equal,
+    wait_until,
+)
 from dashboard_stores import history, log, make_store
 from mlflow import MlflowClient
 from PIL import Image
@@ -32,15 +47,11 @@ from PIL import Image
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Page
 
-pytestmark = [
-    pytest.mark.integration,
-    pytest.mark.skipif(find_chromium() is None, reason="no Chromium found: apt-get install chromium"),
-]
+pytestmark = [pytest.mark.integration, needs_chromium]
 
-PAGES = ("overview", "runs", "curves", "memory", "tradeoffs", "sweep", "health", "diff", "run")
 STEPS = 6000  # more than a training takes while these tests run
-START = 1_700_000_000_000
 TICKS = 10
+_LINE = "([board, line, points]) => zo.charts(board).find((one) => one.id === 'train/loss')?.lines[line] > points"
 BLOWN_UP = {40: math.nan, 41: math.nan, 50: math.inf, 55: -math.inf}
 HOSTILE = (
     "<script>window.owned = 1; alert(1)</script>",
@@ -59,10 +70,6 @@ HOSTILE = (
 STRANGE_PARAM = "a_long/param name." + "y" * 200
 
 # ---- stores ------------------------------------------------------------------------------------------------------------
-
-
-def uri(path: Path) -> str:
-    return f"sqlite:///{path}"
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +125,6 @@ def quiet(folder: Path) -> Path:
     return path
 
 
-def run_id(store: Path, name: str) -> str:
-    client = MlflowClient(uri(store))
-    experiments = [one.experiment_id for one in client.search_experiments()]
-    return next(run.info.run_id for run in client.search_runs(experiments) if run.info.run_name == name)
-
-
 class Training:
     """A program that trains with zolightning, and logs to the busy store until it is ended."""
 
@@ -148,7 +149,7 @@ class Training:
                 return self.steps() > 10
             return False
 
-        wait_until(started, 120)
+        wait_until(started)
 
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
@@ -173,13 +174,6 @@ def training(busy: Path, started: list[Training]) -> Training:
     return started[-1]
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    patience = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < patience, f"nothing came of {condition.__qualname__} within {seconds} s"
-        time.sleep(0.2)
-
-
 # ---- servers and pages -------------------------------------------------------------------------------------------------
 
 
@@ -193,98 +187,6 @@ def busy_server(busy: Path, started: list[Training]) -> Iterator[Server]:
 def quiet_server(quiet: Path) -> Iterator[Server]:
     with serve(uri(quiet), quiet.with_suffix(".server")) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with open_browser(["--host-resolver-rules=MAP rebound.example 127.0.0.1"]) as found:
-        yield found
-
-
-@dataclass
-class Watched:
-    """A page, and all that should not happen on it."""
-
-    page: Page
-    trouble: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        page = self.page
-        page.on("pageerror", lambda error: self.trouble.append(f"error {error}"))
-        page.on("dialog", self._dialog)
-        page.on("console", self._said)
-        page.on("response", self._answered)
-        page.on("request", self._asked)
-
-    def _dialog(self, dialog: Any) -> None:
-        self.trouble.append(f"dialog {dialog.message}")
-        dialog.dismiss()
-
-    def _said(self, message: Any) -> None:
-        if message.type == "error" and not message.text.startswith("Failed to load resource"):  # its response tells more
-            self.trouble.append(message.text)
-
-    def _answered(self, response: Any) -> None:
-        # opened at /curves, Streamlit first looks for its server below that
-        if response.status >= 400 and not re.search(r":\d+/\w+/_stcore/", response.url):
-            self.trouble.append(f"{response.status} {response.url}")
-
-    def _asked(self, request: Any) -> None:
-        if re.match(r"https?://(?!127\.0\.0\.1:)", request.url):
-            self.trouble.append(f"asked {request.url}")
-
-
-@contextmanager
-def visit(browser: Browser, size: tuple[int, int] = (1400, 900), dark: bool = False) -> Iterator[Page]:
-    """A page in a browser without a history; whatever goes wrong on it fails the test."""
-    context = browser.new_context(
-        viewport={"width": size[0], "height": size[1]}, color_scheme="dark" if dark else "light", accept_downloads=True
-    )
-    context.set_default_timeout(60_000)
-    try:
-        page = context.new_page()
-        watched = Watched(page)
-        yield page
-        assert page.get_by_test_id("stException").count() == 0
-        assert not watched.trouble
-    finally:
-        context.close()
-
-
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    with visit(browser) as found:
-        yield found
-
-
-def drag(page: Page, key: str, start: float, end: float) -> None:
-    """Select a range of x, given as shares of the chart's width."""
-    over = page.locator(f"[data-key='{key}'] .u-over")
-    width = over.evaluate("one => one.clientWidth")
-    over.hover(position={"x": start * width, "y": 60})
-    page.mouse.down()
-    over.hover(position={"x": end * width, "y": 70})
-    page.mouse.up()
-
-
-def address(server: Server, which: str) -> str:
-    return f"{server.url}/{'' if which == 'overview' else which}"
-
-
-def chip(page: Page, run: str) -> Any:
-    return page.locator(f".zo-chip[data-id='{run}']")
-
-
-def listed(page: Page, name: str) -> Any:
-    return page.locator(".zo-run", has=page.get_by_text(name, exact=True))
-
-
-def ticked(page: Page) -> set[str]:
-    return set(page.locator(".zo-run", has=page.locator("input:checked")).locator(".zo-name").all_inner_texts())
-
-
-def toggle(page: Page, label: str) -> Any:
-    return page.get_by_test_id("stCheckbox").filter(has_text=label)
 
 
 def looks(page: Page) -> dict[str, Any]:
@@ -309,6 +211,13 @@ def shot(page: Page) -> np.ndarray[Any, Any]:
     return np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("RGB"))
 
 
+def inked(page: Page) -> float:
+    """The share of the page's main part that is not paper."""
+    picture = shot(page)
+    paper = np.median(picture.reshape(-1, 3), 0)
+    return float((np.abs(picture[120:, 350:] - paper).max(-1) > 40).mean())
+
+
 # ---- live, to share and to keep ----------------------------------------------------------------------------------------
 
 
@@ -319,7 +228,7 @@ def test_new_points_are_shown(page: Page, busy_server: Server, busy: Path) -> No
     wait_drawn(page)
     for step in (2, 3):
         log(client, run, "probe", [(step, time.time_ns() // 1_000_000, float(step))])
-        page.wait_for_function("([board, step]) => zo.charts(board)[0].last === step", arg=[BOARD, step])
+        page.wait_for_function("([board, step]) => zo.charts(board)[0]?.last === step", arg=[BOARD, step])
     chart = charts(page)["probe"]
     assert chart["points"] == 3
     assert chart["mounts"] == 1
@@ -336,7 +245,7 @@ def test_a_page_that_is_built_anew_keeps_its_charts(page: Page, busy_server: Ser
     wait_settled(page)
     built = len(traffic.runs)
     log(client, run, "new", [(1, time.time_ns() // 1_000_000, 1.0)])
-    wait_until(lambda: not page.wait_for_timeout(200) and len(traffic.runs) > built)
+    wait_until(lambda: len(traffic.runs) > built, page)
     listed(page, "adamw").locator("input").check()  # has no such metric: a chip, no line
     chip(page, run_id(busy, "adamw")).wait_for()
     wait_settled(page)
@@ -391,14 +300,12 @@ def test_the_address_brings_the_view_back(page: Page, browser: Browser, busy_ser
     page.reload()
     wait_drawn(page, 2)
     wait_settled(page)
-    wait_until(lambda: len(looks(page)["toggles"]) == len(before["toggles"]))  # on a busy machine they come after the charts
-    assert looks(page) == before
+    wait_equal(page, lambda: looks(page), before)
     with visit(browser, (1400, 900)) as other:
         other.goto(page.url)
         wait_drawn(other, 2)
         wait_settled(other)
-        wait_until(lambda: len(looks(other)["toggles"]) == len(before["toggles"]))
-        assert looks(other) == before
+        wait_equal(other, lambda: looks(other), before)
 
 
 def test_what_is_taken_away_is_what_is_shown(page: Page, busy_server: Server, busy: Path, tmp_path: Path) -> None:
@@ -483,17 +390,13 @@ def test_the_budget_is_dragged_and_a_device_far_above_does_not_flatten_the_lines
     page.get_by_text(re.compile(r"10 of 13 runs fit into 10\.\d GiB")).wait_for()
 
 
-@pytest.mark.parametrize("which", PAGES)
-def test_text_from_outside_stays_text(which: str, page: Page, quiet_server: Server) -> None:
-    page.goto(address(quiet_server, which))
-    wait_settled(page)
-    page.locator(".zo-run").first.wait_for()
+def assert_text_stays_text(page: Page, which: str) -> None:
+    """What names, parameters and tags of the store try to be on a page, they are not."""
     shown = page.locator(".zo-run .zo-name").all_text_contents()
     for name in HOSTILE:
         verbatim = name if len(name) <= 80 else name[:79]
         assert any(verbatim in one for one in shown), name
     if which in ("curves", "memory", "diff"):
-        wait_drawn(page)
         page.locator(".zo-chip").first.hover()
         chips = "\n".join(page.locator(".zo-chip .zo-name").all_text_contents())
         assert all(name in chips for name in HOSTILE if len(name) <= 40)
@@ -509,7 +412,9 @@ def contents(store: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_every_page_draws_and_leaves_the_store_alone(dark: bool, browser: Browser, quiet_server: Server, quiet: Path) -> None:
+def test_every_page_draws_text_as_text_and_leaves_the_store_alone(
+    dark: bool, browser: Browser, quiet_server: Server, quiet: Path
+) -> None:
     before = contents(quiet)
     with visit(browser, dark=dark) as page:
         for which in PAGES:
@@ -517,19 +422,13 @@ def test_every_page_draws_and_leaves_the_store_alone(dark: bool, browser: Browse
             wait_settled(page)
             if which in ("curves", "memory", "diff"):
                 wait_drawn(page)
-            page.get_by_test_id("stSkeleton").first.wait_for(state="detached")
-            for _ in range(40):  # a busy machine draws late
-                page.wait_for_timeout(300)
-                picture = shot(page)
-                paper = np.median(picture.reshape(-1, 3), 0)
-                inked = (np.abs(picture[120:, 350:] - paper).max(-1) > 40).mean()
-                if inked > 0.01 or page.get_by_test_id("stAlertContentInfo").count():
-                    break
-            told = page.get_by_test_id("stAlertContentInfo").count()  # these runs have no parameter to sweep
-            assert inked > 0.01 or (which == "sweep" and told), f"{which} is blank"
+            if not (which == "sweep" and page.get_by_test_id("stAlertContentInfo").count()):  # no parameter to sweep
+                wait_until(lambda: inked(page) > 0.01, page)
+            paper = np.median(shot(page).reshape(-1, 3), 0)
             assert (paper < 60).all() if dark else (paper > 200).all()
             assert page.get_by_test_id("stException").count() == 0
             assert page.get_by_test_id("stAlertContentError").count() == 0
+            assert_text_stays_text(page, which)
     assert contents(quiet) == before
 
 
@@ -594,7 +493,7 @@ def test_ten_ticks_of_new_points_undo_nothing(page: Page, busy_server: Server, t
     chip(page, run_id(training.store, "zo-1")).click()
     listed(page, "adamw").locator("input").uncheck()
     page.locator(".zo-filter").fill("o")
-    page.wait_for_url(re.compile("without=.*hidden="))
+    page.wait_for_url(re.compile("filter=o&.*without=.*hidden="))
     wait_settled(page)
     drag(page, "train/loss", 0.02, 0.9)
     page.wait_for_url(re.compile("zoom="))
@@ -608,14 +507,14 @@ def test_ten_ticks_of_new_points_undo_nothing(page: Page, busy_server: Server, t
     assert scrolled == 150
     begin, points, steps = len(traffic.ticks), charts(page)["train/loss"]["lines"][live], training.steps()
 
-    wait_until(lambda: not page.wait_for_timeout(500) and len(traffic.ticks) - begin >= TICKS, 120)
+    wait_until(lambda: len(traffic.ticks) - begin >= TICKS, page)
+    wait_until(lambda: training.steps() > steps, page)
 
-    assert training.steps() > steps
     assert looks(page) == before
     assert main.evaluate("one => one.scrollTop") == scrolled
     assert page.locator(".zo-filter").input_value() == "o"
     after = charts(page)
-    assert after["train/loss"]["lines"][live] > points
+    page.wait_for_function(_LINE, arg=[BOARD, live, points])
     assert {key: one["mounts"] for key, one in after.items()} == mounts
 
 
@@ -629,19 +528,19 @@ def test_pause_stops_and_resumes(page: Page, busy_server: Server, training: Trai
     page.wait_for_url(re.compile("live=0"))
     wait_settled(page)
     last, ticks, steps = charts(page)["train/loss"]["last"], len(traffic.ticks), training.steps()
-    page.wait_for_timeout(5000)
-    assert training.steps() > steps
+    page.wait_for_timeout(5000)  # two ticks and a half
+    wait_until(lambda: training.steps() > steps, page)
     assert charts(page)["train/loss"]["last"] == last
     assert len(traffic.ticks) == ticks
     toggle(page, "Live").click()
-    page.wait_for_function("([board, last]) => zo.charts(board)[0].last > last", arg=[BOARD, last])
+    page.wait_for_function("([board, last]) => zo.charts(board)[0]?.last > last", arg=[BOARD, last])
 
 
 def test_a_killed_training_is_shown_as_killed(page: Page, busy_server: Server, training: Training) -> None:
     page.goto(busy_server.url)
     state = listed(page, training.name).locator(".zo-status")
     page.locator(".zo-card", has_text=training.name).wait_for()
-    assert state.inner_text() == "live"
+    state.filter(has_text="live").wait_for()
     pid = training.process.pid
     training.kill()
     listed(page, training.name).locator(".zo-status", has_text="killed").wait_for()

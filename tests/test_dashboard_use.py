@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,17 +22,29 @@ import pytest
 pytest.importorskip("streamlit", reason="the dashboard's packages are not installed")
 pytest.importorskip("playwright", reason="the browser tests need Playwright: pip install playwright")
 
-from browser import Server, SlowLine, charts, find_chromium, open_browser, serve, wait_drawn, wait_settled
+from browser import Server, SlowLine, charts, serve, wait_drawn, wait_settled
+from dashboard_page import (
+    PAGES,
+    START,
+    address,
+    chip,
+    listed,
+    needs_chromium,
+    run_id,
+    ticked,
+    toggle,
+    uri,
+    visit,
+    wait_equal,
+    wait_until,
+)
 from dashboard_stores import log, make_store
-from test_dashboard_browser import PAGES, START, address, chip, listed, run_id, ticked, toggle, uri, visit, wait_until
+from zolightning_dashboard.embed import embed
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-pytestmark = [
-    pytest.mark.integration,
-    pytest.mark.skipif(find_chromium() is None, reason="no Chromium found: apt-get install chromium"),
-]
+pytestmark = [pytest.mark.integration, needs_chromium]
 
 RATES = ("1e-4", "1e-3", "1e-2")
 
@@ -64,18 +85,6 @@ def server(store: Path) -> Iterator[Server]:
         yield found
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with open_browser() as found:
-        yield found
-
-
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    with visit(browser) as found:
-        yield found
-
-
 # ---- the filter --------------------------------------------------------------------------------------------------------
 
 
@@ -96,8 +105,8 @@ def test_the_filter_follows_each_key_and_is_kept_in_the_address(page: Page, brow
         other.goto(page.url)
         wait_drawn(other)
         wait_settled(other)
-        assert shown(other) == shown(page)
-        assert len(charts(other)["train/loss"]["lines"]) == 2
+        wait_equal(other, lambda: shown(other), {"zo 1e-4", "zo 1e-3"})
+        wait_equal(other, lambda: len(charts(other)["train/loss"]["lines"]), 2)
     page.locator(".zo-filter").fill("/(/")
     page.get_by_text("is no regular expression").wait_for()
     page.locator(".zo-filter").fill("")
@@ -278,15 +287,166 @@ def axe() -> str:
 
 
 @pytest.mark.parametrize(("size", "dark"), [((1400, 900), False), ((390, 844), True)], ids=["wide, light", "narrow, dark"])
-def test_axe_finds_nothing(size: tuple[int, int], dark: bool, browser: Browser, server: Server, axe: str) -> None:
+def test_every_page_by_axe_and_by_keyboard(
+    size: tuple[int, int], dark: bool, browser: Browser, server: Server, axe: str
+) -> None:
     found: dict[str, Any] = {}
     with visit(browser, size, dark) as page:
         for which in PAGES:
             page.goto(address(server, which))
             wait_settled(page)
-            page.get_by_test_id("stSkeleton").first.wait_for(state="detached")
-            page.wait_for_function("!document.querySelector('[data-stale=true]')")
             page.wait_for_timeout(1000)  # what was stale fades in
             page.evaluate(axe)
             found[which] = page.evaluate(_AXE)
+            if not dark:
+                assert_tab_reaches_all(page, which)
     assert {which: one for which, one in found.items() if one} == {}
+
+
+# all that can be clicked or typed into, but what lies in a group of which Tab enters one part only, and what is folded away
+_OPERABLE = """() => {
+  const all = document.querySelectorAll("button, a[href], input, select, textarea, summary, [tabindex='0']");
+  const inside = "[role=radiogroup], [role=tablist], [data-baseweb='select'], [data-testid='stDataFrame'], [aria-hidden=true]";
+  const shown = (one) => one.checkVisibility({ visibilityProperty: true, opacityProperty: true }) && one.tabIndex >= 0;
+  const apart = (one) => !one.disabled && !one.closest(inside) && !one.matches("iframe, section");
+  const there = [...all].filter((one) => shown(one) && apart(one));
+  window.unreached = new Set(there);
+  document.addEventListener("focusin", (e) => { for (let at = e.target; at; at = at.parentElement) unreached.delete(at); });
+  document.activeElement?.blur();
+  return there.length;
+}"""
+
+
+def assert_tab_reaches_all(page: Page, which: str) -> None:
+    """Tab comes to everything that a pointer can operate, and each place shows that it has the focus."""
+    count = page.evaluate(_OPERABLE)
+    assert count > 10
+    for _ in range(3 * count):
+        page.keyboard.press("Tab")
+        if not page.evaluate("unreached.size"):
+            return
+    assert page.evaluate("[...unreached].map((one) => one.outerHTML.slice(0, 200))") == [], which
+
+
+# ---- a run's page, and buttons of tables ---------------------------------------------------------------------------------
+
+
+def test_a_run_s_page_shows_its_note_its_ledger_and_its_samples(page: Page, server: Server, store: Path) -> None:
+    run = run_id(store, "zo 1e-3")
+    page.goto(f"{server.url}/run?run={run[:10]}")
+    page.get_by_text("Ledger /runs/ledger.zo, logged up to step 100").wait_for()
+    code = page.get_by_test_id("stCode")
+    code.filter(has_text=f"zolightning replay {run} --step 100 --out step-100 --store sqlite:///").wait_for()
+    page.get_by_role("spinbutton", name="Step").fill("42")
+    page.get_by_role("spinbutton", name="Step").press("Enter")
+    code.filter(has_text=f"zolightning replay {run} --step 42 --out step-42").wait_for()
+    page.goto(f"{server.url}/run?run={run_id(store, 'zo 1e-2')[:10]}")
+    page.get_by_text("The **best** so far").wait_for()
+    code.filter(has_text="the film was great").wait_for()
+    page.goto(f"{server.url}/run?run={run_id(store, 'adamw 1e-2')[:10]}")
+    page.get_by_text("It left none.").wait_for()
+    assert page.get_by_text("Back to a step").count() == 0
+    page.get_by_role("button", name="Its curves").click()
+    page.wait_for_url(re.compile(f"/curves.*runs={run_id(store, 'adamw 1e-2')[:10]}"))
+
+
+def tick_row(page: Page, row: int) -> None:
+    """Tick a row of the page's first table: its cells are drawn, and are no elements."""
+    box = page.get_by_test_id("stDataFrame").first.bounding_box()
+    assert box is not None
+    page.mouse.click(box["x"] + 15, box["y"] + 35 * (row + 1.5))
+
+
+def test_rows_of_the_table_of_runs_are_pinned_and_selected(page: Page, server: Server) -> None:
+    page.goto(f"{server.url}/runs?live=0")
+    wait_settled(page)
+    tick_row(page, 1)
+    page.get_by_role("button", name="Pin", exact=True).click()
+    page.wait_for_url(re.compile("pinned="))
+    page.get_by_text("Others: 5").wait_for()
+    wait_settled(page)
+    tick_row(page, 0)
+    page.get_by_role("button", name="Only these").click()
+    page.wait_for_url(re.compile("runs="))
+    wait_until(lambda: len(ticked(page)) == 1, page)
+    wait_settled(page)
+    tick_row(page, 0)
+    page.get_by_role("button", name="Unpin").click()
+    page.wait_for_url(lambda url: "pinned=" not in url)
+    assert len(ticked(page)) == 1
+
+
+# ---- axes, news, frames --------------------------------------------------------------------------------------------------
+
+
+def test_a_logarithmic_axis_is_labelled_at_whole_decades(page: Page, server: Server) -> None:
+    page.goto(f"{server.url}/curves?key=train/loss&key=memory/peak&log=1")
+    wait_drawn(page, 2)
+    wait_settled(page)
+    shown = charts(page)
+    assert shown["train/loss"]["y"] == [pytest.approx(0.01), pytest.approx(10)]  # from 0.01 to 1.5
+    assert shown["train/loss"]["labels"] == ["0.01", "0.1", "1", "10"]
+    assert shown["memory/peak"]["labels"] == ["1", "2", "5", "10"]  # GiB; from 1 to 4
+
+
+_ASIDE = """() => {
+  Object.defineProperty(document, "hidden", { get: () => window.aside !== false, configurable: true });
+  window.told = [];
+  const Real = Notification;
+  window.Notification = class extends Real { constructor(title, options) { super(title, options); told.push(options.body); } };
+}"""
+
+
+def test_ends_and_failures_are_told_in_the_title_and_by_the_browser(browser: Browser, tmp_path: Path) -> None:
+    path = tmp_path / "news.db"
+    client = make_store(path)
+    now = time.time_ns() // 1_000_000
+    gone = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    tags = {"zo.host": socket.gethostname(), "zo.heartbeat": str(now / 1000 + 10**6)}
+    runs = {
+        name: client.create_run("0", run_name=name, tags={**tags, **more}).info.run_id
+        for name, more in (("ends", {}), ("blows up", {}), ("dies", {"zo.pid": str(gone.pid)}))
+    }
+    for run in runs.values():
+        log(client, run, "train/loss", [(s, now, 1 / s) for s in range(1, 10)])
+    with serve(uri(path), tmp_path / "server.log") as server, visit(browser) as page:
+        page.context.grant_permissions(["notifications"])
+        page.goto(server.url)
+        wait_until(lambda: page.locator(".zo-status[data-status=live]").count() >= 3, page)
+        page.evaluate(_ASIDE)
+        page.get_by_role("button", name="Notify me").click()
+        page.get_by_role("button", name="Notifies of").wait_for()
+        news: dict[str, Callable[[], object]] = {
+            "ends has finished": lambda: client.set_terminated(runs["ends"], "FINISHED"),
+            "blows up has diverged": lambda: log(client, runs["blows up"], "train/loss", [(10, now, math.nan)]),
+            "dies was killed": lambda: (gone.kill(), gone.wait()),
+        }
+        for count, (text, happens) in enumerate(news.items(), 1):
+            happens()
+            page.locator(".zo-news", has_text=text).wait_for()
+            page.wait_for_function("n => document.title.startsWith(`(${n}) `)", arg=count)
+            assert page.evaluate("told.at(-1)") == text
+        page.evaluate("window.aside = false; document.dispatchEvent(new Event('visibilitychange'))")
+        page.wait_for_function("!/^\\(/.test(document.title)")
+
+
+def test_a_notebook_frames_a_page(page: Page, server: Server, tmp_path: Path) -> None:
+    with serve_folder(tmp_path) as notebook:
+        (tmp_path / "cell.html").write_text(embed("curves", url=server.url, keys=("train/loss",), filter="zo")._repr_html_())
+        page.goto(f"{notebook}/cell.html")
+        frame = page.frame_locator("iframe")
+        frame.locator(".zo-chart canvas").first.wait_for()
+        frame.locator(".zo-runs[data-shown='3']").wait_for()
+
+
+@contextmanager
+def serve_folder(folder: Path) -> Iterator[str]:
+    """A web server of the folder, as a notebook's is beside the dashboard's."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=str(folder))) as found:
+        thread = threading.Thread(target=found.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{found.server_port}"
+        finally:
+            found.shutdown()
+            thread.join()

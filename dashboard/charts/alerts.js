@@ -14,6 +14,8 @@ class Alerts {
       if (!document.hidden) this.unseen = 0;
       this.entitle();
     });
+    this.titles = new MutationObserver(() => this.entitle()); // Streamlit sets its own
+    this.titles.observe(document.head, { subtree: true, childList: true, characterData: true });
     this.dress();
   }
 
@@ -28,12 +30,13 @@ class Alerts {
       if (document.hidden) this.unseen += ended.length;
       if (this.on) new Notification("zolightning", { body: said.slice(0, 300), tag: "zolightning" });
     }
-    setTimeout(() => this.entitle(), 300); // after Streamlit has set its own title
+    this.entitle();
   }
 
   entitle() {
     const plain = document.title.replace(/^\(\d+\) /, "");
-    document.title = this.unseen ? `(${this.unseen}) ${plain}` : plain;
+    const wanted = this.unseen ? `(${this.unseen}) ${plain}` : plain;
+    if (document.title !== wanted) document.title = wanted;
   }
 
   get on() {

@@ -219,7 +219,9 @@ globalThis.zo ??= {
 
   alerts(c) {
     if (!mounted.has(c.parentElement)) mounted.set(c.parentElement, new Alerts(c.parentElement));
-    mounted.get(c.parentElement).configure(c.data);
+    const alerts = mounted.get(c.parentElement);
+    alerts.configure(c.data);
+    return () => alerts.titles.disconnect();
   },
 
   cards(c) {

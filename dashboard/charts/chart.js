@@ -127,7 +127,7 @@ class Chart {
       },
       axes: [
         { ...axis, size: 34, label: this.options.x.label, labelSize: 16, labelGap: -4, labelFont: "12px sans-serif", ...(time ? { incrs: TIME_STEPS } : {}), values: (u, v) => v.map((one) => (time ? duration(one) : tickLabel(one, gap(v)))) },
-        { ...axis, size: (u, labels) => 14 + 7 * Math.max(3, ...(labels ?? []).map((l) => (l ?? "").length)), values: (u, v) => this.yLabels(v) },
+        { ...axis, size: (u, labels) => 14 + 7 * Math.max(3, ...(labels ?? []).map((l) => (l ?? "").length)), values: (u, v) => this.yLabels(v), ...(this.options.log ? { splits: (u, i, low, high) => decades(low, high), filter: (u, v) => v } : {}) },
       ],
       series: [{}, ...series],
       bands,
@@ -145,13 +145,13 @@ class Chart {
     const levels = this.options.rules.filter(near).map((r) => r.y * factor).filter((y) => Number.isFinite(y));
     if (low === null && !levels.length) return this.options.log ? [0.1, 10] : [0, 1];
     const [least, most] = [Math.min(low ?? Infinity, ...levels), Math.max(high ?? -Infinity, ...levels)];
-    if (this.options.log) return uPlot.rangeLog(least, most, 10, true);
+    if (this.options.log) return wholeDecades(least, most);
     return uPlot.rangeNum(this.options.zero ? Math.min(0, least) : least, most, { min: { pad: 0.06, soft: 0, mode: 3 }, max: { pad: 0.06, soft: 0, mode: 3 } });
   }
 
   yLabels(values) {
-    if (!this.options.log) return values.map((v) => tickLabel(v, gap(values)));
-    return values.map((v) => (v > 0 && Math.abs(Math.log10(v) % 1) < 1e-9 ? tickLabel(v, v) : ""));
+    this.labels = values.map((v) => tickLabel(v, this.options.log ? v : gap(values)));
+    return this.labels;
   }
 
   // What may change between two drawings without a new plot.
@@ -219,7 +219,7 @@ class Chart {
     const { x, y } = this.u.scales;
     const drawn = this.names.map((n) => [n.join(" "), this.aligned.columns.get(n.join("\n")).filter((v) => v != null)]);
     const lines = Object.fromEntries(drawn.map(([name, y]) => [name, y.length])), newest = Object.fromEntries(drawn.map(([name, y]) => [name, y.length ? y.at(-1) / this.scale.factor : undefined]));
-    return { id: this.options.id, range: [x.min, x.max], y: [y.min, y.max], last: this.aligned.x.at(-1), points: this.aligned.points, lines, newest, marks: this.marks, counts: this.counts, unit: this.scale.unit, mounts: this.mounts, ms: this.ms };
+    return { id: this.options.id, range: [x.min, x.max], y: [y.min, y.max], labels: this.labels, last: this.aligned.x.at(-1), points: this.aligned.points, lines, newest, marks: this.marks, counts: this.counts, unit: this.scale.unit, mounts: this.mounts, ms: this.ms };
   }
 
   destroy() {
@@ -227,6 +227,23 @@ class Chart {
     this.u?.destroy();
     this.root.remove();
   }
+}
+
+// The decades around the values, one at least.
+function wholeDecades(least, most) {
+  if (!(least > 0)) return [0.1, 10];
+  const low = Math.floor(Math.log10(least) + 1e-6), high = Math.ceil(Math.log10(most) - 1e-6);
+  return [10 ** low, 10 ** Math.max(high, low + 1)];
+}
+
+// Where a logarithmic axis has lines: at each decade, or at every second, third, … where there are many; at 2 and 5 too where
+// there are few.
+function decades(low, high) {
+  const [from, to] = [Math.ceil(Math.log10(low) - 1e-6), Math.floor(Math.log10(high) + 1e-6)], every = Math.ceil((to - from + 1) / 8);
+  const found = [];
+  for (let power = from; power <= to; power += every)
+    for (const part of to - from <= 2 ? [1, 2, 5] : [1]) if (part * 10 ** power <= high * 1.000001) found.push(Number(`${part}e${power}`));
+  return found;
 }
 
 const gap = (values) => (values.length > 1 ? Math.abs(values[1] - values[0]) : Math.abs(values[0]) || 1);

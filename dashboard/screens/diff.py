@@ -26,7 +26,7 @@ def render(scene: Scene) -> None:
     runs = scene.shown(current())[:_MOST_RUNS]
     if len(runs) < 2:
         st.info(
-            "Select two or more runs in the sidebar: this page shows what they were set to differently, beside their curves."
+            "Select two or more runs in the sidebar. This page shows the parameters in which they differ, and their curves."
         )
         return
     if len(scene.shown(current())) > _MOST_RUNS:

@@ -21,7 +21,7 @@ from .tables import table_height
 _CHARTS = (GRAD, *KEYS[1:6])
 _WORDS: Mapping[Verdict, str] = {"good": "well", "watch": "worth a look", "bad": "not well", "unknown": "nothing known"}
 _TONES: Mapping[Verdict, str] = {"good": "good", "watch": "warn", "bad": "bad", "unknown": "plain"}
-_ELSEWHERE = ("comm/", "ranks/", "clients/", "federated/", "offload/", "tiers/")
+_ELSEWHERE = ("parallel/", "ranks/", "rank/", "comm/", "clients/", "client/", "federated/", "offload/", "tiers/")
 """Beginnings of metrics of training that is spread over ranks, clients, or tiers of memory."""
 
 

@@ -81,7 +81,7 @@ def _budget(peaks: Sequence[float]) -> float:
     lowest = 0.1
     st.session_state.setdefault(key, max(lowest, round(begin / size, 1)))  # not the slider's value: a dragged line sets it too
     chosen: float = st.slider(
-        "Budget: what your device has",
+        "Budget: the memory of your device",
         min_value=lowest,
         max_value=float(most / size),
         step=0.1,
@@ -171,7 +171,7 @@ def _fits(scene: Scene, runs: Sequence[Run], budget: float, view: View) -> None:
             "fits": st.column_config.TextColumn("Fits", help="Its peak is within the budget."),
             "peak": number(f"Peak {unit_name}", "The most memory that training needed at any moment."),
             "used": st.column_config.ProgressColumn("Of the budget", format="percent", min_value=0, max_value=1),
-            "left": number(f"Left {unit_name}", "What the budget has beyond the peak; negative: what is missing."),
+            "left": number(f"Left {unit_name}", "The budget minus the peak. A negative number is missing memory."),
             "quality": number((text.plain(key, 30) if key else "Quality") + (" %" if share else ""), "The best value."),
         },
     )

@@ -24,9 +24,9 @@ from .tables import number, table_height, with_nan
 _MOST_CARDS = 6
 _GOING = ("live", "diverged", "stale")
 _AGAINST_BACKPROP = (
-    "Zeroth-order (ZO) training learns from the loss of forward passes alone. It keeps no gradients, no activations and no "
-    "optimizer state, so it needs little more memory than inference; it pays with time, and often with quality. Each method "
-    "stands beside the backprop run of the same task that came to the best quality, up to where the shorter of them came."
+    "Zeroth-order (ZO) training learns only from the losses of forward passes. It keeps no gradients, no activations and no "
+    "optimizer state, so it needs little more memory than inference. It costs time, and often quality. Each method is "
+    "compared with the backprop run of the same task that reached the best quality, at the length of the shorter of the two."
 )
 _EXPLAINED = {
     "memory": "Peak memory of training against the baseline's.",

@@ -14,7 +14,7 @@ from ..charts.live import Rule
 from ..downloads import File, link
 from ..glossary import meaning
 from ..scene import Scene, every, look
-from ..session import board, change, current, keep, new_board, widget
+from ..session import board, change, current, edition, keep, new_board, widget
 from ..source import SourceError
 from ..spent import EQUAL
 from ..view import AXES, View
@@ -28,16 +28,18 @@ def follow(scene: Scene, draw: Callable[[Scene], None]) -> None:
         scene: the store as the page was built from it.
         draw: the part of the page that changes; called with a newer look.
     """
-    turns = 0
+    turns, built = 0, edition()
 
     @st.fragment(run_every=every(scene, current()))
     def tick() -> None:
         nonlocal turns
         turns += 1
+        if edition() != built:  # a button of this part has changed the view
+            st.rerun()
         try:
             fresh = scene if turns == 1 else look(scene.store, current().experiments)
         except SourceError as error:
-            st.warning(f"The store cannot be read now; what you see is older. {text.code(str(error))}")
+            st.warning(f"The store cannot be read now, and the page shows an older state. {text.code(str(error))}")
             fresh = scene
         if fresh.outline != scene.outline or fresh.live != scene.live:
             st.rerun()
@@ -156,7 +158,7 @@ def choose_comparison(scene: Scene) -> View:
             format_func=EQUAL.__getitem__,
             key=widget("equal"),
             width=260,
-            help="Methods are compared as they were when both had done the same: as much as the shorter of the two runs did. "
+            help="Two methods are compared at the same amount of work, which is that of the shorter of the two runs. "
             "A backprop step counts as one forward pass and costs about three.",
         )
         baseline = st.selectbox(
@@ -173,7 +175,7 @@ def choose_comparison(scene: Scene) -> View:
 
 
 def choose_grouping() -> View:
-    """Whether runs that differ in their seed alone are one line, one dot, one row."""
+    """Whether runs that differ only in their seed are one line, one dot, one row."""
     group = st.toggle(
         "Mean over seeds",
         current().group,

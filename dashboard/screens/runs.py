@@ -42,7 +42,7 @@ def _choose_columns(scene: Scene, shown: Sequence[Run]) -> list[Column]:
         [one.id for one in options],
         begin,
         format_func=lambda id_: found.label if (found := column(id_)) else id_,
-        placeholder="The usual ones: what differs, and what came of it",
+        placeholder="The usual ones: differing parameters, and results",
         key=widget("columns"),
     )
     change(columns=tuple(chosen))
@@ -131,28 +131,25 @@ def _config(one: Column, found: Sequence[Cell]) -> Any:
 
 def _actions(scene: Scene, view: View, picked: Sequence[Run]) -> None:
     """What can be done with the rows that are ticked."""
-    ids = [run.id for run in picked]
+    ids = tuple(run.id for run in picked)
     with st.container(horizontal=True, gap="small"):
         if not ids:
             st.caption("Tick rows to pin them, to look at only these, or to take them away.")
             return
-        if st.button("Only these", help="Select only these runs, on all pages."):
-            _settle(runs=tuple(ids), without=())
-        if st.button("Take away", help="Select all but these runs."):
-            _settle(runs=tuple(run.id for run in scene.shown(view) if run.id not in set(ids)))
+        st.button(
+            "Only these", help="Select only these runs, on all pages.", on_click=settle, kwargs={"runs": ids, "without": ()}
+        )
+        others = tuple(run.id for run in scene.shown(view) if run.id not in set(ids))
+        st.button("Take away", help="Select all but these runs.", on_click=settle, kwargs={"runs": others})
         if all(view.pins(id_) for id_ in ids):
-            if st.button("Unpin"):
-                _settle(pinned=tuple(run.id for run in scene.runs if view.pins(run.id) and run.id not in set(ids)))
-        elif st.button("Pin", help="Keep these rows above the others."):
-            _settle(pinned=(*view.pinned, *(id_ for id_ in ids if not view.pins(id_))))
-        if st.button("Open", help="The page of the first of them."):
+            left = tuple(run.id for run in scene.runs if view.pins(run.id) and run.id not in set(ids))
+            st.button("Unpin", help="Put these rows back among the others.", on_click=settle, kwargs={"pinned": left})
+        else:
+            pinned = (*view.pinned, *(id_ for id_ in ids if not view.pins(id_)))
+            st.button("Pin", help="Keep these rows above the others.", on_click=settle, kwargs={"pinned": pinned})
+        if st.button("Open", help="Show the page of the first of them."):
             change(run=ids[0])
             go_to("run")
-
-
-def _settle(**fields: tuple[str, ...]) -> None:
-    settle(**fields)
-    st.rerun()
 
 
 def _csv(

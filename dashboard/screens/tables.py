@@ -58,7 +58,7 @@ def best_and_last(scene: Scene, runs: Sequence[Run], key: str, at: int | None) -
             "run": st.column_config.TextColumn("Run"),
             "best": number("Best", f"The {_WAYS[better]} finite value."),
             "best at": number("best at", "The step at which it was reached first.", whole=True),
-            "last": number("Last", "The last value that was logged, whatever it is."),
+            "last": number("Last", "The last value that was logged, also where it is not finite."),
             "last at": number("last at", "The step at which it was logged.", whole=True),
             "at step": number("At step" if at is None else f"At step {at:,}", "The last value logged at that step or before."),
             "points": number("Points", "How many were logged.", whole=True),

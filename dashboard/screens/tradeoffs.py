@@ -131,7 +131,7 @@ def _choose_target(found: Sequence[Result], key: str) -> float:
         step,
         key=widget(f"target-{key}"),
         width=330,
-        help="The quality to reach. The table says what each run had spent when it was first there.",
+        help="The quality to reach. The table shows the cost of each run up to the step that first reached it.",
     )
     if not math.isclose(target, round(begin / step) * step):
         change(target=target)
