@@ -94,6 +94,7 @@ def make_model(folder: Path, layers: int) -> None:
     for name, shape in shapes.items():
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at := at + 2 * shape.numel()]}
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # as the library writes it: weights begin on their boundaries
     generator = torch.Generator().manual_seed(7)
     with (folder / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
@@ -110,7 +111,8 @@ def make_model(folder: Path, layers: int) -> None:
 class Fit:
     """A few steps of a row on the model of a folder."""
 
-    def __init__(self, row: Row, folder: Path, work: Path, tokens: int) -> None:
+    def __init__(self, row: Row, folder: Path, work: Path, tokens: int, limit: bool = False) -> None:
+        self.limit = limit
         import transformers
 
         torch.manual_seed(0)
@@ -129,7 +131,7 @@ class Fit:
         trained = [p for p in self.model.parameters() if p.requires_grad]
         extra = {"apply": Deferred(self.store)} if self.store is not None else {}
         self.session = Session(self.model, SGD(trained, lr=1e-6), config, repeatable=row.one_batch, **extra)
-        if self.store is not None:
+        if self.store is not None and not self.limit:
             self.store.start()
 
     def step(self, number: int) -> None:
@@ -178,10 +180,11 @@ def measure(row: Row, folder: Path, work: Path, steps: int) -> dict[str, Any]:
         warm_up(row, Path(tiny))
     before, data = status("VmRSS"), status("VmData")
     Path("/proc/self/clear_refs").write_text("5")
-    fit = Fit(row, folder, work, tokens=4)
+    fit = Fit(row, folder, work, tokens=4, limit=row.offload)
     pool = fit.store.pool if fit.store is not None else 0
     if fit.store is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (data + pool + SPARE,) * 2)
+        fit.store.start()
     moved, waited, seconds = [], [], []
     for number in range(steps):
         fit.step(number)

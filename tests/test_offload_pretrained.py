@@ -19,7 +19,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 from zolightning import ZOStrategy
-from zolightning.offload import OffloadError, from_pretrained, stored
+from zolightning.offload import OffloadError, export, from_pretrained, stored
 
 SMALL = {"vocab_size": 320, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA_LIKE = {**SMALL, "intermediate_size": 512, "num_key_value_heads": 2}
@@ -92,6 +92,22 @@ def test_training_from_files_gives_the_bits_of_memory(kind: str) -> None:
     expected, found = fitted(resident, "memory"), fitted(streamed, "files")
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
     assert hashes(folder) == before
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_trained_weights_are_exported_one_at_a_time(kind: str) -> None:
+    folder = saved(kind)
+    model = from_pretrained(transformers.AutoModelForCausalLM, folder, dtype=torch.bfloat16)
+    trained = fitted(model, "files")
+    export(model, "exported", shard_bytes=1 << 20)
+    assert len(list(Path("exported").glob("*.safetensors"))) > 1
+    for again in (
+        transformers.AutoModelForCausalLM.from_pretrained("exported", dtype=torch.bfloat16),
+        from_pretrained(transformers.AutoModelForCausalLM, "exported"),
+    ):
+        assert all(torch.equal(p.detach(), trained[f"model.{name}"]) for name, p in again.named_parameters())
+    with pytest.raises(OffloadError, match="empty folder"):
+        export(model, folder)
 
 
 def test_a_new_head_begins_as_the_class_says_and_is_told() -> None:

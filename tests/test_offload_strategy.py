@@ -171,6 +171,12 @@ def test_a_checkpoint_without_a_ledger_is_refused_by_name() -> None:
         fit.fit(task, batches())
 
 
+def test_recorded_graphs_are_refused_by_name() -> None:
+    fit = pl.Trainer(strategy=ZOStrategy(PLAIN, offload="disk", cuda_graphs=True), max_epochs=1, accelerator="cpu")
+    with pytest.raises(OffloadError, match="recorded graph"):
+        fit.fit(module(), batches())
+
+
 def test_compiled_code_is_refused_by_name() -> None:
     task = module()
     task.net.compile(backend="eager")

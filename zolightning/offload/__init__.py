@@ -3,6 +3,7 @@
 from .attach import attach, left_in_memory
 from .disk import DiskTier
 from .entry import Entry
+from .export import export
 from .files import OffloadError
 from .notes import resume
 from .options import Offload
@@ -24,6 +25,7 @@ __all__ = [
     "Walk",
     "attach",
     "bind",
+    "export",
     "from_pretrained",
     "left_in_memory",
     "move",

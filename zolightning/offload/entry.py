@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..space import Leaf
+from .tiers import Tier
 
 State = dict[str, Any]
 
@@ -66,6 +67,21 @@ class Entry:
     def nbytes(self) -> int:
         """In memory, the optimizer's state included."""
         return self.shape.numel() * self.dtype.itemsize + self.state_bytes
+
+    def read(self, tier: Tier) -> tuple[Tensor, State]:
+        """The weight and the optimizer's state, as the tier has them."""
+        state = {key: tier.read(name).to(self.device) for key, name in self.state.items()}
+        return tier.read(self.name).to(self.device), state | self.plain
+
+    def write(self, tier: Tier, tensor: Tensor, state: State) -> None:
+        """Have the tier keep both."""
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                self.state[key] = f"{self.name}#{key}"
+                tier.write(self.state[key], value)
+            else:
+                self.plain[key] = value
+        tier.write(self.name, tensor)
 
     def forget(self) -> None:
         """All updates and what the optimizer keeps."""

@@ -9,7 +9,7 @@ import mmap
 import os
 import struct
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -35,6 +35,16 @@ DTYPES = {
 
 class OffloadError(RuntimeError):
     """Weights cannot be streamed as asked; the message says what was found and what to do."""
+
+
+def raise_failure(failure: BaseException) -> NoReturn:
+    """Say what a thread that writes weights met."""
+    if isinstance(failure, OffloadError):
+        raise failure
+    raise OffloadError(
+        f"updated weights could not be written ({failure}); the ledger has all steps up to this one: make room or repair the "
+        "folder, and resume from the last checkpoint"
+    ) from failure
 
 
 class Extent(NamedTuple):

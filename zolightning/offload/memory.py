@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
+
 from .entry import Entry, Slot
 from .files import OffloadError
 from .schedule import Forecast
@@ -28,6 +30,13 @@ class Memory:
     def grow(self, size: int) -> None:
         self.taken += size
         self.most_taken = max(self.most_taken, self.taken)
+
+    def resize(self, entry: Entry, slot: Slot) -> None:
+        """Count the state that an optimizer makes with its first update."""
+        more = sum(value.nbytes for value in slot.state.values() if isinstance(value, Tensor))
+        self.grow(more - entry.state_bytes)
+        slot.size += more - entry.state_bytes
+        entry.state_bytes = more
 
     def evict(self, keep: Iterable[Any]) -> bool:
         """Make room: let an entry go that nobody uses, last those that come next."""

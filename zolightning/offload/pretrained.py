@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..space.leaf import SMALL
 from .disk import DiskTier
@@ -45,8 +46,11 @@ def from_pretrained(model_class: Any, source: str | Path, *, dtype: torch.dtype 
     files = shards(folder)
     dtype = dtype or _stored_dtype(files)
     make = getattr(model_class, "from_config", None) or model_class._from_config
-    with _hollow():
+    with _hollow(), _Large():
         model = make(settings, dtype=dtype)
+    if any(buffer.is_meta for buffer in model.buffers()):  # a large one that begins as an empty tensor
+        with _hollow():
+            model = make(settings, dtype=dtype)
     model.tie_weights()
     places, missing = _places(model, files, source)
     _initialise(model, missing)
@@ -97,6 +101,18 @@ def _hollow() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class _Large(TorchFunctionMode):
+    """Large empty tensors take no memory from the beginning: freed at once, they would still leave the heap's holes behind."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            hollow = torch.empty(*args, **{**kwargs, "device": "meta"})
+            if hollow.numel() > SMALL:
+                return hollow
+        return func(*args, **kwargs)
 
 
 def _places(model: Any, files: Mapping[str, Extent], source: str | Path) -> tuple[dict[str, Extent], list[str]]:

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from ..space import Leaf
 from .entry import Change, Entry, Slot, Update
-from .files import OffloadError
+from .files import OffloadError, raise_failure
 from .memory import Memory
 from .notes import note
 from .schedule import Forecast
 from .tiers import Tier
 from .walk import walking
+
+_PATIENCE = 30.0  # seconds without a change, after which it is looked whether there can be one
 
 
 class Store:
@@ -145,7 +147,7 @@ class Store:
         self._write_now()
         with self._cv:
             while self._failure is None and any(slot.writing for slot in self._memory.slots.values()):
-                self._cv.wait()
+                self._wait()
         self._check()
         self.tier.commit({entry.name: note(entry) for entry in self.entries})
 
@@ -202,6 +204,7 @@ class Store:
                         self._cv.wait()
                 except OffloadError as error:  # a weight that went had been written to
                     self._failure = error
+                    self._cv.notify_all()
                     return
                 if not self.running or entry is None:
                     return
@@ -249,13 +252,15 @@ class Store:
                 slot = self._memory.slots[entry]
                 count = slot.applied
             try:
-                self._write(entry, slot)
-            except Exception as error:
+                entry.write(self.tier, slot.tensor, slot.state)
+            except BaseException as error:  # who interrupts a flush too
                 with self._cv:
                     self._failure = error
                     slot.writing = False
                     self._cv.notify_all()
-                return
+                if isinstance(error, Exception):
+                    return
+                raise
             with self._cv:
                 entry.mark = entry.log[count - 1].mark
                 del entry.log[:count]
@@ -280,13 +285,17 @@ class Store:
                 if entry not in self._loading:
                     break
                 self._memory.awaited.append(entry)
-                self._cv.wait()
-                self._memory.awaited.remove(entry)
+                try:
+                    self._wait()
+                finally:
+                    self._memory.awaited.remove(entry)
             self.misses += 1
             self._urgent += 1  # nothing is read ahead into the room that is waited for
-            while self._memory.taken + entry.nbytes > self.pool and (self._memory.evict(keep=()) or self._wait_for_room()):
-                pass
-            self._urgent -= 1
+            try:
+                while self._memory.taken + entry.nbytes > self.pool and (self._memory.evict(keep=()) or self._wait_for_room()):
+                    pass
+            finally:
+                self._urgent -= 1
             self._memory.grow(entry.nbytes)
             self._loading.add(entry)
         return self._load(entry, ahead=False)
@@ -305,9 +314,7 @@ class Store:
             raise
 
     def _loaded(self, entry: Entry, size: int, ahead: bool) -> Slot:
-        tensor = self.tier.read(entry.name)
-        state = {key: self.tier.read(name).to(entry.device) for key, name in entry.state.items()} | entry.plain
-        slot = Slot(tensor.to(entry.device), state, size, users=0 if ahead else 1, ahead=ahead)
+        slot = Slot(*entry.read(self.tier), size, users=0 if ahead else 1, ahead=ahead)
         self._bring_up_to_date(entry, slot)
         with self._cv:
             self._loading.discard(entry)
@@ -323,7 +330,7 @@ class Store:
         with entry.lock, torch.inference_mode(False), torch.no_grad():
             with self._cv:
                 while slot.writing and self._failure is None and self.running:
-                    self._cv.wait()
+                    self._wait()
                 todo = entry.log[slot.applied :]
             self._check()
             if not todo:
@@ -340,11 +347,7 @@ class Store:
                 raise
             with self._cv:
                 slot.applied += len(todo)
-                more = sum(v.nbytes for v in slot.state.values() if isinstance(v, Tensor))
-                if more != entry.state_bytes:  # made by the first update
-                    self._memory.grow(more - entry.state_bytes)
-                    slot.size += more - entry.state_bytes
-                    entry.state_bytes = more
+                self._memory.resize(entry, slot)
                 if self.running and self._memory.slots.get(entry) is slot and slot.applied >= self.write_every:
                     self._queue(entry, slot)
 
@@ -354,25 +357,26 @@ class Store:
             self._writes.append(entry)
             self._cv.notify_all()
 
-    def _write(self, entry: Entry, slot: Slot) -> None:
-        for key, value in slot.state.items():
-            if isinstance(value, Tensor):
-                entry.state[key] = f"{entry.name}#{key}"
-                self.tier.write(entry.state[key], value)
-            else:
-                entry.plain[key] = value
-        self.tier.write(entry.name, slot.tensor)
-
     def _wait_for_room(self) -> bool:
         """Wait until a write or a read has ended; False when there is none to wait for."""
         writes = self._failure is None and self.running and any(slot.writing for slot in self._memory.slots.values())
-        return (writes or bool(self._loading)) and self._cv.wait()
+        busy = writes or bool(self._loading)
+        if busy:
+            self._wait()
+        return busy
+
+    def _wait(self) -> None:
+        """Until something changes.
+
+        Raises:
+            OffloadError: nothing will, since a thread has ended.
+        """
+        if not self._cv.wait(_PATIENCE) and self.running and not all(thread.is_alive() for thread in self._threads):
+            raise OffloadError(
+                "a thread that reads or writes offloaded weights has ended without a word; the ledger has all steps: "
+                "resume from the last checkpoint"
+            )
 
     def _check(self) -> None:
         if self._failure is not None:
-            if isinstance(self._failure, OffloadError):
-                raise self._failure
-            raise OffloadError(
-                f"updated weights could not be written ({self._failure}); the ledger has all steps up to this one: make room "
-                "or repair the folder, and resume from the last checkpoint"
-            ) from self._failure
+            raise_failure(self._failure)
