@@ -23,8 +23,6 @@ from .schedule import Forecast
 from .tiers import Tier
 from .walk import walking
 
-_PATIENCE = 30.0  # seconds without a change, after which it is looked whether there can be one
-
 
 class Store:
     """Entries in a tier, of which as many are in memory as a pool holds.
@@ -366,12 +364,8 @@ class Store:
         return busy
 
     def _wait(self) -> None:
-        """Until something changes.
-
-        Raises:
-            OffloadError: nothing will, since a thread has ended.
-        """
-        if not self._cv.wait(_PATIENCE) and self.running and not all(thread.is_alive() for thread in self._threads):
+        """Until something changes; an OffloadError where nothing can any more."""
+        if not self._cv.wait(30.0) and self.running and not all(thread.is_alive() for thread in self._threads):
             raise OffloadError(
                 "a thread that reads or writes offloaded weights has ended without a word; the ledger has all steps: "
                 "resume from the last checkpoint"

@@ -168,12 +168,7 @@ class Offloading(InMemory):
 
 
 def residency(
-    choice: str | Offload | None,
-    module: nn.Module,
-    device: torch.device,
-    trainer: pl.Trainer,
-    io: CheckpointIO | None,
-    graphs: bool = False,
+    choice: str | Offload | None, module: nn.Module, device: torch.device, trainer: pl.Trainer, io: CheckpointIO | None
 ) -> InMemory:
     """Where the module's weights are to be during the Trainer's run.
 
@@ -183,7 +178,6 @@ def residency(
         device: of the run.
         trainer: of the run.
         io: of its checkpoints.
-        graphs: forwards are to be recorded.
 
     Raises:
         ValueError: `choice` is not one.
@@ -191,10 +185,6 @@ def residency(
     """
     if choice is None and not stored(module.parameters()):
         return InMemory(module)
-    if graphs:
-        raise OffloadError(
-            "a recorded graph reads weights where they were, and offload moves them; leave out cuda_graphs, or offload"
-        )
     if keeps_positions(io):
         raise OffloadError(
             "LedgerCheckpointIO rebuilds all weights in memory; checkpoints of an offloaded fit are positions in its ledger "

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from ..methods.config import ZOConfig
 from ..mixin import ZOMixin
+from ..offload import OffloadError, stored
 from ..space import Rounds
 from ._lightning import MisconfigurationException
 
@@ -34,6 +35,10 @@ def check_fit(module: nn.Module, optimizers: Sequence[Optimizer], config: ZOConf
         raise MisconfigurationException(
             "configure_optimizers returned None, so there is nothing to train; return an optimizer (under ZOStrategy "
             "torch.optim.SGD needs no memory)"
+        )
+    if config.cuda_graphs and stored(module.parameters()):
+        raise OffloadError(
+            "a recorded graph reads weights where they were, and offload moves them; leave out cuda_graphs or offload"
         )
     if config.cuda_graphs and not isinstance(module, ZOMixin):
         raise MisconfigurationException(

@@ -201,9 +201,7 @@ class ZOStrategy(OneDeviceStrategy):
 
     def model_to_device(self) -> None:
         module = self.module
-        self._weights = residency(
-            self.offload, module, self.root_device, module.trainer, self.checkpoint_io, self.config.cuda_graphs
-        )
+        self._weights = residency(self.offload, module, self.root_device, module.trainer, self.checkpoint_io)
         super().model_to_device()
         check_layers(module, self.recipe_name)
         if self.config.scales != "frozen":  # only now are the layers quantised, and the optimizers come next
