@@ -17,6 +17,7 @@ class Ranking {
     if (this.id === data.id) return;
     Object.assign(this, data, { steps: this.kept(data.id), sent: false, stopping: false });
     const row = element("div", "zo-rank-cards");
+    row.dataset.title = data.title;
     this.buttons = data.cards.map((card, n) => this.card(card, n, row));
     const bar = element("div", "zo-rank-bar");
     const add = (name, text, act) => {

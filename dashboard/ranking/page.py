@@ -63,9 +63,10 @@ def _draw(folder: Path, words: str, asked: Round | None, alive: bool) -> None:
         st.text(words)
     else:
         blind = asked.kind == "blind"
-        st.title("Which is better?" if blind else f"Round {asked.round}")
+        title = "Which is better?" if blind else f"Round {asked.round}"
+        st.title(title)
         st.text(text.plain(asked.words, 1000))
-        data = {"id": asked.id, "cards": list(asked.cards), "top": asked.top, "blind": blind}
+        data = {"id": asked.id, "cards": list(asked.cards), "top": asked.top, "blind": blind, "title": title}
         key = f"zo-rank-{asked.id}"
         _component()(key=key, data=data, on_said_change=lambda: _said(folder, asked, key))
     if not alive:
