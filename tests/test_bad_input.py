@@ -191,12 +191,6 @@ def test_weight_written_in_training_step() -> None:
         run(Task(mlp(), loss))
 
 
-@pytest.mark.parametrize("settings", [{"devices": 2}, {"devices": 1, "num_nodes": 2}], ids=str)
-def test_one_device_only(settings: dict[str, int]) -> None:
-    with pytest.raises(MisconfigurationException, match="ZOStrategy trains on one device"):
-        quiet_trainer(ZOStrategy(), **settings)
-
-
 def test_selection_errors_reach_the_user() -> None:
     with pytest.raises(ValueError, match="is unknown; allowed"):
         run(Task(mlp()), select="middel")

@@ -24,6 +24,7 @@ LAYERS = [
     {"offload"},
     {"mixin", "probing"},
     {"methods"},
+    {"parallel"},
     {"engine"},
     {"ledger"},
     {"strategy"},
@@ -59,7 +60,7 @@ LIGHTNING = {"strategy", "records", "commands", "tasks.module"}
 
 SHIM = "strategy._lightning"
 HEAVY = {"transformers", "peft", "mlflow", "gguf", "bitsandbytes", "streamlit", "matplotlib"}
-CORE = {"types", "cache", "noise", "space", "offload", "mixin", "probing", "methods", "engine", "ledger"}
+CORE = {"types", "cache", "noise", "space", "offload", "mixin", "probing", "methods", "parallel", "engine", "ledger"}
 
 
 def name_of(path: Path) -> str:

@@ -92,6 +92,15 @@ NAMES = {
     ),
     "_convert_params": Private(*LIGHTNING, "lightning.fabric.utilities.logger", "parameters as MLFlowLogger sends them"),
     "_flatten_dict": Private(*LIGHTNING, "lightning.fabric.utilities.logger", "parameters as MLFlowLogger sends them"),
+    "_MultiProcessingLauncher": Private(
+        *LIGHTNING, "lightning.pytorch.strategies.launchers", "starts the ranks of a notebook, as under DDP"
+    ),
+    "_SubprocessScriptLauncher": Private(
+        *LIGHTNING, "lightning.pytorch.strategies.launchers", "starts the ranks of a script, as under DDP"
+    ),
+    "_sync_ddp_if_available": Private(
+        *LIGHTNING, "lightning.fabric.utilities.distributed", "reduces a metric over ranks, as under DDP"
+    ),
     "_initialized": Private(*LIGHTNING, _logger, "whether MLFlowLogger has made its run, without making it"),
     "_after_closure": Private(
         *LIGHTNING, "lightning.pytorch.plugins.precision:Precision", "gradient clipping and its hooks, on projected gradients"

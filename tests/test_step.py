@@ -31,9 +31,10 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from zolightning import ZOConfig
-from zolightning.engine.step import finish, merge
+from zolightning.engine.step import finish
 from zolightning.methods.shaping import Chain
 from zolightning.noise import Gaussian, Rademacher
+from zolightning.parallel import merge
 from zolightning.types import Estimate, Key, Term
 
 

@@ -29,26 +29,28 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..methods.config import ZOConfig
 from ..methods.optimizers import follow, in_place_of
 from ..methods.shaping import State, state_from
+from ..parallel import Alone, Part, Ranks, Standing
 from ..probing.isolation import Isolation, rng_state, set_rng_state
 from ..probing.objective import loss_value
 from ..probing.runner import Muted
 from ..space import View
+from ..space.fingerprint import fingerprint
 from ..types import Batch, Estimate, Forward, Key, Shared, SkipStep, StepRecord, Term
 from .advice import advice, check_optimizer
+from .notices import Notices, Say
 from .rates import override_lr
 from .recording import Recording
 from .skips import SkipWatch
-from .step import finish, keep_best, merge
+from .step import finish, keep_best
 from .step_size import StepSizes
 from .subspace import Calibration, Setting, Subspace, compute_dtype, find_subspace, listed
-from .ties import TieWatch
 from .uninterrupted import uninterrupted
-from .updates import Apply, UpdateStats, apply_update, widened_state
+from .updates import Apply, UpdateStats, apply_update, load_state, state_of
 
-Say: TypeAlias = Callable[[str], None]
-"""Where a line for the user goes."""
 Clip: TypeAlias = Callable[[Sequence[float]], Sequence[float]]
 """The projected gradients → as many clipped ones."""
+Trial: TypeAlias = Callable[[Sequence[Term]], float]
+"""Σ_k c_k z_k → the loss at θ plus it."""
 
 _SEEDS = 1 << 64
 _log = logging.getLogger("zolightning")
@@ -69,6 +71,7 @@ class Session:
         ledger: where the steps are recorded before they are applied, as a :class:`~zolightning.ledger.PendingLedger`; None:
             nowhere.
         apply: has a step reach the weights, those that are not in memory too.
+        ranks: the processes that take each step together, as a :class:`~zolightning.parallel.Team`.
         inform: gets lines on the choices that the fit made.
         warn: gets lines on settings that the user should change.
 
@@ -89,6 +92,7 @@ class Session:
         muted: Muted = nullcontext,
         ledger: Recording | None = None,
         apply: Apply = apply_update,
+        ranks: Ranks | None = None,
         inform: Say = _log.info,
         warn: Say = warnings.warn,
     ) -> None:
@@ -97,32 +101,35 @@ class Session:
         self.device = device or next((p.device for p in module.parameters()), torch.device("cpu"))
         self.estimator = self.config.build_estimator(compute_dtype(module, precision))
         self.shaping = self.config.build_shaping()
-        self.seed = (torch.initial_seed() if self.config.seed is None else self.config.seed) % _SEEDS
+        self.ranks: Ranks = ranks or Alone()
+        seed = self.ranks.decide(torch.initial_seed) if self.config.seed is None else self.config.seed
+        self.seed = seed % _SEEDS
         self.step = 0
         """Optimizer steps taken: the step of the next perturbation's key."""
         self.last_record: StepRecord | None = None
         self.last_stats = UpdateStats()
         self.measure_update = False
         """Measure how the next update changes the weights, for :attr:`last_stats`."""
-        self._ledger, self._apply_update, self._inform, self._warn = ledger, apply, inform, warn
+        self._ledger, self._apply_update = ledger, apply
+        self.notices = Notices(inform, warn)
         self._isolation = Isolation(module, self.device)
         self._setting = Setting(module, self.config, self.estimator, self._isolation, repeatable, muted)
         self._subspaces: dict[int, Subspace] = {}
         self._steppers: dict[int, Optimizer] = {}
         self._shaping_states: dict[int, State] = {}
         self._calibration = Calibration()
-        self._sizes = StepSizes(self.config.finds_lr, inform)
-        self._window: list[Estimate] = []
-        self._trials: list[Callable[[Sequence[Term]], float]] = []
-        self._ties = TieWatch()
+        self._sizes = StepSizes(self.config.finds_lr, inform, self.ranks.decide)
+        self._window: list[Part] = []
+        self._looks: list[float] = []
+        self._trials: list[Trial] = []
         self._skips = SkipWatch(self.config.max_skips)
-        self._warned: set[str] = set()
         for optimizer in self.optimizers:
             if (lr := self.config.own_lr) is not None:
                 override_lr(optimizer, schedulers, lr)
             check_optimizer(self.config, optimizer, self.stepper(optimizer))
             for line in advice(self.config, self.estimator, optimizer, self.stepper(optimizer)):
                 warn(line)
+        self.ranks.begin(module, self.estimator, self.config.build_distribution(), self.config.to_dict())
 
     @torch.no_grad()
     def estimate(
@@ -145,25 +152,26 @@ class Session:
             None when ``forward`` returned None: the micro-batch is skipped.
         """
         optimizer = optimizer or self.optimizers[0]
+        key = Key(self.seed, self.step, sum(part.taken for part in self._window))
+        part = self.ranks.part(self.estimator, key, len(self._window), batch)
         try:
-            given = batch
+            given, looks = batch, 0
             if prepare is not None:
                 batch = self._prepared(prepare, forward, batch, optimizer)
             space = self.subspace(forward, batch, optimizer)
             space.runner.view.check()
-            looks = 0
             if not self._window:
                 trial, place = partial(self._trial, forward, batch, space), self._place(optimizer)
-                looks = self._sizes.look(place, optimizer, space.runner.view.leaves, trial)
+                self._looks = self._sizes.look(place, optimizer, space.runner.view.leaves, trial)
+                looks = len(self._looks)
                 space.runner.view.read.clear()
-            key = Key(self.seed, self.step, sum(len(e.terms) for e in self._window))
-            ran = space.runner.run(forward, batch, partial(self.estimator.ask, key))
+            ran = space.runner.run(forward, batch, part.ask)
         except SkipStep:
             return None
-        estimate = self.estimator.tell(key, ran.answers)
-        estimate = estimate._replace(forwards=estimate.forwards + (batch is not given) + looks)
-        self._report(space, ran.refused, ran.dtype, estimate)
-        self._window.append(estimate)
+        estimate = part.tell(ran.answers)
+        estimate = part.estimate = estimate._replace(forwards=estimate.forwards + (batch is not given) + looks)
+        self.notices.report(space.runner, ran, estimate, self.estimator.eps)
+        self._window.append(part)
         if self.config.conservative:
             self._trials.append(partial(self._trial, forward, batch, space))
         return estimate._replace(output=ran.output)
@@ -178,24 +186,46 @@ class Session:
 
         Raises:
             RuntimeError: too many steps in a row had no finite projected gradient; the weights are the last finite step's.
+            RanksError: another rank is gone, or has come apart from this one; likewise.
         """
         optimizer = optimizer or self.optimizers[0]
-        with self._sizes.applied(self._place(optimizer), optimizer):
-            self.last_record = self._update(self._place(optimizer), optimizer, clip)
+        place, examples = self._place(optimizer), sum(part.examples for part in self._window)
+        window = self._joined(place, optimizer)
+        with self._sizes.applied(place, optimizer):
+            self.last_record = self._update(place, optimizer, window, clip, examples)
         return self.last_record
 
-    def _update(self, place: int, optimizer: Optimizer, clip: Clip | None) -> StepRecord:
-        window, self._window = merge(self._window), []
+    def _joined(self, place: int, optimizer: Optimizer) -> Estimate:
+        """What all ranks found since the last update."""
+        parts, looks, self._window, self._looks = self._window, self._looks, [], []
+        joint = self.ranks.join(Key(self.seed, self.step), parts, looks, partial(self._standing, place, optimizer))
+        self._sizes.choose(place, joint.looks)
+        if joint.standing is not None:
+            for group, settings in zip(optimizer.param_groups, joint.standing.groups, strict=True):
+                group.update(settings)
+            view = self.view(optimizer)
+            view.read.update(id(view.leaves[place].parameter) for place in joint.standing.read)
+        return joint.estimate
+
+    def _standing(self, place: int, optimizer: Optimizer, check: bool) -> Standing:
+        plain = (bool, int, float, str, tuple)
+        groups = tuple({k: v for k, v in g.items() if isinstance(v, plain)} for g in optimizer.param_groups)
+        read: frozenset[int] = frozenset()
+        if (space := self._subspaces.get(id(optimizer))) is not None:
+            read = frozenset(i for i, leaf in enumerate(space.view.leaves) if id(leaf.parameter) in space.view.read)
+        return Standing(self.step, place, groups, read, fingerprint(self.module.named_parameters()) if check else "")
+
+    def _update(self, place: int, optimizer: Optimizer, window: Estimate, clip: Clip | None, examples: int) -> StepRecord:
         trials, self._trials = self._trials, []
         clipped = window.coefficients if clip is None else clip(window.coefficients)
         state = self._shaping_states.get(place) or self.shaping.init()
         record, self._shaping_states[place] = finish(window, clipped, self.shaping, state, optimizer, self.step)
-        if trials and not record.skipped:
-            record = keep_best(record, lambda terms: sum(trial(terms) for trial in trials) / len(trials), len(trials))
+        if self.config.conservative and not record.skipped:
+            record = keep_best(record, partial(self._tried, trials, examples), len(trials) * self.ranks.size)
         self.last_stats = UpdateStats()
         optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers look at it, and its step() may not be called
         if found := self._skips(record):
-            self.warn_once("skip", found)
+            self.notices.once("skip", found)
         if not record.skipped:
             record = record._replace(unread=self._unread(optimizer, record))
         with uninterrupted():
@@ -217,13 +247,14 @@ class Session:
             ValueError: there is nothing to train, or not in this way.
         """
         optimizer = optimizer or self.optimizers[0]
-        space = self._subspaces.get(id(optimizer))
-        if space is None or not space.holds(batch):
+        space, place = self._subspaces.get(id(optimizer)), self._place(optimizer)
+        if space is None or self.ranks.stale(place, space.holds(batch)):
             if space is not None:
                 self._calibration.both = None  # measured on other weights
             with torch.no_grad():
-                space = find_subspace(self._setting, optimizer, forward, batch, self._calibration)
-            self._inform(space.describe(self.estimator, sum(p.numel() for p in self.module.parameters())))
+                space = find_subspace(self._setting, optimizer, forward, batch, self._calibration, self.ranks)
+            self.ranks.found(place)
+            self.notices.inform(space.describe(self.estimator, sum(p.numel() for p in self.module.parameters())))
             self._subspaces[id(optimizer)] = space
         return space
 
@@ -271,18 +302,11 @@ class Session:
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The groups of ``optimizer``, and the state of the one that applies its steps."""
-        groups, stepper = optimizer.state_dict(), self.stepper(optimizer)
-        return groups if stepper is optimizer else {**groups, "state": stepper.state_dict()["state"]}
+        return state_of(optimizer, self.stepper(optimizer))
 
     def load_optimizer_state(self, optimizer: Optimizer, saved: dict[str, Any]) -> None:
         """Restore the result of :meth:`optimizer_state`; state of low-precision weights stays float32."""
-        stepper = self.stepper(optimizer)
-        if stepper is not optimizer:
-            optimizer.load_state_dict({**saved, "state": {}})
-            stepper.load_state_dict({**stepper.state_dict(), "state": saved["state"]})
-        else:
-            optimizer.load_state_dict(saved)
-        widened_state(stepper, saved)
+        load_state(optimizer, self.stepper(optimizer), saved)
 
     def close(self) -> None:
         """End the ledger, and give the probes' memory back."""
@@ -298,6 +322,11 @@ class Session:
         with space.view.refusing_reads():
             return prepare(batch)
 
+    def _tried(self, trials: Sequence[Trial], examples: int, steps: Sequence[Sequence[Term]]) -> list[float]:
+        """The loss after each of a few steps, over all batches of this one."""
+        here = [sum(trial(terms) for trial in trials) / len(trials) if trials else 0.0 for terms in steps]
+        return self.ranks.means(here, examples)
+
     def _trial(self, forward: Forward, batch: Batch, space: Subspace, terms: Sequence[Term]) -> float:
         """The loss of a micro-batch at θ + Σ_k c_k z_k, which leaves no trace."""
         with self._setting.muted(), self._isolation.dry(everywhere=False), space.view.at(Shared(tuple(terms))):
@@ -312,7 +341,7 @@ class Session:
         if unread := view.unread(Key(self.seed, record.step)):
             some = listed([view.leaves[place].name for place in unread])
             line = f"ZO: no probe of step {record.step} read {some}; weights that the loss does not read get no update"
-            self.warn_once("unread", line, self._inform)
+            self.notices.once("unread", line, self.notices.inform)
         return unread
 
     def _apply(self, place: int, optimizer: Optimizer, record: StepRecord) -> None:
@@ -326,25 +355,3 @@ class Session:
         self.last_stats = self._apply_update(stepper, read, record.terms, key, measure=self.measure_update)
         if recorder is not None:
             recorder.applied()
-
-    def _report(self, space: Subspace, refused: str, dtype: torch.dtype | None, estimate: Estimate) -> None:
-        blocks, graphs = space.runner.blocks, space.runner.graphs
-        for notice in (blocks.notice() if blocks else "", *(graphs.notices() if graphs else ())):
-            if notice:
-                self._inform(f"ZO: {notice}")
-        if refused:
-            self.warn_once("apart", refused)
-        if dtype in (torch.float16, torch.bfloat16):
-            self.warn_once(
-                "coarse",
-                f"the loss is {dtype}, whose steps are coarse for the difference of two probes; compute it in float32 "
-                "(loss_fn(logits.float(), y))",
-            )
-        if estimate.terms and (found := self._ties(estimate.ties, len(estimate.terms), self.estimator.eps)):
-            self.warn_once("ties", found)
-
-    def warn_once(self, topic: str, message: str, say: Say | None = None) -> None:
-        """Say it, unless the topic was had before in this fit."""
-        if topic not in self._warned:
-            self._warned.add(topic)
-            (say or self._warn)(message)

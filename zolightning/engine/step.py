@@ -1,4 +1,4 @@
-"""One ZO step between probes and update: merge the estimates of a window, shape them, make the record."""
+"""One ZO step between probes and update: shape the projected gradients of a window, make the record."""
 
 from __future__ import annotations
 
@@ -8,25 +8,7 @@ from collections.abc import Callable, Sequence
 from torch.optim import Optimizer
 
 from ..methods.shaping import Shaping, State
-from ..types import Estimate, Key, StepRecord, Term
-
-
-def merge(window: Sequence[Estimate]) -> Estimate:
-    """The mean over the micro-batches of an accumulation window.
-
-    Micro-batches share a step's directions, whose projected gradients are averaged; per-example directions differ, and
-    are listed one after another.
-    """
-    sums: dict[Key, list[float]] = {}
-    for estimate in window:
-        for key, g in estimate.terms:
-            sums.setdefault(key, []).append(g)
-    return Estimate(
-        terms=tuple(Term(key, sum(gs) / len(gs)) for key, gs in sums.items()),
-        losses=tuple(loss for estimate in window for loss in estimate.losses),
-        forwards=sum(estimate.forwards for estimate in window),
-        ties=sum(not any(gs) for gs in sums.values()),  # in every micro-batch
-    )
+from ..types import Estimate, StepRecord, Term
 
 
 def finish(
@@ -72,7 +54,7 @@ def finish(
     return record, state
 
 
-def keep_best(record: StepRecord, loss_at: Callable[[Sequence[Term]], float], forwards: int) -> StepRecord:
+def keep_best(record: StepRecord, losses: Callable[[Sequence[Sequence[Term]]], Sequence[float]], forwards: int) -> StepRecord:
     r"""The step, the opposite one or none, whichever leaves the smallest loss: conservative ZO-SGD, arXiv:2402.11592.
 
     .. math:: \theta \leftarrow \arg\min_{s \in \{0, 1, -1\}} L(\theta - s\,\mathrm{lr}\,\hat g)
@@ -81,8 +63,8 @@ def keep_best(record: StepRecord, loss_at: Callable[[Sequence[Term]], float], fo
 
     Args:
         record: of a step of plain SGD that is about to be applied.
-        loss_at: terms → the loss at θ + Σ_k c_k z_k, over the batches of the step.
-        forwards: forward passes that one call of it takes.
+        losses: a few Σ_k c_k z_k → the loss at θ plus each of them, over the batches of the step.
+        forwards: forward passes that each takes.
 
     Raises:
         ValueError: parameter groups have learning rates of their own.
@@ -90,11 +72,10 @@ def keep_best(record: StepRecord, loss_at: Callable[[Sequence[Term]], float], fo
     if len(set(record.lrs)) > 1:
         raise ValueError(f"`conservative=True` needs one learning rate for all parameter groups, got {record.lrs}")
 
-    def loss(side: float) -> float:
-        value = loss_at([Term(t.key, -side * record.lrs[0] * t.coefficient) for t in record.terms] if side else [])
-        return value if math.isfinite(value) else math.inf
-
-    best = min((0.0, 1.0, -1.0), key=loss)  # the first of equals: a step that does not lower the loss is not taken
+    sides = (0.0, 1.0, -1.0)
+    found = losses([[Term(t.key, -s * record.lrs[0] * t.coefficient) for t in record.terms] if s else [] for s in sides])
+    bounded = [value if math.isfinite(value) else math.inf for value in found]
+    best = sides[bounded.index(min(bounded))]  # the first of equals: a step that does not lower the loss is not taken
     terms = tuple(Term(t.key, best * t.coefficient) for t in record.terms) if best else ()
     skipped = "" if best else "no trial step lowers the loss"
     return record._replace(terms=terms, forwards=record.forwards + 3 * forwards, skipped=skipped)

@@ -22,6 +22,7 @@ _BETA, _CHANGE = 0.9, 1.5  # of the running means; most that a look changes
 _SHARE = 0.5  # of Newton's step, whose slope and curvature are uncertain
 _FAINT = 0.05  # share of a schedule's height below which steps are too short to look at
 
+Decide = Callable[[Callable[[], "StepSize | None"]], "StepSize | None"]
 Loss = Callable[[Sequence[Term]], float]
 """Terms → the loss at θ + Σ_k c_k z_k on a batch that they were not made from."""
 
@@ -66,15 +67,18 @@ class StepSize:
         """Whether the last step is to be looked at."""
         return self.applied > _FAINT * self.size and (self.steps <= _FIRST or self.steps % _EVERY == 0)
 
-    def look(self, loss: Loss) -> int:
-        """Choose the size by the last step; forward passes that it took."""
-        a = self.applied
-        after, before, beyond = (loss(self._direction(k * a) if k else []) for k in (0, 1, 2))
+    def look(self, loss: Loss) -> list[float]:
+        """The losses after, before and beyond the last step."""
+        return [loss(self._direction(k * self.applied) if k else []) for k in (0, 1, 2)]
+
+    def choose(self, losses: Sequence[float]) -> None:
+        """Choose the size by what :meth:`look` saw."""
+        a, (after, before, beyond) = self.applied, losses
         if after == before == beyond:  # a coarse objective, which says nothing here
-            return 3
-        if not all(map(math.isfinite, (after, before, beyond))):
+            return
+        if not all(map(math.isfinite, losses)):
             self.size = max(self.size / _CHANGE, _BOUNDS[0] * self.rms)
-            return 3
+            return
         self.looks += 1
         self.slope += (1 - _BETA) * ((beyond - after) / (2 * a) - self.slope)
         self.curvature += (1 - _BETA) * ((beyond - 2 * before + after) / a**2 - self.curvature)
@@ -83,7 +87,6 @@ class StepSize:
             wanted = _SHARE * self.slope / self.curvature if self.curvature > 0 else beyond_bounds
             wanted = min(max(wanted, self.size / _CHANGE), self.size * _CHANGE)
             self.size = min(max(wanted, _BOUNDS[0] * self.rms), _BOUNDS[1] * self.rms)
-        return 3
 
     def took(self, record: StepRecord) -> None:
         """Note a step."""
@@ -101,19 +104,20 @@ class StepSizes:
     Args:
         wanted: whether they are to be found; else the optimizers' rates stay as they are.
         inform: gets a line on each size that was found.
+        decide: gives one of several processes' values.
     """
 
-    def __init__(self, wanted: bool, inform: Callable[[str], None]) -> None:
-        self.wanted, self._inform = wanted, inform
+    def __init__(self, wanted: bool, inform: Callable[[str], None], decide: Decide) -> None:
+        self.wanted, self._inform, self._decide = wanted, inform, decide
         self._found: dict[int, StepSize | None] = {}
 
     @torch.no_grad()
-    def look(self, place: int, optimizer: Optimizer, leaves: Sequence[Leaf], loss: Loss) -> int:
-        """Begin, or choose the size by the last step; forward passes that it took."""
+    def look(self, place: int, optimizer: Optimizer, leaves: Sequence[Leaf], loss: Loss) -> list[float]:
+        """Begin, or look at the last step where that is due: the losses for :meth:`choose`, each of a forward pass."""
         if not self.wanted:
-            return 0
+            return []
         if place not in self._found:
-            self._found[place] = found = StepSize.at(leaves)
+            self._found[place] = found = self._decide(lambda: StepSize.at(leaves))
             base = base_lr(optimizer.param_groups[0])
             if found is None:
                 self._inform(f"ZO: all trained weights are 0, so steps have the module's learning rate, {base:g}")
@@ -125,7 +129,12 @@ class StepSizes:
                 )
         size = self._found[place]
         upwards = any(group.get("maximize") for group in optimizer.param_groups)
-        return size.look(loss) if size is not None and size.due and not upwards else 0
+        return size.look(loss) if size is not None and size.due and not upwards else []
+
+    def choose(self, place: int, losses: Sequence[float]) -> None:
+        """Choose the size by a look, if there was one."""
+        if losses and (size := self._found.get(place)) is not None:
+            size.choose(losses)
 
     @contextmanager
     def applied(self, place: int, optimizer: Optimizer) -> Iterator[None]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -15,6 +17,7 @@ from torch.optim import Optimizer
 
 from ..methods.config import ZOConfig
 from ..methods.estimators import Estimator
+from ..parallel import Ranks
 from ..probing.allocation import importances
 from ..probing.block_reuse import block_reuse
 from ..probing.cuda_graphs import Graphs
@@ -36,7 +39,7 @@ from ..space import (
     dominant_block,
     take_turns,
 )
-from ..types import Batch, Forward, Key
+from ..types import Batch, Forward, Key, SkipStep
 
 
 @dataclass
@@ -135,7 +138,25 @@ def trainable(optimizer: Optimizer) -> tuple[int, ...]:
     return tuple(id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
 
 
-def find_subspace(setting: Setting, optimizer: Optimizer, forward: Forward, batch: Batch, calibration: Calibration) -> Subspace:
+class Findings(NamedTuple):
+    """What trying the step on the first batch showed: what one rank of several finds holds for all.
+
+    Args:
+        structure: of the leaves.
+        examples: what the step can say of them.
+        behind: names of the leaves that are read behind the probes' backs.
+        calibration: what was measured.
+    """
+
+    structure: str | Structure
+    examples: Examples
+    behind: frozenset[str]
+    calibration: Calibration
+
+
+def find_subspace(
+    setting: Setting, optimizer: Optimizer, forward: Forward, batch: Batch, calibration: Calibration, ranks: Ranks
+) -> Subspace:
     """Choose the leaves, and try on the first batch whether its examples have losses of their own.
 
     Args:
@@ -144,68 +165,92 @@ def find_subspace(setting: Setting, optimizer: Optimizer, forward: Forward, batc
         forward: the user's step.
         batch: the first micro-batch.
         calibration: earlier measurements; new ones are added to it.
+        ranks: of which the first one does the trying.
 
     Raises:
         ValueError: there is nothing to train, or not in this way; see :func:`~zolightning.space.build_view`.
     """
+    config, isolation = setting.config, setting.isolation
+    tried: list[View] = []
+    found = ranks.decide(partial(_try, setting, optimizer, forward, batch, calibration, tried))
+    if tried:
+        (view,) = tried
+    else:
+        calibration.__dict__.update(asdict(found.calibration))
+        view = _build(setting, optimizer, calibration, found.structure, found.behind)
+        with setting.muted(), suppress(SkipStep):  # the state that the step keeps here
+            rehearse(forward, batch, view, isolation)
+    if config.cycle is not None:  # only now: all of them were looked at
+        take_turns(setting.module, view.leaves, config.cycle)
+    graphs = Graphs(view, isolation) if config.cuda_graphs else None
+    lockstep = _lockstep(setting, forward, batch, view, isolation) if tried else None
+    runner = Runner(view, isolation, found.examples, block_reuse(view) or None, graphs, lockstep, setting.muted)
+    return Subspace(optimizer, runner, trainable(optimizer), _selected(config, calibration), len(isolation.changing))
+
+
+def _selected(config: ZOConfig, calibration: Calibration) -> Select:
+    return calibration.dominant or config.select if config.select == "dominant" else config.select
+
+
+def _try(
+    setting: Setting, optimizer: Optimizer, forward: Forward, batch: Batch, calibration: Calibration, tried: list[View]
+) -> Findings:
     module, config, isolation = setting.module, setting.config, setting.isolation
-    selected = config.select
-    if selected == "dominant":
-        if calibration.dominant is None:
-            with setting.muted(), isolation.dry():
-                calibration.dominant = dominant_block(module, lambda: forward(batch))
-        selected = calibration.dominant
-
-    behind: set[str] = set()
-
-    def build(structure: str | Structure) -> View:
-        view = build_view(
-            module,
-            [p for g in optimizer.param_groups for p in g["params"]],
-            config.build_distribution(),
-            select_spec=selected,
-            structure=structure,
-            scales=config.scales,
-            compiled=getattr(module, "_compiler_ctx", None) is not None,
-            before=calibration.leaves,
-        )
-        view.swap(leaf for leaf in view.leaves if leaf.name in behind)
-        return view
-
-    view, examples = build("dense" if config.structure == "auto" else config.structure), Examples(losses=False, repeats=False)
+    if config.select == "dominant" and calibration.dominant is None:
+        with setting.muted(), isolation.dry():
+            calibration.dominant = dominant_block(module, lambda: forward(batch))
+    structure: str | Structure = "dense" if config.structure == "auto" else config.structure
+    view, examples = _build(setting, optimizer, calibration, structure), Examples(losses=False, repeats=False)
     with setting.muted():
-        behind.update(leaf.name for leaf in rehearse(forward, batch, view, isolation))
+        behind = frozenset(leaf.name for leaf in rehearse(forward, batch, view, isolation))
     view.swap(leaf for leaf in view.leaves if leaf.name in behind)
     repeatable = config.one_batch and setting.repeatable
     if setting.estimator.per_example:
         # vectors too, if the model reads them where an example can have its own
         wanted = [Rank1(), Rank1(vectors=False)] if config.structure == "auto" else [config.structure]
-        for structure in wanted:
+        for each in wanted:
             try:
-                candidate = build(structure)
+                candidate = _build(setting, optimizer, calibration, each, behind)
             except ValueError:  # no linear layers
                 continue
             if candidate.per_example and (config.structure != "auto" or candidate.numel >= 0.9 * view.numel):
                 with setting.muted():
                     examples = inspect_step(forward, batch, candidate, isolation, repeatable)
                 if examples.losses:
-                    view = candidate
+                    view, structure = candidate, each
                     break
     if calibration.both is None:
         paired = _asks_for_pairs(setting.estimator) and not examples.losses and repeatable
         with setting.muted():
             calibration.both = paired and takes_both(forward, batch, view, isolation)
-    examples = examples._replace(both=calibration.both and repeatable)
-    if config.cycle is not None:  # only now: all of them were looked at
-        take_turns(module, view.leaves, config.cycle)
     groups, known = STRUCTURES.get(str(config.structure), config.structure), calibration.leaves
     if isinstance(groups, Groups) and not all(leaf.name in known for leaf in view.leaves):
         _deal(groups, setting, forward, batch, view)
     calibration.leaves.update({leaf.name: leaf.settings for leaf in view.leaves if leaf.settings})
-    graphs = Graphs(view, isolation) if config.cuda_graphs else None
-    lockstep = _lockstep(setting, forward, batch, view, isolation)
-    runner = Runner(view, isolation, examples, block_reuse(view) or None, graphs, lockstep, setting.muted)
-    return Subspace(optimizer, runner, trainable(optimizer), selected, len(isolation.changing))
+    tried.append(view)
+    return Findings(structure, examples._replace(both=calibration.both and repeatable), behind, calibration)
+
+
+def _build(
+    setting: Setting,
+    optimizer: Optimizer,
+    calibration: Calibration,
+    structure: str | Structure,
+    behind: Collection[str] = (),
+) -> View:
+    config = setting.config
+    view = build_view(
+        setting.module,
+        [p for g in optimizer.param_groups for p in g["params"]],
+        config.build_distribution(),
+        select_spec=_selected(config, calibration),
+        structure=structure,
+        scales=config.scales,
+        compiled=getattr(setting.module, "_compiler_ctx", None) is not None,
+        before=calibration.leaves,
+    )
+    view.swap(leaf for leaf in view.leaves if leaf.name in behind)
+    return view
 
 
 def _lockstep(setting: Setting, forward: Forward, batch: Batch, view: View, isolation: Isolation) -> Lockstep | None:

@@ -190,6 +190,22 @@ def _widen(state: dict[str, Any], narrow: torch.dtype) -> None:
             state[name] = value.to(working_dtype(narrow))
 
 
+def state_of(optimizer: Optimizer, stepper: Optimizer) -> dict[str, Any]:
+    """The groups of ``optimizer``, and the state of ``stepper``, which applies its steps."""
+    groups = optimizer.state_dict()
+    return groups if stepper is optimizer else {**groups, "state": stepper.state_dict()["state"]}
+
+
+def load_state(optimizer: Optimizer, stepper: Optimizer, saved: dict[str, Any]) -> None:
+    """Put back what :func:`state_of` gave; state of low-precision weights stays float32."""
+    if stepper is not optimizer:
+        optimizer.load_state_dict({**saved, "state": {}})
+        stepper.load_state_dict({**stepper.state_dict(), "state": saved["state"]})
+    else:
+        optimizer.load_state_dict(saved)
+    widened_state(stepper, saved)
+
+
 def widened_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Undo the cast of Optimizer.load_state_dict: state of low-precision parameters is float32 here."""
     ids = [i for g in saved["param_groups"] for i in g["params"]]

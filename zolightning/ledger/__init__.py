@@ -1,7 +1,7 @@
 """The replay ledger: a base and a few numbers a step, from which the weights of any step are rebuilt bit for bit."""
 
+from ..space.fingerprint import fingerprint
 from .base import base_path, load_base, save_base
-from .fingerprint import fingerprint
 from .format import LedgerError
 from .pending import PendingLedger
 from .reader import Ledger, locate, read

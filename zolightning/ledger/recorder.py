@@ -17,9 +17,9 @@ from .._version import __version__
 from ..methods.optimizers import is_plain_sgd, optimizer_type
 from ..noise import DISTRIBUTIONS
 from ..space import LEAVES, Leaf
+from ..space.fingerprint import combined, mixed
 from ..types import StepRecord
 from .base import base_path, save_base, share_base
-from .fingerprint import combined, mixed
 from .format import Check, Header, LedgerError, Method, Options, Step, opening
 from .reader import Ledger, locate
 from .replay import describe

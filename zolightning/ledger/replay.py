@@ -14,8 +14,8 @@ from ..engine.updates import apply_update
 from ..methods.optimizers import optimizer_type
 from ..noise import DISTRIBUTIONS
 from ..space import LEAVES, Cycle, Leaf, Turn
+from ..space.fingerprint import fingerprint
 from ..types import Key, Term
-from .fingerprint import fingerprint
 from .format import DIGEST, Check, LedgerError, Method, Options, Record, Step
 from .reader import Ledger
 

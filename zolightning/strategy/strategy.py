@@ -26,6 +26,8 @@ from ..methods.recipes import name_of
 from ..methods.recipes import recipe as named_recipe
 from ..mixin import ZOMixin
 from ..offload import Offload, stored
+from ..parallel import Parallel, Team
+from ..parallel.layout import Mode
 from ..probing.isolation import set_rng_state
 from ..space import View, expose_scales
 from ..types import StepOutput, StepRecord
@@ -40,16 +42,16 @@ from ._lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
+from .devices import DevicesStrategy
 from .ledger_io import keeps_positions
 from .muted import muted
 from .offloading import InMemory, residency
-from .one_device import OneDeviceStrategy
 from .requirements import DRAWS_BATCHES, NEEDS_CLOSURE, NEEDS_LOSS, check_fit, check_layers
 from .run_ledger import RunLedger
 
 
-class ZOStrategy(OneDeviceStrategy):
-    """Zeroth-order training on one device: no backward pass, the memory of inference.
+class ZOStrategy(DevicesStrategy):
+    """Zeroth-order training on one device or several: no backward pass, the memory of inference.
 
     Args:
         recipe: a name from :data:`zolightning.recipes.RECIPES`, or a :class:`~zolightning.ZOConfig`.
@@ -60,6 +62,9 @@ class ZOStrategy(OneDeviceStrategy):
             ``ledger.zo`` beside the run's checkpoints, if the run keeps any files; a path; False: none.
         offload: where weights are while no operation needs them: "cpu" or "disk", or an :class:`~zolightning.offload.Offload`.
             None: in memory.
+        parallel: how the Trainer's processes share a step, where it has several: 'data', 'query', 'sign', 'data+sign', or a
+            :class:`~zolightning.parallel.Parallel`.
+        cluster_environment: says who starts them, as for any Lightning strategy; the Trainer finds out.
         **overrides: fields of :class:`~zolightning.ZOConfig` that replace the recipe's, as in
             ``ZOStrategy("mezo", lr=1e-7)`` or ``ZOStrategy(eps=1e-3, num_queries=4)``.
 
@@ -78,9 +83,12 @@ class ZOStrategy(OneDeviceStrategy):
         precision_plugin: Any = None,
         ledger: bool | str | Path = True,
         offload: Literal["cpu", "disk"] | Offload | None = None,
+        parallel: Mode | Parallel = "data",
+        cluster_environment: Any = None,
         **overrides: Unpack[Overrides],
     ) -> None:
-        super().__init__(accelerator, checkpoint_io, precision_plugin)
+        how = parallel if isinstance(parallel, Parallel) else Parallel(parallel)
+        super().__init__(how, accelerator, checkpoint_io, precision_plugin, cluster_environment)
         base = recipe if isinstance(recipe, ZOConfig) else named_recipe(recipe)
         self.config = base.override(**overrides)
         self.recipe_name = recipe if isinstance(recipe, str) else name_of(recipe)
@@ -175,7 +183,9 @@ class ZOStrategy(OneDeviceStrategy):
         module = self.module
         check_fit(module, self.optimizers, self.config)
         settings = {"recipe": self.recipe_name, **self.config.to_dict()}
-        self._run_ledger = RunLedger(trainer, self.ledger, settings, keeps_positions(self.checkpoint_io))
+        team = Team(self.parallel) if self.is_distributed else None
+        choice = self.ledger if self.is_global_zero else False  # rank 0 writes for all
+        self._run_ledger = RunLedger(trainer, choice, settings, keeps_positions(self.checkpoint_io))
         others = [c for c in trainer.callbacks if not isinstance(c, RunLedger)]  # type: ignore[attr-defined]
         trainer.callbacks[:] = [self._run_ledger, *others]  # type: ignore[attr-defined]
         self.weights.begin(self._run_ledger.pending)
@@ -190,6 +200,7 @@ class ZOStrategy(OneDeviceStrategy):
             muted=partial(muted, trainer),
             ledger=self._run_ledger.pending,
             apply=self.weights.apply,
+            ranks=team,
             inform=rank_zero_info,
             warn=rank_zero_warn,
         )
@@ -245,8 +256,8 @@ class ZOStrategy(OneDeviceStrategy):
         else:
             step = super().training_step
             estimate = session.estimate(lambda _: step(*args, **kwargs), args[0])
-        if estimate is None:
-            return None
+        if estimate is None:  # Lightning refuses None where other processes go on
+            return torch.tensor(torch.nan, device=self.root_device) if self.is_distributed else None
         # Lightning wants a tensor for its loops and progress bar; the doubles stay in the estimate
         loss = torch.tensor(estimate.loss, dtype=torch.float32, device=self.root_device)
         return {**estimate.output, "loss": loss} if isinstance(estimate.output, Mapping) else loss
@@ -307,7 +318,7 @@ class ZOStrategy(OneDeviceStrategy):
         return self.weights.state_dict()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        if self._session is not None and self._run_ledger is not None:
+        if self._session is not None and self._run_ledger is not None and self.is_global_zero:
             checkpoint = checkpoints.saved(
                 checkpoint,
                 self._session,
@@ -315,7 +326,7 @@ class ZOStrategy(OneDeviceStrategy):
                 self.module,
                 positions=keeps_positions(self.checkpoint_io),
                 away=self.weights.away,
-                warn=partial(self._session.warn_once, "whole"),
+                warn=partial(self._session.notices.once, "whole"),
             )
             self.weights.save()
         super().save_checkpoint(checkpoint, filepath, storage_options)

@@ -1,0 +1,136 @@
+"""What ranks do together, over torch.distributed's default group: gather a few bytes, agree on a value, share tensors."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+_LENGTH = struct.Struct("<I")
+
+
+class RanksError(RuntimeError):
+    """The ranks of a run cannot go on together."""
+
+
+@dataclass
+class Traffic:
+    """Of one rank.
+
+    Args:
+        sent: payload bytes that it gave to a gathering.
+        calls: number of gatherings.
+        seconds: that they took, waiting for the others included.
+    """
+
+    sent: int = 0
+    calls: int = 0
+    seconds: float = 0.0
+
+
+class Exchange:
+    """The processes of torch.distributed's default group, which must be there.
+
+    Args:
+        timeout: seconds that the group was made with, for messages.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.rank, self.size, self.timeout = dist.get_rank(), dist.get_world_size(), timeout
+        self.traffic = Traffic()
+        self.where: Callable[[], str] = str
+        """Says where the run stands, for messages."""
+        self._room = 0
+        self._broken = ""
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """Every rank's bytes, in the order of the ranks.
+
+        Messages have room for the longest one so far; a longer one is sent once more. So a step takes one gathering.
+
+        Raises:
+            RanksError: a rank has ended, or says nothing.
+        """
+        framed = _LENGTH.pack(len(data)) + data
+        self._room = max(self._room, _LENGTH.size)
+        while True:
+            parts = self._gathered(framed[: self._room].ljust(self._room, b"\0"))
+            longest = max(_LENGTH.unpack_from(part)[0] for part in parts) + _LENGTH.size
+            if longest <= self._room:
+                return [part[_LENGTH.size : _LENGTH.size + _LENGTH.unpack_from(part)[0]] for part in parts]
+            self._room = longest
+
+    def objects(self, value: T) -> list[T]:
+        """Every rank's value, in the order of the ranks. Values are pickled: the ranks trust each other."""
+        found: list[Any] = [None] * self.size
+        with self._together():
+            dist.all_gather_object(found, value)
+        return found
+
+    def decide(self, make: Callable[[], T]) -> T:
+        """What ``make`` gives on rank 0, an error too; no other rank calls it."""
+        made: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                made[0] = make()
+            except Exception as error:
+                made[1] = error
+        with self._together():
+            dist.broadcast_object_list(_sendable(made) if self.rank == 0 else made, src=0)
+        if made[1] is not None:
+            raise made[1]
+        value: T = made[0]
+        return value
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Give every tensor the bits that it has on rank 0, whatever its dtype and layout."""
+        for tensor in tensors:
+            whole = tensor.contiguous()
+            data = whole.reshape(-1).view(torch.uint8)
+            with self._together():
+                dist.broadcast(data, src=0)
+            if data.data_ptr() != tensor.data_ptr():
+                tensor.copy_(whole)
+
+    def _gathered(self, data: bytes) -> list[bytes]:
+        mine = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        every = torch.empty(self.size * len(data), dtype=torch.uint8)
+        began = time.perf_counter()
+        with self._together():
+            dist.all_gather(list(every.chunk(self.size)), mine)
+        self.traffic.seconds += time.perf_counter() - began
+        self.traffic.sent += len(data)
+        self.traffic.calls += 1
+        whole = every.numpy().tobytes()
+        return [whole[at : at + len(data)] for at in range(0, len(whole), len(data))]
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        if self._broken:
+            raise RanksError(self._broken)
+        try:
+            yield
+        except RuntimeError as error:  # torch.distributed's errors are of it
+            self._broken = (
+                f"rank {self.rank} of {self.size} is alone: another rank has ended, or did not answer within "
+                f"{self.timeout:g} s. {self.where()} ({str(error).strip().splitlines()[0]})"
+            )
+            raise RanksError(self._broken) from error
+
+
+def _sendable(made: list[Any]) -> list[Any]:
+    """With an error that can be pickled."""
+    try:
+        pickle.loads(pickle.dumps(made[1]))
+    except Exception:
+        made[1] = RanksError(f"rank 0: {type(made[1]).__name__}: {made[1]}")
+    return made

@@ -1,0 +1,196 @@
+"""A Lightning strategy for whichever devices the Trainer assigns: one, or several with a process for each."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..parallel import Parallel
+from ._lightning import (
+    ClusterEnvironment,
+    MisconfigurationException,
+    ParallelStrategy,
+    Strategy,
+    _MultiProcessingLauncher,
+    _SubprocessScriptLauncher,
+    _sync_ddp_if_available,
+    rank_zero_info,
+    rank_zero_only,
+)
+from .onednn import keep_few_shapes
+
+
+class DevicesStrategy(ParallelStrategy):
+    """The devices come from the Trainer, not from the constructor; on one, every collective operation is the identity.
+
+    Args:
+        parallel: how several processes work together.
+        accelerator: as for any Lightning strategy; the Trainer fills it in.
+        checkpoint_io: likewise.
+        precision_plugin: likewise.
+        cluster_environment: says who starts the processes; None: the Trainer finds out.
+    """
+
+    def __init__(
+        self,
+        parallel: Parallel,
+        accelerator: Any = None,
+        checkpoint_io: Any = None,
+        precision_plugin: Any = None,
+        cluster_environment: ClusterEnvironment | None = None,
+    ) -> None:
+        self.parallel = parallel
+        self._devices: list[torch.device] = []
+        self._nodes, self._running = 1, False
+        super().__init__(
+            accelerator=accelerator,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+        )
+
+    # who is there
+
+    @property
+    def parallel_devices(self) -> list[torch.device]:
+        """This machine's. Between runs it reads as empty, so that the next Trainer of the same object may set it again."""
+        return self._devices if self._running else []
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device] | None) -> None:
+        self._devices = devices or []
+
+    @property
+    def num_processes(self) -> int:
+        """On this machine."""
+        return max(1, len(self._devices))
+
+    @property
+    def num_nodes(self) -> int:
+        return self._nodes
+
+    @num_nodes.setter
+    def num_nodes(self, number: int) -> None:
+        self._nodes = number
+
+    @property
+    def is_distributed(self) -> bool:
+        return self.num_processes * self.num_nodes > 1
+
+    @property
+    def world_size(self) -> int:
+        return super().world_size if self.is_distributed else 1
+
+    @property
+    def global_rank(self) -> int:
+        return super().global_rank if self.is_distributed else 0
+
+    @property
+    def local_rank(self) -> int:
+        return super().local_rank if self.is_distributed else 0
+
+    @property
+    def node_rank(self) -> int:
+        return super().node_rank if self.is_distributed else 0
+
+    @property
+    def root_device(self) -> torch.device:
+        return self._devices[self.local_rank] if self._devices else torch.device("cpu")
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Batches are dealt out to groups of ranks."""
+        layout = self.parallel.layout(self.global_rank, self.world_size)
+        return {"num_replicas": layout.groups, "rank": layout.group}
+
+    # processes
+
+    def set_world_ranks(self) -> None:
+        environment = self.cluster_environment
+        if self.is_distributed and environment is not None:
+            environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            environment.set_world_size(self.num_nodes * self.num_processes)
+            rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
+
+    def _configure_launcher(self) -> None:
+        environment = self.cluster_environment
+        if not self.is_distributed or environment is None:
+            self._launcher = None
+        elif self.parallel.start_method == "popen":
+            self._launcher = _SubprocessScriptLauncher(environment, self.num_processes, self.num_nodes)
+        else:
+            self._launcher = _MultiProcessingLauncher(self, start_method=self.parallel.start_method)
+
+    def setup_environment(self) -> None:
+        self._running = True
+        super().setup_environment()
+        if self.is_distributed:
+            self.set_world_ranks()
+            self._join_group()
+        else:
+            self._refuse_strays()
+        if self.root_device.type == "cpu" and (change := keep_few_shapes()):
+            rank_zero_info(f"ZO: {change}")
+
+    def _join_group(self) -> None:
+        environment = self.cluster_environment
+        assert environment is not None
+        if self.root_device.type == "mps":
+            raise MisconfigurationException("several processes cannot share an MPS device; use devices=1")
+        if not dist.is_available():
+            raise MisconfigurationException("this build of PyTorch has no torch.distributed; use devices=1")
+        if dist.is_initialized():  # by an earlier run of this Trainer, or by a cluster's own launcher
+            return
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
+        dist.init_process_group(
+            self.parallel.backend or ("cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else "gloo"),
+            rank=self.global_rank,
+            world_size=self.world_size,
+            timeout=timedelta(seconds=self.parallel.timeout),
+        )
+
+    def _refuse_strays(self) -> None:
+        environment = self.cluster_environment
+        if environment is not None and environment.creates_processes_externally and "TORCHELASTIC_RUN_ID" in os.environ:
+            environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+
+    def model_to_device(self) -> None:
+        assert self.model is not None
+        self.model.to(self.root_device)
+
+    def teardown(self) -> None:
+        if self.is_distributed:
+            super().teardown()
+        else:  # the environment's variables are none of ours
+            Strategy.teardown(self)
+        self._running = False
+
+    # collective operations: of metrics and of Lightning's own
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if self._several(tensor) else tensor
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        return super().all_gather(tensor, group, sync_grads) if self._several(tensor) else tensor
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if self._several():
+            dist.barrier()
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if not self._several():
+            return obj
+        objects = [obj]
+        dist.broadcast_object_list(objects, src)
+        return objects[0]
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        return super().reduce_boolean_decision(decision, all) if self._several() else decision
+
+    def _several(self, tensor: Any = None) -> bool:
+        return self.is_distributed and dist.is_initialized() and (tensor is None or isinstance(tensor, Tensor))
