@@ -15,7 +15,7 @@ import torch.distributed as dist
 from helpers import PLAIN, PerExampleTask, batches, mlp, per_example_mse, quiet_trainer
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from zolightning import ZOConfig, ZOStrategy
 from zolightning.engine.session import Session
@@ -59,10 +59,12 @@ def loop(mode: Mode, config: str, steps: int = STEPS) -> Any:
 
 
 def trainer(config: str, steps: int) -> Any:
-    """The Trainer, whose sampler deals the examples out."""
+    """The Trainer, with a sampler that keeps the examples in their order, which Lightning's own does not."""
     module = PerExampleTask(mlp(), per_example_mse)
     trainer = quiet_trainer(ZOStrategy(CONFIGS[config], one_batch=False), devices=dist.get_world_size())
-    trainer.fit(module, DataLoader(examples(SIZE * steps), batch_size=SIZE // dist.get_world_size()))
+    items = examples(SIZE * steps)
+    sampler = DistributedSampler(items, shuffle=False)  # type: ignore[arg-type]
+    trainer.fit(module, DataLoader(items, batch_size=SIZE // dist.get_world_size(), sampler=sampler))  # type: ignore[arg-type]
     return {"weights": [p.tolist() for p in module.net.parameters()], "steps": trainer.global_step}
 
 
