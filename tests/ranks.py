@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,10 @@ def start(command: Sequence[str], folder: Path, size: int = 2, port: int | None 
     return started
 
 
-def run_cases(cases: Sequence[Sequence[Any]], folder: Path, size: int = 2) -> list[Mapping[str, Any]]:
-    """Rank by rank: case → what it gave."""
+def run_groups(groups: Sequence[Sequence[Sequence[Any]]], folder: Path, size: int = 2) -> list[dict[str, Any]]:
+    """Rank by rank: case → what it gave. Each group of cases has a process group of its own."""
     path = folder / "cases.json"
-    path.write_text(json.dumps(cases))
+    path.write_text(json.dumps([[cases, free_port()] for cases in groups]))
     started = start([str(TESTS / "rank_worker.py"), str(path)], folder, size)
     try:
         codes = [rank.wait(timeout=600) for rank in started]
@@ -58,4 +58,9 @@ def run_cases(cases: Sequence[Sequence[Any]], folder: Path, size: int = 2) -> li
             rank.kill()
     texts = [(folder / f"rank-{rank}.txt").read_text() for rank in range(size)]
     assert codes == [0] * size, texts
-    return [json.loads((folder / f"cases.json.{rank}").read_text()) for rank in range(size)]
+    found: list[dict[str, Any]] = [{} for _ in range(size)]
+    for number in range(len(groups)):
+        for rank in range(size):
+            if (file := folder / f"found-{number}.{rank}").exists():
+                found[rank].update(json.loads(file.read_text()))
+    return found

@@ -139,6 +139,7 @@ class Session:
         *,
         optimizer: Optimizer | None = None,
         prepare: Callable[[Batch], Batch] | None = None,
+        counts: bool = True,
     ) -> Estimate | None:
         """Run the probes of one micro-batch; its estimate counts in the next :meth:`update`.
 
@@ -171,6 +172,9 @@ class Session:
         estimate = part.tell(ran.answers)
         estimate = part.estimate = estimate._replace(forwards=estimate.forwards + (batch is not given) + looks)
         self.notices.report(space.runner, ran, estimate, self.estimator.eps)
+        if not counts:
+            self._looks = []
+            return estimate._replace(output=ran.output)
         self._window.append(part)
         if self.config.conservative:
             self._trials.append(partial(self._trial, forward, batch, space))

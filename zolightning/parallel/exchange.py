@@ -49,8 +49,9 @@ class Exchange:
         self.traffic = Traffic()
         self.where: Callable[[], str] = str
         """Says where the run stands, for messages."""
+        self.broken = ""
+        """The reason why nothing goes through any more; "" while it does."""
         self._room = 0
-        self._broken = ""
 
     def gather(self, data: bytes) -> list[bytes]:
         """Every rank's bytes, in the order of the ranks.
@@ -115,16 +116,16 @@ class Exchange:
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        if self._broken:
-            raise RanksError(self._broken)
+        if self.broken:
+            raise RanksError(self.broken)
         try:
             yield
         except RuntimeError as error:  # torch.distributed's errors are of it
-            self._broken = (
+            self.broken = (
                 f"rank {self.rank} of {self.size} is alone: another rank has ended, or did not answer within "
                 f"{self.timeout:g} s. {self.where()} ({str(error).strip().splitlines()[0]})"
             )
-            raise RanksError(self._broken) from error
+            raise RanksError(self.broken) from error
 
 
 def _sendable(made: list[Any]) -> list[Any]:

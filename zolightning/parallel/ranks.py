@@ -11,7 +11,6 @@ from torch import nn
 from ..methods.estimators import Estimator
 from ..noise import Distribution
 from ..types import Batch, Estimate, Key
-from .layout import Layout
 from .merging import merge
 from .part import Part
 
@@ -94,7 +93,7 @@ class Alone:
         pass
 
     def part(self, estimator: Estimator, key: Key, before: int, batch: Batch) -> Part:
-        return Part(Layout(), estimator, key)
+        return Part(estimator, key)
 
     def stale(self, place: int, holds: bool) -> bool:
         return not holds

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 from typing import Any, TypeVar
 
@@ -12,22 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._version import __version__
 from ..methods.estimators import Estimator
 from ..methods.ranking import Ranking
-from ..noise import Distribution, sample
+from ..noise import Distribution
 from ..probing.batches import batch_examples, leaves
 from ..space.fingerprint import combined, mixed
 from ..types import Answer, Batch, Estimate, Key, PerExample, Point, Tangent, Term
 from .exchange import Exchange, RanksError
+from .greeting import Greeting, refuse_strangers
 from .layout import Parallel
 from .merging import joined, mean, merge
 from .message import Flag, Message
-from .part import Part, told
+from .part import Part, Share, told
 from .ranks import Joint, Standing
 
 T = TypeVar("T")
-_SAMPLE = 4096  # elements of noise that ranks compare
 
 
 class Team:
@@ -44,11 +44,24 @@ class Team:
         self.parallel = parallel or Parallel()
         self.exchange = Exchange(self.parallel.timeout)
         self.rank, self.size = self.exchange.rank, self.exchange.size
+        self.exchange.where = self._where
         self.layout = self.parallel.layout(self.rank, self.size)
+        self.ledger = ""
+        """Where the run's replay ledger is, for messages."""
+        self._step = 0
         self._module: nn.Module | None = None
         self._wishes: set[int] = set()
         self._anew: set[int] = set()
         self._checked = False
+
+    @contextmanager
+    def leaving(self) -> Iterator[None]:
+        """Around code that belongs to one rank: after an error in it the others are not waited for."""
+        try:
+            yield
+        except BaseException as error:
+            self.exchange.broken = self.exchange.broken or f"this rank has left the others: {error!r}"
+            raise
 
     def decide(self, make: Callable[[], T]) -> T:
         return self.exchange.decide(make)
@@ -63,23 +76,34 @@ class Team:
             ValueError: the estimator's points cannot be spread over the ranks.
         """
         self._module, self._estimator = module, estimator
+        self._wishes, self._anew, self._checked = set(), set(), False
         self._refuse_estimator(estimator)
         tensors = _tensors(module)
-        device = next((t.device for t in tensors.values()), torch.device("cpu"))
-        here = {
-            "zolightning's version": __version__,
-            "parallel": self.parallel.mode,
-            "settings": dict(settings),
-            "tensors": {name: (str(t.dtype), tuple(t.shape)) for name, t in tensors.items()},
-            "noise": _noise(noise, device),
-        }
+        here = Greeting.of(tensors, self.parallel.mode, noise, settings)
+        if len(set(self.exchange.gather(_digest(repr(here))))) > 1:
+            refuse_strangers(self.exchange.objects(here))
+        self.equalize(module)
+
+    def equalize(self, module: nn.Module) -> list[str]:
+        """Give every rank the parameters and buffers of rank 0; the names of those that were not equal.
+
+        Raises:
+            RanksError: a tensor cannot be sent.
+        """
+        tensors = _tensors(module)
         hashes = mixed(tensors.items())
-        digests = [_digest(repr(here) + device.type), _digest(repr(hashes))]
-        found = self.exchange.gather(b"".join(digests))
-        if len({each[:8] for each in found}) > 1:
-            self._refuse_strangers(self.exchange.objects((here, device.type)), noise)
-        if len({each[8:] for each in found}) > 1:
-            self._share(tensors, self.exchange.objects(hashes))
+        if len(set(self.exchange.gather(_digest(repr(hashes))))) == 1:
+            return []
+        found = self.exchange.objects(hashes)
+        names = [name for name in tensors if any(other[name] != found[0][name] for other in found)]
+        for name in names:
+            if type(tensors[name]) not in (Tensor, nn.Parameter):
+                raise RanksError(
+                    f"{name!r} is a {type(tensors[name]).__name__} with other values on some ranks, and such weights are not "
+                    "sent; load the same ones on every rank"
+                )
+        self.exchange.share(tensors[name].data for name in names)
+        return names
 
     def _refuse_estimator(self, estimator: Estimator) -> None:
         if isinstance(estimator, Ranking):
@@ -92,28 +116,11 @@ class Team:
                 f"{estimator!r} has {sum(map(bool, shares))}; raise num_queries, or use parallel='data'"
             )
 
-    def _refuse_strangers(self, found: Sequence[tuple[dict[str, Any], str]], noise: Distribution) -> None:
-        first, device = found[0]
-        for rank, (other, another) in enumerate(found):
-            if device != another and noise.name != "rademacher":
-                raise RanksError(
-                    f"rank 0 runs on {device} and rank {rank} on {another}, whose {noise.name} noise may differ in the last "
-                    "bits; use noise='rademacher', which has the same bits everywhere"
-                )
-            for topic, value in first.items():
-                if other.get(topic) != value:
-                    why = _difference(topic, value, other.get(topic))
-                    raise RanksError(f"rank {rank} does not belong to this run: {why}")
-
-    def _share(self, tensors: Mapping[str, Tensor], found: Sequence[Mapping[str, str]]) -> None:
-        names = [name for name in tensors if any(other[name] != found[0][name] for other in found)]
-        for name in names:
-            if type(tensors[name]) not in (Tensor, nn.Parameter):
-                raise RanksError(
-                    f"{name!r} is a {type(tensors[name]).__name__} with other values on some ranks, and such weights are not "
-                    "sent; load the same ones on every rank"
-                )
-        self.exchange.share(tensors[name].data for name in names)
+    def _where(self) -> str:
+        kept = f", and its ledger {self.ledger} holds the steps before" if self.ledger else ""
+        return (
+            f"The run was at optimizer step {self._step}{kept}; it can go on from its last checkpoint, on any number of ranks."
+        )
 
     # a step
 
@@ -124,7 +131,7 @@ class Team:
         if layout.members > 1:
             held = [(str(i), leaf) for i, leaf in enumerate(leaves(batch)) if isinstance(leaf, Tensor)]
             digest = int(combined(mixed(held))[:16], 16)
-        return Part(layout, estimator, key, batch_examples(batch) or 1, digest)
+        return Share(estimator, key, batch_examples(batch) or 1, layout, digest)
 
     def stale(self, place: int, holds: bool) -> bool:
         """Rank 0 finds it, so the ranks agree on when in the exchange before."""
@@ -143,6 +150,7 @@ class Team:
         Raises:
             RanksError: a rank is gone, at another step, or has other weights.
         """
+        self._step = key.step
         check = not self._checked or key.step % self.parallel.check_every == 0
         mine, self._checked = standing(check), True
         packed = self._message(key, parts, looks, mine).pack()
@@ -170,19 +178,19 @@ class Team:
         return [mean([(row[0], row[i]) for row in seen]) for i in range(1, len(values) + 1)]
 
     def _message(self, key: Key, parts: Sequence[Part], looks: Sequence[float], standing: Standing) -> Message:
-        local = merge([part.estimate for part in parts])
+        local, shares = merge([part.estimate for part in parts]), [part for part in parts if isinstance(part, Share)]
         flags = Flag.ANEW * (standing.place in self._wishes) | Flag.LOOKED * bool(looks)
-        flags |= Flag.OWN * any(part.own for part in parts)
+        flags |= Flag.OWN * any(part.own for part in shares)
         spread = self.layout.members > 1
-        values = [v for part in parts for answer in part.answers for v in _numbers(answer)] if spread else local.coefficients
+        values = [v for part in shares for answer in part.answers for v in _numbers(answer)] if spread else local.coefficients
         return Message(
             step=key.step,
             examples=sum(part.examples for part in parts),
             forwards=local.forwards,
             digest=standing.digest(),
-            batch=sum(part.digest for part in parts) % (1 << 64),
+            batch=sum(part.digest for part in shares) % (1 << 64),
             flags=Flag(flags),
-            sizes=tuple(part.own for part in parts) if spread else (),
+            sizes=tuple(part.own for part in shares) if spread else (),
             loss=local.loss,
             looks=tuple(looks),
             values=tuple(values),
@@ -253,20 +261,8 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _noise(noise: Distribution, device: torch.device) -> tuple[str, str]:
-    starts = torch.zeros(1, dtype=torch.int64, device=device)
-    return noise.name, combined(mixed([("", sample(noise, Key(0, 0), 0, starts, _SAMPLE).cpu())]))
-
-
 def _digest(text: str) -> bytes:
     return blake2b(text.encode(), digest_size=8).digest()
-
-
-def _difference(topic: str, mine: Any, other: Any) -> str:
-    if isinstance(mine, dict) and isinstance(other, dict):
-        name = next(name for name in (*mine, *other) if mine.get(name) != other.get(name))
-        return f"{name!r} of its {topic} is {other.get(name, 'missing')}, and {mine.get(name, 'missing')} on rank 0"
-    return f"its {topic} is {other}, and {mine} on rank 0"
 
 
 def _numbers(answer: Answer) -> list[float]:

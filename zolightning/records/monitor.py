@@ -112,11 +112,12 @@ class ZOMonitor(Callback):
     ) -> None:
         self.train_seconds += time.perf_counter() - self._started
         self.cpu_seconds += time.process_time() - self._cpu_started
-        self.examples_seen += batch_examples(batch) or 0
-        self.tokens_seen += count_tokens(batch)
         strategy = trainer.strategy
+        batches = strategy.groups if isinstance(strategy, ZOStrategy) else trainer.world_size  # taken to be alike
+        self.examples_seen += batches * (batch_examples(batch) or 0)
+        self.tokens_seen += batches * count_tokens(batch)
         if not isinstance(strategy, ZOStrategy):
-            self.forward_passes += 1
+            self.forward_passes += batches
         if trainer.global_step == self._last_step:  # inside an accumulation window
             return
         self._last_step = trainer.global_step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..parallel import Parallel
+from ..parallel import Parallel, Team
 from ._lightning import (
     ClusterEnvironment,
     MisconfigurationException,
@@ -22,6 +23,7 @@ from ._lightning import (
     rank_zero_info,
     rank_zero_only,
 )
+from .evening import Evened, evened
 from .onednn import keep_few_shapes
 
 
@@ -47,6 +49,9 @@ class DevicesStrategy(ParallelStrategy):
         self.parallel = parallel
         self._devices: list[torch.device] = []
         self._nodes, self._running = 1, False
+        self.team: Team | None = None
+        """The ranks of this run, where it has several."""
+        self._evened: list[Evened] = []
         super().__init__(
             accelerator=accelerator,
             cluster_environment=cluster_environment,
@@ -103,8 +108,13 @@ class DevicesStrategy(ParallelStrategy):
         return self._devices[self.local_rank] if self._devices else torch.device("cpu")
 
     @property
+    def groups(self) -> int:
+        """Batches that a micro-batch of the run consists of."""
+        return self.parallel.layout(self.global_rank, self.world_size).groups
+
+    @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """Batches are dealt out to groups of ranks."""
+        """Examples are dealt out to groups of ranks."""
         layout = self.parallel.layout(self.global_rank, self.world_size)
         return {"num_replicas": layout.groups, "rank": layout.group}
 
@@ -132,6 +142,7 @@ class DevicesStrategy(ParallelStrategy):
         if self.is_distributed:
             self.set_world_ranks()
             self._join_group()
+            self.team, self._evened = Team(self.parallel), []
         else:
             self._refuse_strays()
         if self.root_device.type == "cpu" and (change := keep_few_shapes()):
@@ -163,12 +174,29 @@ class DevicesStrategy(ParallelStrategy):
         assert self.model is not None
         self.model.to(self.root_device)
 
+    def process_dataloader(self, dataloader: object) -> object:
+        """A training loader with as many batches as those of the other ranks."""
+        module = self.lightning_module
+        if self.team is None or module is None or not module.trainer.training:
+            return dataloader
+        even = evened(dataloader, self.team)
+        self._evened += [even] if isinstance(even, Evened) else []
+        return even
+
+    def leaving(self) -> AbstractContextManager[None]:
+        """Around code in which an error concerns this rank alone: the others are then not waited for."""
+        return nullcontext() if self.team is None else self.team.leaving()
+
+    def stands_in(self, place: int) -> bool:
+        """Whether the epoch's batch of this place, counted from 0, is no more than a stand-in."""
+        return any(loader.real is not None and place >= loader.real for loader in self._evened)
+
     def teardown(self) -> None:
         if self.is_distributed:
             super().teardown()
         else:  # the environment's variables are none of ours
             Strategy.teardown(self)
-        self._running = False
+        self._running, self._evened = False, []
 
     # collective operations: of metrics and of Lightning's own
 
@@ -193,4 +221,6 @@ class DevicesStrategy(ParallelStrategy):
         return super().reduce_boolean_decision(decision, all) if self._several() else decision
 
     def _several(self, tensor: Any = None) -> bool:
-        return self.is_distributed and dist.is_initialized() and (tensor is None or isinstance(tensor, Tensor))
+        if self.team is None or not dist.is_initialized():
+            return False
+        return not self.team.exchange.broken and (tensor is None or isinstance(tensor, Tensor))

@@ -26,7 +26,7 @@ from ..methods.recipes import name_of
 from ..methods.recipes import recipe as named_recipe
 from ..mixin import ZOMixin
 from ..offload import Offload, stored
-from ..parallel import Parallel, Team
+from ..parallel import Parallel
 from ..parallel.layout import Mode
 from ..probing.isolation import set_rng_state
 from ..space import View, expose_scales
@@ -46,7 +46,7 @@ from .devices import DevicesStrategy
 from .ledger_io import keeps_positions
 from .muted import muted
 from .offloading import InMemory, residency
-from .requirements import DRAWS_BATCHES, NEEDS_CLOSURE, NEEDS_LOSS, check_fit, check_layers
+from .requirements import DRAWS_BATCHES, NEEDS_CLOSURE, NEEDS_LOSS, check_fit, check_layers, check_ranks
 from .run_ledger import RunLedger
 
 
@@ -102,7 +102,7 @@ class ZOStrategy(DevicesStrategy):
         self._weights: InMemory | None = None
         self._loaded_from = ""
         self._resumed_rng: dict[str, Any] | None = None
-        self._inside_closure = False
+        self._inside_closure, self._counts = False, True
         self._closure_loss: Tensor | None = None
 
     @property
@@ -177,13 +177,14 @@ class ZOStrategy(DevicesStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         if trainer.state.fn != "fit":  # a checkpoint saved after a test is that of the fit before it
             super().setup(trainer)
+            if self.team is not None:
+                self.team.equalize(self.module)
             return
         before, self._session, self._run_ledger, self._resumed_rng = self._session, None, None, None
         super().setup(trainer)
         module = self.module
         check_fit(module, self.optimizers, self.config)
         settings = {"recipe": self.recipe_name, **self.config.to_dict()}
-        team = Team(self.parallel) if self.is_distributed else None
         choice = self.ledger if self.is_global_zero else False  # rank 0 writes for all
         self._run_ledger = RunLedger(trainer, choice, settings, keeps_positions(self.checkpoint_io))
         others = [c for c in trainer.callbacks if not isinstance(c, RunLedger)]  # type: ignore[attr-defined]
@@ -200,23 +201,41 @@ class ZOStrategy(DevicesStrategy):
             muted=partial(muted, trainer),
             ledger=self._run_ledger.pending,
             apply=self.weights.apply,
-            ranks=team,
+            ranks=self.team,
             inform=rank_zero_info,
             warn=rank_zero_warn,
         )
         if before is not None:
             self._session.follow(before)
+        if self.team is not None:
+            self.team.ledger = self.team.decide(lambda: str(self.ledger_path or ""))
         # Lightning clips the parameters that the precision plugin names: give it the projected gradients
         self._projected = nn.Parameter(torch.zeros(1, dtype=torch.float64), requires_grad=False)
         self.precision_plugin.main_params = lambda optimizer: iter([self._projected])  # type: ignore[method-assign]
 
+    def on_validation_start(self) -> None:
+        """Evaluate one model: the buffers of rank 0, as the statistics of BatchNorm, are the run's."""
+        super().on_validation_start()
+        if self.team is not None and self._session is not None and (names := self.team.equalize(self.module)):
+            self._session.notices.once(
+                "buffers",
+                f"ZO: {len(names)} buffers, as {names[0]!r}, follow each rank's own batches; those of rank 0 are the run's, "
+                "and all ranks take them before each validation",
+                rank_zero_info,
+            )
+
     def model_to_device(self) -> None:
         module = self.module
+        self.refuse_ranks()
         self._weights = residency(self.offload, module, self.root_device, module.trainer, self.checkpoint_io)
         super().model_to_device()
         check_layers(module, self.recipe_name)
         if self.config.scales != "frozen":  # only now are the layers quantised, and the optimizers come next
             expose_scales(module)
+
+    def refuse_ranks(self) -> None:
+        """Refuse settings that do not go with several processes."""
+        check_ranks(self.is_distributed, self._offloads, self.config)
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -241,9 +260,14 @@ class ZOStrategy(DevicesStrategy):
     # one step
 
     def training_step(self, *args: Any, **kwargs: Any) -> StepOutput:
+        with self.leaving():
+            return self._training_step(*args, **kwargs)
+
+    def _training_step(self, *args: Any, **kwargs: Any) -> StepOutput:
         module, session = self.module, self.session
         self._resume_rng(module.trainer)
         self.records = []
+        self._counts = not self.stands_in(module.trainer.fit_loop.epoch_loop.batch_idx)
         if not module.automatic_optimization:  # the probes run inside opt.step(closure=...)
             with torch.no_grad():
                 return super().training_step(*args, **kwargs)
@@ -252,10 +276,10 @@ class ZOStrategy(DevicesStrategy):
         if isinstance(module, ZOMixin):
             prepare = None if type(module).zo_prepare is ZOMixin.zo_prepare else self._in_precision(module.zo_prepare)
             forward = self._in_precision(forward_of(module, session.estimator))
-            estimate = session.estimate(forward, args[0], prepare=prepare)
+            estimate = session.estimate(forward, args[0], prepare=prepare, counts=self._counts)
         else:
             step = super().training_step
-            estimate = session.estimate(lambda _: step(*args, **kwargs), args[0])
+            estimate = session.estimate(lambda _: step(*args, **kwargs), args[0], counts=self._counts)
         if estimate is None:  # Lightning refuses None where other processes go on
             return torch.tensor(torch.nan, device=self.root_device) if self.is_distributed else None
         # Lightning wants a tensor for its loops and progress bar; the doubles stay in the estimate
@@ -279,10 +303,11 @@ class ZOStrategy(DevicesStrategy):
         if module.automatic_optimization:
             loss = closure()
         else:
-            estimate = session.estimate(self._in_precision(partial(self._manual_loss, closure)), optimizer=optimizer)
+            forward = self._in_precision(partial(self._manual_loss, closure))
+            estimate = session.estimate(forward, optimizer=optimizer, counts=self._counts)
             loss = None if estimate is None else estimate.loss
         session.measure_update = self.measure_update
-        with torch.no_grad():
+        with torch.no_grad(), self.leaving():
             self.records.append(session.update(optimizer, clip=partial(self._clipped, optimizer)))
         return loss
 
