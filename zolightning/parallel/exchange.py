@@ -51,6 +51,8 @@ class Exchange:
         """Says where the run stands, for messages."""
         self.broken = ""
         """The reason why nothing goes through any more; "" while it does."""
+        self.delayed: Callable[[int], float] | None = None
+        """Bytes sent → seconds that a gathering is made to take longer: a slow network, for measurements."""
         self._room = 0
 
     def gather(self, data: bytes) -> list[bytes]:
@@ -106,6 +108,8 @@ class Exchange:
         mine = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         every = torch.empty(self.size * len(data), dtype=torch.uint8)
         began = time.perf_counter()
+        if self.delayed is not None:
+            time.sleep(self.delayed(len(data)))
         with self._together():
             dist.all_gather(list(every.chunk(self.size)), mine)
         self.traffic.seconds += time.perf_counter() - began
