@@ -34,7 +34,6 @@ from ..probing.isolation import Isolation, rng_state, set_rng_state
 from ..probing.objective import loss_value
 from ..probing.runner import Muted
 from ..space import View
-from ..space.fingerprint import fingerprint
 from ..types import Batch, Estimate, Forward, Key, Shared, SkipStep, StepRecord, Term
 from .advice import advice, check_optimizer
 from .notices import Notices, Say
@@ -42,16 +41,13 @@ from .rates import override_lr
 from .recording import Recording
 from .skips import SkipWatch
 from .step import finish, keep_best
-from .step_size import StepSizes
+from .step_size import Loss, StepSizes
 from .subspace import Calibration, Setting, Subspace, compute_dtype, find_subspace, listed
 from .uninterrupted import uninterrupted
 from .updates import Apply, UpdateStats, apply_update, load_state, state_of
 
 Clip: TypeAlias = Callable[[Sequence[float]], Sequence[float]]
 """The projected gradients → as many clipped ones."""
-Trial: TypeAlias = Callable[[Sequence[Term]], float]
-"""Σ_k c_k z_k → the loss at θ plus it."""
-
 _SEEDS = 1 << 64
 _log = logging.getLogger("zolightning")
 
@@ -121,7 +117,7 @@ class Session:
         self._sizes = StepSizes(self.config.finds_lr, inform, self.ranks.decide)
         self._window: list[Part] = []
         self._looks: list[float] = []
-        self._trials: list[Trial] = []
+        self._trials: list[Loss] = []
         self._skips = SkipWatch(self.config.max_skips)
         for optimizer in self.optimizers:
             if (lr := self.config.own_lr) is not None:
@@ -172,11 +168,10 @@ class Session:
         estimate = part.tell(ran.answers)
         estimate = part.estimate = estimate._replace(forwards=estimate.forwards + (batch is not given) + looks)
         self.notices.report(space.runner, ran, estimate, self.estimator.eps)
+        self._window += [part] if counts else []
         if not counts:
             self._looks = []
-            return estimate._replace(output=ran.output)
-        self._window.append(part)
-        if self.config.conservative:
+        elif self.config.conservative:
             self._trials.append(partial(self._trial, forward, batch, space))
         return estimate._replace(output=ran.output)
 
@@ -202,7 +197,9 @@ class Session:
     def _joined(self, place: int, optimizer: Optimizer) -> Estimate:
         """What all ranks found since the last update."""
         parts, looks, self._window, self._looks = self._window, self._looks, [], []
-        joint = self.ranks.join(Key(self.seed, self.step), parts, looks, partial(self._standing, place, optimizer))
+        space = self._subspaces.get(id(optimizer))
+        standing = partial(Standing.of, self.step, place, optimizer, space and space.view, self.module)
+        joint = self.ranks.join(Key(self.seed, self.step), parts, looks, standing)
         self._sizes.choose(place, joint.looks)
         if joint.standing is not None:
             for group, settings in zip(optimizer.param_groups, joint.standing.groups, strict=True):
@@ -210,14 +207,6 @@ class Session:
             view = self.view(optimizer)
             view.read.update(id(view.leaves[place].parameter) for place in joint.standing.read)
         return joint.estimate
-
-    def _standing(self, place: int, optimizer: Optimizer, check: bool) -> Standing:
-        plain = (bool, int, float, str, tuple)
-        groups = tuple({k: v for k, v in g.items() if isinstance(v, plain)} for g in optimizer.param_groups)
-        read: frozenset[int] = frozenset()
-        if (space := self._subspaces.get(id(optimizer))) is not None:
-            read = frozenset(i for i, leaf in enumerate(space.view.leaves) if id(leaf.parameter) in space.view.read)
-        return Standing(self.step, place, groups, read, fingerprint(self.module.named_parameters()) if check else "")
 
     def _update(self, place: int, optimizer: Optimizer, window: Estimate, clip: Clip | None, examples: int) -> StepRecord:
         trials, self._trials = self._trials, []
@@ -326,7 +315,7 @@ class Session:
         with space.view.refusing_reads():
             return prepare(batch)
 
-    def _tried(self, trials: Sequence[Trial], examples: int, steps: Sequence[Sequence[Term]]) -> list[float]:
+    def _tried(self, trials: Sequence[Loss], examples: int, steps: Sequence[Sequence[Term]]) -> list[float]:
         """The loss after each of a few steps, over all batches of this one."""
         here = [sum(trial(terms) for trial in trials) / len(trials) if trials else 0.0 for terms in steps]
         return self.ranks.means(here, examples)

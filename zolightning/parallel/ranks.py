@@ -7,9 +7,12 @@ from hashlib import blake2b
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import nn
+from torch.optim import Optimizer
 
 from ..methods.estimators import Estimator
 from ..noise import Distribution
+from ..space import View
+from ..space.fingerprint import fingerprint
 from ..types import Batch, Estimate, Key
 from .merging import merge
 from .part import Part
@@ -33,6 +36,15 @@ class Standing(NamedTuple):
     groups: tuple[Mapping[str, Any], ...]
     read: frozenset[int]
     weights: str = ""
+
+    @classmethod
+    def of(cls, step: int, place: int, optimizer: Optimizer, view: View | None, module: nn.Module, check: bool) -> Standing:
+        """This rank's, with the weights' fingerprint where that is wanted; the view is None before a first estimate."""
+        plain = (bool, int, float, str, tuple)
+        groups = tuple({k: v for k, v in g.items() if isinstance(v, plain)} for g in optimizer.param_groups)
+        leaves = () if view is None else view.leaves
+        read = frozenset(i for i, leaf in enumerate(leaves) if view is not None and id(leaf.parameter) in view.read)
+        return cls(step, place, groups, read, fingerprint(module.named_parameters()) if check else "")
 
     def digest(self) -> int:
         text = repr((self.step, self.place, [sorted(g.items()) for g in self.groups], sorted(self.read), self.weights))

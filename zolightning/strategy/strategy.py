@@ -18,9 +18,7 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from ..engine.session import Session
-from ..engine.updates import UpdateStats
 from ..methods.config import Overrides, ZOConfig
-from ..methods.estimators import Estimator
 from ..methods.ranking import forward_of
 from ..methods.recipes import name_of
 from ..methods.recipes import recipe as named_recipe
@@ -29,8 +27,8 @@ from ..offload import Offload, stored
 from ..parallel import Parallel
 from ..parallel.layout import Mode
 from ..probing.isolation import set_rng_state
-from ..space import View, expose_scales
-from ..types import StepOutput, StepRecord
+from ..space import expose_scales
+from ..types import StepOutput
 from . import checkpoints
 from ._lightning import (
     DoublePrecision,
@@ -42,15 +40,15 @@ from ._lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
-from .devices import DevicesStrategy
+from .fit_state import FitStrategy
 from .ledger_io import keeps_positions
 from .muted import muted
-from .offloading import InMemory, residency
+from .offloading import residency
 from .requirements import DRAWS_BATCHES, NEEDS_CLOSURE, NEEDS_LOSS, check_fit, check_layers, check_ranks
 from .run_ledger import RunLedger
 
 
-class ZOStrategy(DevicesStrategy):
+class ZOStrategy(FitStrategy):
     """Zeroth-order training on one device or several: no backward pass, the memory of inference.
 
     Args:
@@ -93,76 +91,10 @@ class ZOStrategy(DevicesStrategy):
         self.config = base.override(**overrides)
         self.recipe_name = recipe if isinstance(recipe, str) else name_of(recipe)
         self.ledger, self.offload = ledger, offload
-        self.measure_update = False
-        """Set it to get ``last_stats`` of the next step."""
-        self.records: list[StepRecord] = []
-        """Optimizer steps of the last batch: none inside an accumulation window, several in a manual training step."""
-        self._session: Session | None = None
-        self._run_ledger: RunLedger | None = None
-        self._weights: InMemory | None = None
         self._loaded_from = ""
         self._resumed_rng: dict[str, Any] | None = None
         self._inside_closure, self._counts = False, True
         self._closure_loss: Tensor | None = None
-
-    @property
-    def session(self) -> Session:
-        """The engine of the fit that runs, or of the last one.
-
-        Raises:
-            RuntimeError: there was none yet.
-        """
-        if self._session is None:
-            raise RuntimeError("ZOStrategy has not been set up for a fit; call trainer.fit(...) first")
-        return self._session
-
-    @property
-    def module(self) -> pl.LightningModule:
-        """The LightningModule of the fit."""
-        module = self.lightning_module
-        if module is None:
-            raise RuntimeError("ZOStrategy has no LightningModule yet; call trainer.fit(...) first")
-        return module
-
-    @property
-    def weights(self) -> InMemory:
-        """Where the module's weights are."""
-        if self._weights is None:
-            self._weights = InMemory(self.module)  # until the strategy is set up
-        return self._weights
-
-    @property
-    def estimator(self) -> Estimator:
-        return self.session.estimator
-
-    @property
-    def seed(self) -> int:
-        """Seed of the perturbations."""
-        return self.session.seed
-
-    @property
-    def zo_step(self) -> int:
-        """Optimizer steps taken: the step of the next perturbation's key."""
-        return self.session.step if self._session is not None else 0
-
-    @property
-    def last_record(self) -> StepRecord | None:
-        """The last optimizer step."""
-        return None if self._session is None else self._session.last_record
-
-    @property
-    def last_stats(self) -> UpdateStats | None:
-        """The changes of the last update."""
-        return None if self._session is None else self._session.last_stats
-
-    @property
-    def ledger_path(self) -> Path | None:
-        """Where this fit's replay ledger goes; None when it keeps none, and between fits."""
-        return None if self._run_ledger is None else self._run_ledger.path
-
-    def view(self, optimizer: Optimizer) -> View:
-        """The subspace that this optimizer's steps search now; known from its first step on."""
-        return self.session.view(optimizer)
 
     # set-up
 
