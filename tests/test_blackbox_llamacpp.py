@@ -210,7 +210,7 @@ def test_a_score_of_written_text_is_trained_on(gguf: LlamaModel) -> None:
 
 
 @pytest.mark.network
-@pytest.mark.integration
+@pytest.mark.slow
 def test_the_demos_own_file_trains(tmp_path: Path) -> None:
     """The demo's row, on 4 texts."""
     row = replace(GGUF, steps=1, batch_size=4, overrides={"num_queries": 1})
