@@ -124,9 +124,10 @@ def _config(one: Column, found: Sequence[Cell]) -> Any:
     numbers = [cell.value for cell in found if isinstance(cell.value, float)]
     if not numbers:
         return st.column_config.TextColumn(one.label)
-    whole = all(value.is_integer() for value in numbers if math.isfinite(value))
+    finite = [value for value in numbers if math.isfinite(value)]
+    grouped = all(value.is_integer() for value in finite) or any(abs(value) >= 1e4 for value in finite)
     small = any(0 < abs(value) < 1e-3 for value in numbers)
-    return st.column_config.NumberColumn(one.label, format="scientific" if small else "localized" if whole else "%.4g")
+    return st.column_config.NumberColumn(one.label, format="scientific" if small else "localized" if grouped else "%.4g")
 
 
 def _actions(scene: Scene, view: View, picked: Sequence[Run]) -> None:
