@@ -198,10 +198,11 @@ def worker(folder: str, epochs: int) -> None:
 def test_a_run_killed_at_any_moment_ends_with_the_bits_of_one_that_was_not() -> None:
     """``pytest tests/test_offload_strategy.py -m slow``; ZOLIGHTNING_KILLS says how many times (5)."""
     chance, folder = random.Random(0), Path("killed").absolute()
-    command = [sys.executable, __file__, str(folder)]
+    command, said = [sys.executable, __file__, str(folder)], Path("said.txt").absolute()
     kills = 0
     while not (folder / "last.pt").exists():
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        with said.open("ab") as errors:
+            process = subprocess.Popen(command, stderr=errors, stdout=subprocess.DEVNULL)
         if kills < int(os.environ.get("ZOLIGHTNING_KILLS", "5")):
             started = len(list(folder.glob("step=*.ckpt")))
             while len(list(folder.glob("step=*.ckpt"))) <= started and process.poll() is None:
@@ -209,7 +210,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_bits_of_one_that_was_not() -> 
             time.sleep(chance.random() * 0.5)
             process.send_signal(signal.SIGKILL)
             kills += 1
-        assert process.wait() in (0, -signal.SIGKILL)
+        assert process.wait() in (0, -signal.SIGKILL), said.read_text()[-3000:]
     worker("whole", 60)
     expected, found = torch.load("whole/last.pt"), torch.load(folder / "last.pt")
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
