@@ -65,7 +65,7 @@ def refuse_strangers(found: Sequence[Greeting]) -> None:
                 raise RanksError(f"rank {rank} does not belong to this run: {_difference(topic, mine, its)}")
 
 
-def _difference(topic: str, mine: Any, its: Any) -> str:
+def _difference(topic: str, mine: object, its: object) -> str:
     if isinstance(mine, Mapping) and isinstance(its, Mapping):
         name = next(name for name in (*mine, *its) if mine.get(name) != its.get(name))
         return f"{name!r} of its {topic} is {its.get(name, 'missing')}, and {mine.get(name, 'missing')} on rank 0"

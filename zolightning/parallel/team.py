@@ -272,7 +272,7 @@ def _numbers(answer: Answer) -> list[float]:
     return [answer.loss] if answer.slope is None else [answer.loss, answer.slope]
 
 
-def _answer(point: Point, numbers: Any) -> Answer:
+def _answer(point: Point, numbers: Iterator[float]) -> Answer:
     if isinstance(point, PerExample):
         losses = torch.tensor([next(numbers) for _ in range(point.queries.numel())], dtype=torch.float64)
         return Answer(losses.mean().item(), losses)

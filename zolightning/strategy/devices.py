@@ -206,7 +206,7 @@ class DevicesStrategy(ParallelStrategy):
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         return super().all_gather(tensor, group, sync_grads) if self._several(tensor) else tensor
 
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
+    def barrier(self, *args: object, **kwargs: object) -> None:
         if self._several():
             dist.barrier()
 
@@ -220,7 +220,7 @@ class DevicesStrategy(ParallelStrategy):
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         return super().reduce_boolean_decision(decision, all) if self._several() else decision
 
-    def _several(self, tensor: Any = None) -> bool:
+    def _several(self, tensor: object = None) -> bool:
         if self.team is None or not dist.is_initialized():
             return False
         return not self.team.exchange.broken and (tensor is None or isinstance(tensor, Tensor))
