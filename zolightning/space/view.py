@@ -18,6 +18,15 @@ from .leaf import Leaf, Scratch, Vectors
 from .probe import Both, Probe, Unread, Watch
 
 
+class _Active(threading.local):
+    """The probe of each thread, as function modes are of a thread. A copy has none."""
+
+    probe: Probe | None = None
+
+    def __reduce__(self) -> tuple[type[_Active], tuple[()]]:
+        return _Active, ()
+
+
 class View:
     """Some parameters of a module, perturbed together.
 
@@ -35,7 +44,7 @@ class View:
         self._scratch = Scratch(sum(leaf.parameter.numel() for leaf in leaves))
         self._vectors = Vectors(leaves)
         self._compiled_root = compiled
-        self._active = threading.local()  # as function modes are
+        self._active = _Active()
         self.read: set[int] = set()
         """Ids of the parameters that probes have read since somebody cleared it."""
         self.behind: tuple[Leaf, ...] = ()
@@ -152,7 +161,7 @@ class View:
     @property
     def _probe(self) -> Probe | None:
         """Of this thread."""
-        return getattr(self._active, "probe", None)
+        return self._active.probe
 
     @property
     def point(self) -> Point | Both | None:
