@@ -58,7 +58,7 @@ def quantize_to_grid(x: Tensor, bits: int, lower: Tensor, upper: Tensor) -> Grid
 
 
 class FakeQuantWeight(KeepsFloat32):
-    r"""What a layer makes of its weight: :math:`W \mapsto Q(W \,\mathrm{diag}(s))`.
+    r"""The rounded weight of a layer: :math:`W \mapsto Q(W \,\mathrm{diag}(s))`.
 
     Args:
         weight: (out, in).
@@ -92,7 +92,7 @@ class FakeQuantWeight(KeepsFloat32):
 
 
 class FakeQuantInput(KeepsFloat32):
-    r"""What a layer makes of its input: :math:`x \mapsto Q(x \,\mathrm{diag}(s)^{-1})`, a grid for each token.
+    r"""The rounded input of a layer: :math:`x \mapsto Q(x \,\mathrm{diag}(s)^{-1})`, a grid for each token.
 
     Args:
         bits: 2 to 8; None: no rounding.
@@ -203,7 +203,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """The codes, and what the last byte was filled up with."""
+    """The codes, and the padding of the last byte."""
     width = _width(bits)
     shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
     return torch.bitwise_and(packed[:, None] >> shifts, 2**width - 1).view(-1)
@@ -311,7 +311,7 @@ def dequantize(module: nn.Module) -> nn.Module:
 
 
 def _refuse_to_save(*args: Any, **kwargs: Any) -> NoReturn:
-    """In the place of a Hugging Face model's own, which would write what ``from_pretrained`` takes for another model."""
+    """In the place of a Hugging Face model's own, which would write a file that ``from_pretrained`` takes for another model."""
     raise ValueError(
         "`save_pretrained` cannot write fake-quantised layers. `zolightning.adapt.fakequant.dequantize(model)` first makes "
         "them ordinary ones of the rounded weights; or torch.save(model.state_dict(), path), for a model prepared the same way"

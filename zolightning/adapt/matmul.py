@@ -27,7 +27,7 @@ _GAIN = 1.3  # real processors are well on either side of it, so that a busy mom
 
 
 class MatmulSpeed(NamedTuple):
-    """What :func:`matmul_speed` measured."""
+    """The measurement of :func:`matmul_speed`."""
 
     device: torch.device
     threads: int

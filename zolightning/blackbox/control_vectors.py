@@ -1,4 +1,4 @@
-"""Control vectors trained inside llama.cpp: what its own tools load."""
+"""Control vectors trained inside llama.cpp, in the form that its own tools load."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class ControlVectors:
         return torch.from_numpy(np.concatenate([self._texts.logits(*each)[:, wanted] for each in self._each(numbers, batch)]))
 
     def answers(self, numbers: Mapping[str, Tensor], batch: Mapping[str, Tensor], tokens: int) -> list[list[int]]:
-        """What the model writes behind each prompt, as token ids: always the likeliest one, at most ``tokens``.
+        """The model's text behind each prompt, as token ids: always the likeliest one, at most ``tokens``.
 
         The vectors move the prompt's last positions and all that is written. See :class:`WrittenAnswers`.
         """
@@ -83,7 +83,7 @@ class ControlVectors:
         return [answer for each in self._each(numbers, batch) for answer in self._texts.answers(*each, tokens)]
 
     def rows(self, vectors: Rows) -> Rows:
-        """(blocks − 1, width): what is added to the output of each block from 1 on."""
+        """(blocks − 1, width): added to the output of each block from 1 on."""
         rows = np.zeros((self.model.blocks - 1, self.model.width), np.float32)
         rows[np.array(self.layers) - 1] = vectors.reshape(len(self.layers), -1) * self.scales[:, None]
         return rows
@@ -108,7 +108,7 @@ class ControlVectors:
 
 
 class WrittenAnswers:
-    """A score of what the model writes, as an :class:`~zolightning.blackbox.engine.Engine`; it need not be differentiable.
+    """A score of the model's text, as an :class:`~zolightning.blackbox.engine.Engine`; it need not be differentiable.
 
     ::
 
@@ -155,7 +155,7 @@ def export_control_vectors(path: str | Path, engine: ControlVectors, vectors: Te
     Args:
         path: the file.
         engine: whose layers and scales they are.
-        vectors: what it trained, flat.
+        vectors: the trained ones, flat.
 
     Raises:
         ValueError: the vectors were trained for the last positions only, which llama.cpp's own tools cannot do.
@@ -187,7 +187,7 @@ def prompts_of(batch: Mapping[str, Tensor]) -> list[Prompt]:
 
 
 def sizes(model: LlamaModel, prompts: Sequence[Sequence[int]], positions: int | None, length: int) -> Rows:
-    """(blocks,): the RMS of what each block puts out at the prompts' last positions."""
+    """(blocks,): the RMS of each block's output at the prompts' last positions."""
     squares = np.zeros(model.blocks)
     kept = positions or 0
 

@@ -28,13 +28,13 @@ class Engine(Protocol):
 
     @property
     def numbers(self) -> Mapping[str, Tensor]:
-        """What is trained: name → where training begins; an attribute will do."""
+        """The trained numbers: name → their first values; an attribute will do."""
 
     by_example: bool
     """Whether ``run`` takes a row of numbers for each example, (B, n) for a vector of n; else each in its own shape."""
 
     def prepare(self, batch: Batch) -> None:
-        """Compute what does not depend on the numbers, and keep it for the calls of ``run`` on this batch."""
+        """Compute the part that does not depend on the numbers, and keep it for the calls of ``run`` on this batch."""
 
     def run(self, numbers: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """(B, …): the model's outputs for the batch's examples at these numbers."""
@@ -73,7 +73,7 @@ class EngineModel(nn.Module):
             self.numbers[key] = nn.Parameter(engine.numbers[name].clone())
 
     def prepare(self, batch: Batch) -> object:
-        """The batch, when the engine has computed what all probes of a step share."""
+        """The batch, when the engine has computed the part that all probes of a step share."""
         self.engine.prepare(batch)
         return batch
 

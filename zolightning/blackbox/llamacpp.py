@@ -127,7 +127,7 @@ class LlamaContext:
     """Sequences of tokens whose keys and values llama.cpp keeps.
 
     Args:
-        model: what runs.
+        model: that runs.
         sequences: how many are kept, >= 1.
         length: tokens in each, >= 1.
         threads: of one call.
@@ -152,7 +152,7 @@ class LlamaContext:
         weakref.finalize(self, lib.llama_batch_free, self._batch)
 
     def steer(self, vectors: Rows | None, first: int = 1, last: int = 1) -> None:
-        """Add row i of ``vectors``, (blocks − 1, width), to what block i + 1 puts out, from block ``first`` to ``last``."""
+        """Add row i of ``vectors``, (blocks − 1, width), to the output of block i + 1, from block ``first`` to ``last``."""
         pointer, size = (None, 0) if vectors is None else (vectors.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), vectors.size)
         if library().llama_set_adapter_cvec(self.handle, pointer, size, self.model.width, first, last):
             raise EngineError(f"llama.cpp takes no control vectors for blocks {first} to {last} of {self.model}")

@@ -15,7 +15,7 @@ class EncodedPrompts:
     """The latest prompts, each up to its last positions, encoded without control vectors.
 
     Args:
-        model: what encodes them.
+        model: encodes them.
         positions: how many positions of each are left out, >= 1; None: all.
         sequences: prompts that are kept, >= 1.
         length: tokens of the longest, >= 1.

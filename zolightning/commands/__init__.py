@@ -1,1 +1,1 @@
-"""What runs behind the ``zolightning`` command."""
+"""The verbs of the ``zolightning`` command."""

@@ -81,7 +81,7 @@ def _answer(
 
 @contextmanager
 def _variables(values: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables for what starts within."""
+    """Environment variables for processes that start within."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

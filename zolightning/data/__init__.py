@@ -1,4 +1,4 @@
-"""Models, labelled texts and prompts for fine-tuning, with a cache for what has to be fetched."""
+"""Models, labelled texts and prompts for fine-tuning, with a cache for downloads."""
 
 from ..cache import cache_dir
 from .artifacts import SMOLLM2, VADER, Artifact

@@ -18,7 +18,7 @@ class Artifact:
 
     @property
     def pip_arguments(self) -> list[str]:
-        """What makes `pip download` take this one file, apart from the requirement itself."""
+        """Options with which `pip download` takes this one file, in addition to the requirement."""
         form = "--only-binary" if self.kind == "wheel" else "--no-binary"
         return ["--no-deps", form, self.distribution]
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def generate_answers(
     model: Any, tokenizer: "PreTrainedTokenizerBase", batch: Mapping[str, Any], max_new_tokens: int = 16
 ) -> list[str]:
-    """Return what `model` says after each prompt, decoded greedily, up to the first line break.
+    """Return the model's text after each prompt, decoded greedily, up to the first line break.
 
     `batch` holds left-padded input_ids and attention_mask (batch, tokens), or is one whose text
     :func:`~.text_cache.encode_text` encoded. A pure function of the weights: no sampling, no state; inside a probe it is

@@ -27,7 +27,7 @@ PAGE_BYTES = 1 << 25
 
 
 def http_download(artifact: Artifact, part: Path) -> None:
-    """Complete `part` to the artifact's size; what it already holds is kept and only the rest requested.
+    """Complete `part` to the artifact's size; its content is kept and only the missing part is requested.
 
     Raises OSError with the reason after three tries in a row without a new byte; `part` then stays for
     the next call.
@@ -70,7 +70,7 @@ def _file_url(artifact: Artifact) -> str:
 
 
 def _append(url: str, part: Path, have: int, size: int) -> None:
-    """Add what the server sends, one byte over `size` at most: the hash tells that it was too much."""
+    """Append the server's answer, one byte over `size` at most: the hash tells that it was too much."""
     if have:
         logger.info("continuing %s at %.1f MB", part.stem, have / 1e6)
     with _open(url, {"Range": f"bytes={have}-"} if have else {}) as response:

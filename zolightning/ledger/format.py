@@ -33,12 +33,12 @@ _LONGEST = 1 << 28
 
 
 class LedgerError(ValueError):
-    """A ledger that cannot be used as asked; the message says what was found and what to do."""
+    """A ledger that cannot be used as asked; the message says why, and gives a way out."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a run starts from."""
+    """The start of a run."""
 
     seed: int
     """Seed of the perturbations."""
@@ -99,7 +99,7 @@ class Method:
     """Name → (kind, index in the noise, place among the optimizer's parameters)."""
 
     settings: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Leaf → what its kind takes beside the parameter."""
+    """Leaf → its settings."""
 
     turns: dict[str, tuple[int, int, int, int, str]] = field(default_factory=dict)
     """Leaf → (block, number of blocks, blocks a step, steps before the next, order) where blocks take turns."""
@@ -147,7 +147,7 @@ def encode(record: Record, before: bytes, seed: int) -> bytes:
     """The record's bytes.
 
     Args:
-        record: what to write.
+        record: the step or the check to write.
         before: digest of the record before it, or the prologue.
         seed: the header's; keys (seed, step, 0 … n − 1) go without saying.
     """
@@ -249,5 +249,5 @@ def _unpack(payload: bytes, seed: int) -> Step:
 
 
 def resumes(data: bytes, after: int) -> bool:
-    """Whether an intact record starts anywhere behind ``after``: what lies between is damaged, not merely torn off."""
+    """Whether an intact record starts anywhere behind ``after``: the bytes between are damaged, not merely torn off."""
     return any(intact(data, at) is not None for at in range(after + 1, len(data) - DIGEST))

@@ -1,4 +1,4 @@
-"""Reading a ledger: what it holds, where it ends, and what is wrong with it."""
+"""Reading a ledger: its content, its end, and its damage."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Ledger:
 
     Args:
         path: the file.
-        header: what the run starts from.
+        header: of the file: the start of the run.
         data: the file's bytes.
         spans: (start, end) of each intact record after the header.
         torn: bytes at the end that hold no whole record, as a power cut leaves them.
-        damage: what is wrong in the middle of the file; "" when nothing is.
+        damage: a description of damage in the middle of the file; "" when there is none.
     """
 
     path: Path
@@ -96,7 +96,7 @@ def locate(folders: Iterable[Path], name: str, digest: bytes) -> Ledger:
 
     Args:
         folders: where to look.
-        name: what the file was called; it may have made room for a newer one and be ``NAME.1``, ``NAME.2``, … now.
+        name: the former name of the file; it may have made room for a newer one and be ``NAME.1``, ``NAME.2``, … now.
         digest: of the last record wanted.
 
     Raises:

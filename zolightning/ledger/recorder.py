@@ -1,4 +1,4 @@
-"""What a run writes into its ledger, step by step."""
+"""The records that a run writes into its ledger, step by step."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Recorder:
         Args:
             place: of the optimizer among the module's.
             optimizer: the one that will apply it, with the parameter groups that it will read.
-            leaves: what it trains.
+            leaves: that it trains.
             record: the step.
         """
         if self._methods and not self._moved:  # looked at since the last step, before other code had its turn
@@ -185,7 +185,7 @@ class Recorder:
         return {place: [slot for _, _, slot in method.leaves.values()] for place, method in self._methods.items()}
 
     def end(self) -> None:
-        """Note what the last step led to, if nothing has yet."""
+        """Note the weights after the last step, if that was not done yet."""
         if not self._applying and self._checked != self._step:
             self.check()
 

@@ -135,7 +135,7 @@ class LedgerWriter:
         self._claim.release()
 
     def _find_displaced(self) -> str:
-        """What somebody else did to the file."""
+        """A change of the file by another process."""
         try:
             mine, there = os.fstat(self._file.fileno()), self.path.stat()
         except OSError:

@@ -1,4 +1,4 @@
-"""What a backend faster than plain torch provides: the sweeps on contiguous tensors of one device."""
+"""The operations of a backend that is faster than plain torch: the sweeps on contiguous tensors of one device."""
 
 from __future__ import annotations
 

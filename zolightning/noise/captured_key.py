@@ -25,7 +25,7 @@ class CapturedKey:
     def __init__(self, key: Key, device: torch.device) -> None:
         self.words = torch.tensor(key_words(key), dtype=torch.int64).to(device)
         self.kept: list[Tensor] = []
-        """What else the recorded launches read: it must live as long as they do."""
+        """Other tensors that the recorded launches read: they must live as long as the launches."""
         self._named = key_words(key)
 
     def set(self, key: Key) -> None:
@@ -44,7 +44,7 @@ class CapturedKey:
 
 
 def key_words(key: Key) -> tuple[int, int, int]:
-    """What kernels read of a key."""
+    """The words of a key that kernels read."""
     return *philox_key(key), key.query
 
 

@@ -1,4 +1,4 @@
-"""What a perturbation is made of: independent, zero-mean, unit-variance noise."""
+"""The noise of perturbations: independent, zero-mean, unit-variance noise."""
 
 from __future__ import annotations
 

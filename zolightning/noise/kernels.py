@@ -257,7 +257,7 @@ def outer_sgd_(target: Tensor, a: Tensor, b: Tensor, leaf: int, lr: float, weigh
 
 
 def keep_large_(out: Tensor, stored: Tensor, limit: float) -> None:
-    """``out[i] = stored[i]`` where ``|stored[i]| > limit``: what a perturbation or an update shall not have changed.
+    """``out[i] = stored[i]`` where ``|stored[i]| > limit``: weights that a perturbation or an update must not change.
 
     Args:
         out: any dtype, the stored one's shape.
@@ -274,7 +274,7 @@ def keep_large_(out: Tensor, stored: Tensor, limit: float) -> None:
 
 
 def mixed_sum(words: Tensor, first: int = 0) -> int:
-    """Σ_i mix(word_i, first + i) modulo 2^64, where mix is one-to-one in the word: what a fingerprint of weights is made of.
+    """Σ_i mix(word_i, first + i) modulo 2^64, where mix is one-to-one in the word: fingerprints of weights are made of it.
 
     Args:
         words: int64 of shape (n,), contiguous.

@@ -281,7 +281,7 @@ def _version(compiler: list[str]) -> str:
 
 
 def _cpu() -> str:
-    """What -march=native depends on: a home directory may be shared by different machines."""
+    """The properties of a machine that -march=native depends on: a home directory may be shared by different machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

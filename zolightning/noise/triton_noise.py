@@ -1,4 +1,4 @@
-"""Noise on a GPU: what Triton kernels are made of. The bits of :mod:`.distributions`, every operation rounded by itself.
+"""Noise on a GPU: the functions in Triton kernels. The bits of :mod:`.distributions`, every operation rounded by itself.
 
 Two forms of each: ``…_at`` for elements anywhere, which makes a whole Philox block for each of them, and ``…_run`` for a run
 that begins with a block, which makes each block once.

@@ -1,4 +1,4 @@
-"""Training what does not fit: weights in host memory or on a disk, one matrix at a time where operations read it."""
+"""Training models that do not fit: weights in host memory or on a disk, one matrix at a time where operations read it."""
 
 from .attach import attach, left_in_memory
 from .disk import DiskTier

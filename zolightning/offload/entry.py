@@ -1,4 +1,4 @@
-"""A stored weight: what is known of it wherever its bytes are, and what it is while it is in memory."""
+"""A stored weight: the facts about it wherever its bytes are, and its tensors while it is in memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Update(NamedTuple):
     """One step of one parameter group, as the entries that lack it hold it.
 
     Args:
-        change: what to do.
+        change: the change.
         leaves: of which entries.
         mark: names the step in the ledger; b"" where there is none.
     """
@@ -84,7 +84,7 @@ class Entry:
         tier.write(self.name, tensor)
 
     def forget(self) -> None:
-        """All updates and what the optimizer keeps."""
+        """All updates and the optimizer's state."""
         self.mark, self.log, self.state, self.plain, self.state_bytes = b"", [], {}, {}, 0
 
 

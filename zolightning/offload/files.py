@@ -34,11 +34,11 @@ DTYPES = {
 
 
 class OffloadError(RuntimeError):
-    """Weights cannot be streamed as asked; the message says what was found and what to do."""
+    """Weights cannot be streamed as asked; the message says why, and gives a way out."""
 
 
 def raise_failure(failure: BaseException) -> NoReturn:
-    """Say what a thread that writes weights met."""
+    """Report the error of a thread that writes weights."""
     if isinstance(failure, OffloadError):
         raise failure
     raise OffloadError(

@@ -1,4 +1,4 @@
-"""What a commit says of each entry, and a later process that goes on from it."""
+"""The notes of a commit on each entry, and a later process that goes on from them."""
 
 from __future__ import annotations
 

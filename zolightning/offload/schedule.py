@@ -8,7 +8,7 @@ _DOUBT = 3  # times that reading ahead was in vain before an item is left to be 
 
 
 class Forecast:
-    """Predicts a sequence from what followed each pair of items before, or each item where the pair is new.
+    """Predicts a sequence from the followers of each pair of items before, or each item where the pair is new.
 
     A model that reads a tied weight at both ends, or all its layers twice, needs the pair. Items that come by chance, as
     experts do, are not predicted after a few tries.
@@ -30,7 +30,7 @@ class Forecast:
             self._recent = (last, item)
 
     def ahead(self, count: int) -> Iterator[Hashable]:
-        """What comes next, nearest first."""
+        """The next items, nearest first."""
         before, last = self._recent
         for _ in range(count):
             following = self._after.get((before, last), self._after.get(last))

@@ -119,7 +119,7 @@ class Store:
         """Note an update, which the next read of an entry applies.
 
         Args:
-            change: what to do with each leaf.
+            change: called with each leaf.
             leaves: of the entries that are updated.
             mark: names the update in the ledger.
         """
@@ -241,7 +241,7 @@ class Store:
             self._write_now()
 
     def _write_now(self) -> None:
-        """Write what waits to be written."""
+        """Write the entries that wait for it."""
         while True:
             with self._cv:
                 if not self._writes or self._failure is not None:

@@ -28,7 +28,7 @@ class Tier(ABC):
 
     @abstractmethod
     def write(self, name: str, tensor: Tensor) -> None:
-        """Keep what the tensor holds now. A new name is given room.
+        """Keep the tensor's present content. A new name is given room.
 
         Raises:
             OSError, OffloadError: there is no room.

@@ -1,4 +1,4 @@
-"""What ranks do together, over torch.distributed's default group: gather a few bytes, agree on a value, share tensors."""
+"""The exchanges of ranks, over torch.distributed's default group: gather a few bytes, agree on a value, share tensors."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Exchange:
         return found
 
     def decide(self, make: Callable[[], T]) -> T:
-        """What ``make`` gives on rank 0, an error too; no other rank calls it."""
+        """The result, or the error, of ``make`` on rank 0; no other rank calls it."""
         made: list[Any] = [None, None]
         if self.rank == 0:
             try:

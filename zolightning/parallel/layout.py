@@ -1,4 +1,4 @@
-"""Who runs what: the ranks in groups that see a batch each, and the points of a step spread over a group's members."""
+"""The work of each rank: the ranks in groups that see a batch each, and the points of a step spread over a group's members."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Layout(NamedTuple):
         return point._replace(queries=point.queries * self.groups + self.group)
 
     def term(self, term: Term, group: int) -> Term:
-        """The same for what came of such a point."""
+        """The same for the answer at such a point."""
         key = term.key
         return Term(Key(key.seed, key.step, key.query * self.groups + group), term.coefficient)
 

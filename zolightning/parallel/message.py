@@ -1,4 +1,4 @@
-"""What a rank says of a step: 36 bytes and its numbers, as doubles, so that no digit is lost."""
+"""A rank's message about a step: 36 bytes and its numbers, as doubles, so that no digit is lost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _HEAD = struct.Struct("<IIHHIQQ")
 
 
 class Flag(IntFlag):
-    """What else there is to know of a message."""
+    """Further facts about a message."""
 
     OWN = 1
     """The coefficients are of directions that examples have for themselves."""

@@ -1,4 +1,4 @@
-"""A session's side of a step: what it asks of the ranks that it is one of, and a run of one process."""
+"""A session's side of a step: its questions to the ranks that it is one of, and a run of one process."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Standing(NamedTuple):
 
 
 class Joint(NamedTuple):
-    """What all ranks found in a step.
+    """The findings of all ranks in a step.
 
     Args:
         estimate: of all of them.
@@ -66,7 +66,7 @@ class Joint(NamedTuple):
 
 
 class Ranks(Protocol):
-    """What a session asks of the ranks that it is one of."""
+    """The questions of a session to the ranks that it is one of."""
 
     rank: int
     size: int

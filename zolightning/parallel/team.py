@@ -197,7 +197,7 @@ class Team:
         )
 
     def _of_group(self, key: Key, group: int, messages: Sequence[Message]) -> Estimate | None:
-        """What the members of a group found together; None where they were given nothing."""
+        """The joint answers of a group's members; None where they were given no point."""
         first = messages[0]
         if not all(message.examples for message in messages):
             return None

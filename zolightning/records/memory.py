@@ -1,4 +1,4 @@
-"""How much memory training takes, in bytes, and what for."""
+"""The memory that training takes, in bytes, and its parts."""
 
 from __future__ import annotations
 

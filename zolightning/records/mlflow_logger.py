@@ -109,7 +109,7 @@ def prepare_store(store: str) -> None:
 
 
 class BufferedMLFlowLogger(MLFlowLogger):
-    """Lightning's logger with everything that it logs sent through an outbox; :func:`mlflow_logger` says what that does.
+    """Lightning's logger with everything that it logs sent through an outbox; :func:`mlflow_logger` explains it.
 
     ``experiment`` is MLflow's own client: what is called on it is sent at once and may raise.
     """
@@ -231,5 +231,5 @@ def _log_params(outbox: Outbox, params: dict[str, object] | Namespace) -> None:
 
 
 def _metric_name(name: str) -> str:
-    """What MLflow takes; any other character is left out, as Lightning does."""
+    """Only characters that MLflow takes; others are left out, as Lightning does."""
     return re.sub("[^a-zA-Z0-9_/. -]+", "", name)

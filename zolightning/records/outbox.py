@@ -1,4 +1,4 @@
-"""What a run logs on its way to MLflow: a thread sends it, a file keeps it while the store is away, training never waits."""
+"""A run's log on its way to MLflow: a thread sends it, a file keeps it while the store is away, training never waits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class Outbox:
-    """What one run logs, in order, until MLflow has stored it. No method raises or blocks for MLflow's sake, but :meth:`wait`.
+    """The log of one run, in order, until MLflow has stored it. No method raises or blocks for MLflow's sake, but :meth:`wait`.
 
     Own thread and synchronous calls rather than MLflow's asynchronous queue: that one drops a batch that fails, keeps no order
     between its ten workers, and joins them without limit at exit.
@@ -79,7 +79,7 @@ class Outbox:
             self._work()
 
     def wait(self) -> bool:
-        """Return when MLflow has stored everything, or after ``WAIT`` seconds with what is left in the file.
+        """Return when MLflow has stored everything, or after ``WAIT`` seconds with the unsent lines in the file.
 
         Returns:
             whether all is stored. Once it was not, it is not waited for again before MLflow is back.
@@ -317,7 +317,7 @@ def _without_login(text: str) -> str:
 
 
 class _Elsewhere(logging.Filter):
-    """Keeps quiet what libraries say about each attempt: the outbox tells it once."""
+    """Silences the libraries' messages about each attempt: the outbox reports it once."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.threadName != _NAME

@@ -48,7 +48,7 @@ class PendingFile:
         self._torn = False
 
     def sync(self) -> None:
-        """Return when a power cut can no longer take what was appended."""
+        """Return when appended lines survive a power cut."""
         with suppress(OSError), self.path.open("rb") as stream:
             os.fsync(stream.fileno())
 
@@ -68,7 +68,7 @@ class PendingFile:
         return []
 
     def drop(self) -> None:
-        """Tick off what :meth:`head` returned last."""
+        """Tick off the last result of :meth:`head`."""
         self._sent = self._read
 
 

@@ -12,7 +12,7 @@ from .item import Row, TextTask
 
 OwnKind = Literal["classify", "answer"]
 COLUMNS: dict[str, tuple[str, str]] = {"classify": ("text", "label"), "answer": ("prompt", "answer")}
-"""Kind → the columns of the question and of what is right."""
+"""Kind → the columns of the question and of the right answer."""
 
 _TEMPLATES = {"classify": "{text}\nLabel:", "answer": "{prompt}"}
 
@@ -24,7 +24,7 @@ def own_task(kind: OwnKind, path: str | Path, columns: Sequence[str] | None = No
         kind: 'classify' or 'answer'.
         path: a .csv, .jsonl or .parquet file, or a folder of them as :func:`~zolightning.tasks.load_task` reads it.
         columns: names of the two columns. None: 'text' and 'label', or 'prompt' and 'answer'.
-        template: what the model reads before its answer; '{text}' or '{prompt}' stands for the first column, any other
+        template: the text that the model reads before its answer; '{text}' or '{prompt}' stands for the first column, any other
             '{column}' for that one. None: the text and 'Label:' on a line of its own, or the prompt as it is.
 
     Raises:

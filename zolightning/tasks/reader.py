@@ -50,7 +50,7 @@ class Reader(ABC):
 
     @abstractmethod
     def objectives(self) -> dict[str, Objective]:
-        """What can be minimised, by name; the default first."""
+        """The objectives by name; the default first."""
 
     @abstractmethod
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:

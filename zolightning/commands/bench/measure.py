@@ -28,7 +28,7 @@ def timed(running: Running, device: torch.device) -> float:
 
 
 def interleave(steps: Mapping[str, Timed], rounds: int, each_round: Callable[[int], None]) -> dict[str, list[float]]:
-    """Seconds of ``rounds`` steps of each, one step of every one in turn, so that what disturbs the machine disturbs all."""
+    """Seconds of ``rounds`` steps of each, one step of every one in turn, so that a disturbance of the machine disturbs all."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds):
         for name, step in steps.items():
@@ -67,7 +67,7 @@ def count_flops(running: Running) -> int:
 
 
 def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
-    """Two products, counted like PyTorch's counter does: also what a causal mask leaves out."""
+    """Two products, counted like PyTorch's counter does, including the part that a causal mask leaves out."""
     batch, heads, length, width = query
     return 2 * batch * heads * length * key[2] * (width + value[3])
 
@@ -115,7 +115,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def fits(needed: float, device: torch.device) -> bool:
-    """Whether ``needed`` bytes can be had, with a tenth of what is free to spare."""
+    """Whether ``needed`` bytes are free, with a tenth of the free memory to spare."""
     return math.ceil(needed) <= 0.9 * free_bytes(device)
 
 

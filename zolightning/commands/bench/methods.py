@@ -75,7 +75,7 @@ class Method:
 
 
 def forward(work: Workload) -> Running:
-    """Two forwards without gradients: what a two-point step cannot do without."""
+    """Two forwards without gradients, which a two-point step needs at least."""
     model = work.shell()
     loss = work.loss(model)
 
@@ -230,7 +230,7 @@ def _descent(work: Workload, model: nn.Module, optimizer_type: Callable[..., tor
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device to finish what it was given."""
+    """Wait for the device to finish its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -150,7 +150,7 @@ def write_json(path: Path, facts: Mapping[str, object], rows: Sequence[Row]) -> 
 
 
 def write_csv(path: Path, facts: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """A line for each method with what it depends on, so that files of several runs can be put together."""
+    """A line for each method with the settings it depends on, so that files of several runs can be put together."""
     shared = {"date": facts["date"], **facts["settings"], **facts["machine"]}
     names = [f.name for f in fields(Row) if f.name != "seconds"]
     with path.open("w", newline="", encoding="utf-8") as file:

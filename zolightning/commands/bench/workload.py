@@ -1,4 +1,4 @@
-"""What every method runs on: one model, one batch, one loss."""
+"""The workload of every method: one model, one batch, one loss."""
 
 from __future__ import annotations
 

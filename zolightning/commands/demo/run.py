@@ -105,7 +105,7 @@ class Result:
     """``step``, ``seconds`` and ``cpu_seconds`` of training, ``loss`` and ``accuracy`` on the validation examples."""
 
     cpu_seconds: float = 0.0
-    """Of training, by all threads of the process: what a busy machine does not stretch."""
+    """Of training, by all threads of the process; a busy machine does not stretch them."""
 
     weights: int = 0
     """Bytes of the model that is trained."""

@@ -104,7 +104,7 @@ def _to_target(runs: Sequence[Outcome], accuracy: float, name: str) -> str:
 
 
 def text(outcomes: Sequence[Outcome], goal: float | None = None) -> str:
-    """The ranking for a terminal, with what an accuracy of ``goal`` took."""
+    """The ranking for a terminal, with the cost of an accuracy of ``goal``."""
     return aligned(header(outcomes, goal), rows(outcomes, goal))
 
 

@@ -18,7 +18,7 @@ from .budget import Budget, Meter
 
 @dataclass(frozen=True)
 class Run:
-    """What decides how a run comes out, but for the code and the machine."""
+    """The settings on which the result of a run depends, apart from the code and the machine."""
 
     task: Task
     method: Method
