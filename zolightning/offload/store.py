@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -168,10 +168,10 @@ class Store:
         if self.running:
             return
         self.running, self._failure = True, None
-        work = [self._write_behind, *([self._read_ahead] if self.prefetch else [])]
-        self._threads = [threading.Thread(target=w, name=f"zolightning{w.__name__}", daemon=True) for w in work]
-        for thread in self._threads:
+        for work in (self._write_behind, *([self._read_ahead] if self.prefetch else [])):
+            thread = threading.Thread(target=self._heard, args=(work,), name=f"zolightning{work.__name__}", daemon=True)
             thread.start()
+            self._threads.append(thread)
 
     def stop(self) -> None:
         """Let the threads end, and what is in memory go. Reads still work, one at a time; nothing is written any more."""
@@ -193,17 +193,21 @@ class Store:
             while self._memory.evict(keep=()):
                 pass
 
+    def _heard(self, work: Callable[[], None]) -> None:
+        """A thread's work; an error that ends it reaches those that wait."""
+        try:
+            work()
+        except BaseException as error:  # a weight that went had been written to, or a fault of ours
+            with self._cv:
+                self._failure = self._failure or error
+                self._cv.notify_all()
+
     @torch.no_grad()
     def _read_ahead(self) -> None:
         while True:
             with self._cv:
-                try:
-                    while self.running and (entry := self._next_ahead()) is None:
-                        self._cv.wait()
-                except OffloadError as error:  # a weight that went had been written to
-                    self._failure = error
-                    self._cv.notify_all()
-                    return
+                while self.running and (entry := self._next_ahead()) is None:
+                    self._cv.wait()
                 if not self.running or entry is None:
                     return
                 self._loading.add(entry)

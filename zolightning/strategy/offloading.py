@@ -124,14 +124,18 @@ class Offloading(InMemory):
         ledger = find_ledger(position, path)
         position["path"] = str(ledger.path)
         tier, store = self.store.tier, self.store
+        runs = store.running
+        store.stop()  # replayed updates must not reach the work files before those that an earlier run left were looked at
         self._rewind()
         self._replayed = replay(ledger, dict(self._module.named_parameters()), apply=Deferred(store).replayed)
         count = 0
-        store.empty()  # of the base's weights, which were compared
+        store.empty()  # of the weights that were compared
         if isinstance(tier, DiskTier):
             folders = sorted(ledger.path.parent.glob(f"{_FOLDER}*")) if self._own_folder else [Path(str(tier.folder))]
             for folder in folders:
                 count = count or (tier.move_to(folder) and resume(tier, store.entries)) or 0
+        if runs:
+            store.start()
         lacking = sum(bool(entry.log) for entry in store.entries)
         rank_zero_info(
             f"ZO: {count} offloaded matrices go on as the last run left them; {lacking} are brought up from their base"
