@@ -75,9 +75,9 @@ def sweep(browser: Browser, folder: Path, runs: int, repeats: int) -> Iterator[R
                     heights.append(page.evaluate("document.querySelector('[data-testid=stMain]').scrollHeight"))
                     page.close()
         name = f"{title} of {runs:,} runs"
-        work = [f"the server took {np.median(some):.2f} CPU s" for some in (spent[::3], [*spent[1::3], *spent[2::3]])]
-        yield Result(f"{name}, cold", float(np.median(cold)), cold_limit, "s", f"{work[0]}; {spread(cold)}")
-        yield Result(f"{name}, warm", float(np.median(warm)), warm_limit or cold_limit, "s", f"{work[1]}; {spread(warm)}")
+        took = [f"the server took {np.median(some):.2f} CPU s" for some in (spent[::3], [*spent[1::3], *spent[2::3]])]
+        yield Result(f"{name}, cold", float(np.median(cold)), cold_limit, "s", f"{took[0]}; {spread(cold)}")
+        yield Result(f"{name}, warm", float(np.median(warm)), warm_limit or cold_limit, "s", f"{took[1]}; {spread(warm)}")
         yield Result(f"{name}, height", max(heights), MOST_PIXELS, "px", "at 1400 px")
     yield idle(browser, many, folder, runs)
     costs = {path: [work(path) for _ in range(repeats)] for path in (few, many)}
