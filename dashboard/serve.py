@@ -46,12 +46,17 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def address_options(parser: argparse.ArgumentParser, port: int) -> None:
+    """Add ``--port``, with this default, and ``--host``."""
+    parser.add_argument("--port", type=int, default=port, help="port to listen on (default: %(default)s)")
+    parser.add_argument("--host", default=LOOPBACK, help="address to listen on (default: %(default)s, this machine only)")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and serve until interrupted; returns the exit code."""
     parser = argparse.ArgumentParser("dashboard", description="Watch and compare the runs of an MLflow store, live.")
     parser.add_argument("--store", default=DEFAULT_STORE, help="MLflow tracking URI (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="port to listen on (default: %(default)s)")
-    parser.add_argument("--host", default=LOOPBACK, help="address to listen on (default: %(default)s, this machine only)")
+    address_options(parser, DEFAULT_PORT)
     given = parser.parse_args(arguments)
     try:
         told = settings(given.port, given.host)

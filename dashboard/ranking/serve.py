@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..serve import LOOPBACK, is_loopback, open_browser, settings
+from ..serve import address_options, is_loopback, open_browser, settings
 
 APP = Path(__file__).resolve().parent.parent / "rank.py"  # where Streamlit finds the dashboard's settings
 DEFAULT_PORT = 8502
@@ -17,8 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and serve until interrupted; returns the exit code."""
     parser = argparse.ArgumentParser("rank", description="Rank what a training shows, by mouse or keyboard.")
     parser.add_argument("folder", type=Path, help="the folder in which the training asks")
-    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="port to listen on (default: %(default)s)")
-    parser.add_argument("--host", default=LOOPBACK, help="address to listen on (default: %(default)s, this machine only)")
+    address_options(parser, DEFAULT_PORT)
     given = parser.parse_args(arguments)
     try:
         told = settings(given.port, given.host)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,9 +21,9 @@ import sqlalchemy as sa
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from ..addresses import shown_address
-from .base import Experiment, MetricSource, Run, Series, SourceError, newest_first
+from .base import Series, SourceError, newest_first
 from .buffer import SeriesBuffer, split_by_run
-from .tables import COLUMNS, EXPERIMENTS, RUNS, Described, Latest, as_latest, check_tables
+from .tables import COLUMNS, EXPERIMENTS, RUNS, Described, Latest, TableSource, as_latest, check_tables
 
 _PACKAGES = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
 """Of drivers that are installed by another name."""
@@ -46,7 +45,7 @@ Name = tuple[str, str]
 """Run and metric."""
 
 
-class DatabaseSource(MetricSource):
+class DatabaseSource(TableSource):
     """Reads an MLflow store in PostgreSQL or MySQL.
 
     Args:
@@ -58,15 +57,12 @@ class DatabaseSource(MetricSource):
     """
 
     def __init__(self, uri: str) -> None:
+        super().__init__()
         self._shown = shown_address(uri)
-        self._lock = threading.RLock()
         self._engine = self._open(uri)
         self._version = self._polls = 0
-        self._described = Described()
         self._latest: dict[str, dict[str, Latest]] = {}
-        self._runs: list[Run] = []
         self._editions: dict[str, int] = {}
-        self._buffers: dict[Name, SeriesBuffer] = {}
         with self._reading() as store:
             inspector = sa.inspect(store)
             tables = inspector.get_table_names()
@@ -76,15 +72,6 @@ class DatabaseSource(MetricSource):
         self.poll()
 
     # ---- the contract --------------------------------------------------------------------------------------------------
-
-    def experiments(self) -> Sequence[Experiment]:
-        with self._lock:
-            return self._described.found()
-
-    def runs(self, experiment_ids: Sequence[str]) -> Sequence[Run]:
-        with self._lock:
-            wanted = set(experiment_ids)
-            return [run for run in self._runs if run.experiment_id in wanted]
 
     def poll(self) -> int:
         with self._lock, self._reading() as store:
@@ -112,11 +99,6 @@ class DatabaseSource(MetricSource):
             if missing:
                 with self._reading() as store:
                     self._read(store, missing, key)
-
-    def series(self, run_id: str, key: str) -> Series:
-        with self._lock:
-            self.load([run_id], key)
-            return self._buffers.get((run_id, key), SeriesBuffer()).series
 
     def close(self) -> None:
         with self._lock:

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import threading
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .base import Experiment, MetricSource, Run, Series, newest_first
+from .base import newest_first
 from .buffer import Points, SeriesBuffer, as_points, split_by_run
 from .file import Look, StoreFile
-from .tables import EXPERIMENTS, RUNS, Described, Latest, as_latest, check_tables
+from .tables import EXPERIMENTS, RUNS, Described, Latest, TableSource, as_latest, check_tables
 
 _PARAMS = "SELECT run_uuid, key, value FROM params"
 _TAGS = "SELECT run_uuid, key, value FROM tags"
@@ -68,7 +67,7 @@ class _News(NamedTuple):
     described: Described
 
 
-class SqliteSource(MetricSource):
+class SqliteSource(TableSource):
     """Reads an MLflow store in an SQLite file.
 
     Args:
@@ -80,8 +79,8 @@ class SqliteSource(MetricSource):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__()
         self._file = StoreFile(Path(path).absolute())
-        self._lock = threading.RLock()
         self._version = 0
         self._look: Look | None = None
         self._forget()
@@ -92,21 +91,12 @@ class SqliteSource(MetricSource):
         self._layout: _Layout | None = None
         self._newest: tuple[Any, ...] | None = None
         self._latest: defaultdict[str, dict[str, Latest]] = defaultdict(dict)
-        self._buffers: dict[tuple[str, str], SeriesBuffer] = {}
+        self._buffers = {}
         self._described = Described()
-        self._runs: list[Run] = []
+        self._runs = []
         self._editions: defaultdict[str, int] = defaultdict(lambda: self._version)
 
     # ---- the contract --------------------------------------------------------------------------------------------------
-
-    def experiments(self) -> Sequence[Experiment]:
-        with self._lock:
-            return self._described.found()
-
-    def runs(self, experiment_ids: Sequence[str]) -> Sequence[Run]:
-        with self._lock:
-            wanted = set(experiment_ids)
-            return [run for run in self._runs if run.experiment_id in wanted]
 
     def poll(self) -> int:
         with self._lock:
@@ -133,11 +123,6 @@ class SqliteSource(MetricSource):
             for run_id, points in self._file.read(lambda store: ask(store, missing, key)).items():
                 self._buffers[run_id, key] = buffer = SeriesBuffer()
                 buffer.extend(points)
-
-    def series(self, run_id: str, key: str) -> Series:
-        with self._lock:
-            self.load([run_id], key)
-            return self._buffers.get((run_id, key), SeriesBuffer()).series
 
     def close(self) -> None:
         with self._lock:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import threading
+from abc import ABC
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .base import Experiment, NoStoreYet, Run, SourceError
+from .base import Experiment, MetricSource, NoStoreYet, Run, Series, SourceError
+from .buffer import SeriesBuffer
 from .file import LOG_A_RUN
 
 COLUMNS = {
@@ -83,6 +86,34 @@ def check_tables(where: object, found: Mapping[str, Collection[str]]) -> None:
                 f"{where} was made by another version of MLflow: table {table} has no column {', '.join(lacking)}; "
                 "upgrade a copy of the store with `mlflow db upgrade`"
             )
+
+
+class TableSource(MetricSource, ABC):
+    """A store whose tables are read here: the runs and the loaded points, as the last poll found them.
+
+    Subclasses fill the attributes under the lock.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._described = Described()
+        self._runs: list[Run] = []
+        self._buffers: dict[tuple[str, str], SeriesBuffer] = {}
+        """Run and metric → its points."""
+
+    def experiments(self) -> Sequence[Experiment]:
+        with self._lock:
+            return self._described.found()
+
+    def runs(self, experiment_ids: Sequence[str]) -> Sequence[Run]:
+        with self._lock:
+            wanted = set(experiment_ids)
+            return [run for run in self._runs if run.experiment_id in wanted]
+
+    def series(self, run_id: str, key: str) -> Series:
+        with self._lock:
+            self.load([run_id], key)
+            return self._buffers.get((run_id, key), SeriesBuffer()).series
 
 
 def by_run(rows: Sequence[tuple[str, str, str]]) -> defaultdict[str, dict[str, str]]:
