@@ -24,6 +24,10 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The tables in the pages, from the raw results beside them; a test fails where they differ.
+tables: $(VENV)/dev.stamp
+	$(BIN)/python tests/tables.py
+
 # The API from the docstrings. pdoc cannot resolve some types of NamedTuples and of packages that are not installed, and shows
 # them as written; any other warning is an error.
 API := zolightning $(patsubst zolightning/%/__init__.py,zolightning.%,$(wildcard zolightning/*/__init__.py))
@@ -55,4 +59,4 @@ llama: $(VENV)/dev.stamp
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
-.PHONY: demo docs llama test test-fast test-slow lint clean
+.PHONY: demo docs tables llama test test-fast test-slow lint clean

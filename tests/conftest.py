@@ -25,6 +25,23 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(cores, 8)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cases", type=int, metavar="N", help="of each parametrised test only N cases, evenly spread")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With ``--cases N``: products over recipes and modules are looked at here and there only."""
+    most = config.getoption("cases")
+    if most is None:
+        return
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = {cases[i * len(cases) // most] for cases in tests.values() for i in range(most)}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
 @pytest.fixture(autouse=True)
 def _one_thread_and_seed() -> None:
     torch.set_num_threads(1)

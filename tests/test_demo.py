@@ -14,8 +14,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers import Task as TinyTask
-from helpers import batches, fit, mlp
+from helpers import batches, fit, loader, mlp, quiet_trainer, tiny_causal_lm
 from mlflow import MlflowClient
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from test_data_model import save_tiny
 from test_tasks_fit import BROKEN, FILES
 
@@ -26,10 +29,12 @@ from zolightning.commands.demo.expected import Workload
 from zolightning.commands.demo.main import plan, possible, prepare
 from zolightning.commands.demo.methods import PROFILES, select_methods
 from zolightning.commands.demo.module import PromptClassifier, PromptData
+from zolightning.commands.demo.probe import C, LinearProbe
 from zolightning.commands.demo.progress import Progress
 from zolightning.commands.demo.report import markdown_table, text_table, write
 from zolightning.commands.demo.run import Result, Task, splits
-from zolightning.data import Example, PromptTemplate, encode, load_causal_lm
+from zolightning.data import Encoded, Example, PromptTemplate, collate, encode, load_causal_lm
+from zolightning.data.candidates import last_states
 from zolightning.methods.recipes import RECIPES
 
 pytestmark = pytest.mark.integration
@@ -151,6 +156,26 @@ def test_first_look_at_a_model_may_be_a_probe(tmp_path: Path) -> None:
     assert len(strategy.last_record.terms) == 4
 
 
+@pytest.mark.parametrize("labels", [2, 3])
+def test_a_linear_probe_is_logistic_regression_on_the_states(labels: int) -> None:
+    """Its logits are scikit-learn's own on the states of all steps; until each label was seen, nothing is fitted."""
+    torch.manual_seed(0)
+    model = tiny_causal_lm("llama")
+    made = [Encoded(torch.randint(1, 30, (5,)).tolist(), i % labels if i >= 4 else 0) for i in range(24)]
+    encoded = [collate(made[i : i + 4], 0) for i in range(0, 24, 4)]
+    module = LinearProbe(model, torch.arange(labels), lambda p: torch.optim.SGD(p, lr=1.0))
+    quiet_trainer("auto", max_steps=1).fit(module, loader(encoded))
+    assert not module.head.weight.any()
+    quiet_trainer("auto").fit(module, loader(encoded[1:]))
+    with torch.no_grad():
+        states = torch.cat([last_states(model, batch) for batch in encoded])
+        got = torch.cat([module(batch) for batch in encoded]).log_softmax(-1)
+    twin = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=1000))
+    twin.fit(states, torch.cat([batch["labels"] for batch in encoded]))
+    torch.testing.assert_close(got, torch.tensor(twin.predict_log_proba(states)).float(), rtol=1e-4, atol=1e-4)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
 def test_progress_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     fit(TinyTask(mlp()), batches(3), callbacks=[Progress(seconds=0.0)], max_steps=3)
     lines = capsys.readouterr().out.split("\n")
@@ -266,7 +291,7 @@ def test_demo_on_a_local_model_and_file(tmp_path: Path) -> None:
     store, out = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "out"
     done = command(
         *("demo", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "reviews.csv"), "--offline"),
-        *("--methods", "zero-shot,zo,reft,lora", "--store", store, "--out", str(out), "--threads", "1"),
+        *("--methods", "zero-shot,zo,reft,probe", "--store", store, "--out", str(out), "--threads", "1"),
     )
     assert done.returncode == 0, done.stderr
     assert "ZO (default recipe)" in done.stdout
@@ -278,14 +303,14 @@ def test_demo_on_a_local_model_and_file(tmp_path: Path) -> None:
     steps = {m.name: m.steps for m in PROFILES["quick"].methods}
     assert results["zo"].forward_passes == 2 * steps["zo"]
     assert results["reft"].forward_passes == (1 + 2 * RECIPES["reft"].num_queries) * steps["reft"]  # the text, once a step
-    assert results["lora"].forward_passes == steps["lora"]
+    assert results["probe"].forward_passes == steps["probe"]
     assert results["zero-shot"].forward_passes == 0
     assert all(0 < r.peak_memory < 4e9 for r in results.values())
     client = MlflowClient(store)
     experiment = client.get_experiment_by_name("zolightning-demo")
     assert experiment is not None
     runs = {r.info.run_name: r for r in client.search_runs([experiment.experiment_id])}
-    assert set(runs) == {"zero-shot-seed0", "zo-seed0", "reft-seed0", "lora-seed0"}
+    assert set(runs) == {"zero-shot-seed0", "zo-seed0", "reft-seed0", "probe-seed0"}
     for name, run in runs.items():
         assert run.info.status == "FINISHED"
         assert run.data.metrics["test/accuracy"] == pytest.approx(results[name.removesuffix("-seed0")].accuracy)

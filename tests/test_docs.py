@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import Task, batches, fit, mlp
+from tables import pages, rebuilt
 
 from zolightning import ZOConfig, ZOStrategy
 from zolightning.cli import VERBS
@@ -113,3 +114,10 @@ def test_the_notebook_runs(tmp_path: Path) -> None:
     nbclient.NotebookClient(notebook, timeout=300, startup_timeout=300, kernel_name="python3", resources=where).execute()
     printed = "".join(out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", []))
     assert "after 150 steps of forward passes only" in printed
+
+
+def test_tables_show_the_raw_results() -> None:
+    """Every figure of a marked table is the one in its results.json; `make tables` writes them again."""
+    found = list(pages())
+    assert ROOT / "README.md" in found
+    assert [page for page in found if rebuilt(page) != page.read_text()] == []

@@ -195,6 +195,18 @@ def test_other_trained_weights_leave_the_text_in_the_probes() -> None:
     assert PromptClassifier(tiny_causal_lm("llama"), WORDS, lambda p: SGD(p, lr=0.1)).zo_prepare(BATCH) is BATCH
 
 
+def test_backprop_on_the_vectors_is_that_of_the_whole_prompt() -> None:
+    """The text before the vectors is encoded without a graph: their gradient is the one through the whole prompt."""
+    module = PromptClassifier(intervened(), WORDS, lambda p: SGD(p, lr=0.1))
+    module.training_step(BATCH).backward()
+    found = [one.vectors.grad for one in interventions(module.model)]
+    module.zero_grad()
+    module.zo_objective(BATCH).mean().backward()
+    for gradient, one in zip(found, interventions(module.model), strict=True):
+        assert one.vectors.grad is not None and one.vectors.grad.any()
+        torch.testing.assert_close(gradient, one.vectors.grad, rtol=1e-4, atol=1e-7)
+
+
 class Features(ZOMixin, Task):
     """A frozen first layer, whose output all probes share."""
 

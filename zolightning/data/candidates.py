@@ -40,9 +40,15 @@ def rows_suffice(model: nn.Module, batch: Batch, candidate_ids: Tensor) -> bool:
     return _rows_suffice[model] and _has_plain_head(model)
 
 
-def _row_logits(model: nn.Module, batch: Batch, candidate_ids: Tensor) -> Tensor:
+def last_states(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the hidden states (batch, width) at the end of each prompt that the output embedding is applied to."""
     body = _body(model)
-    last = body(**model_inputs(body, batch)).last_hidden_state[:, -1]
+    states: Tensor = body(**model_inputs(body, batch)).last_hidden_state
+    return states[:, -1]
+
+
+def _row_logits(model: nn.Module, batch: Batch, candidate_ids: Tensor) -> Tensor:
+    last = last_states(model, batch)
     head = _head(model)
     rows = candidate_ids.to(head.weight.device)
     bias = None if head.bias is None else head.bias[rows].float()

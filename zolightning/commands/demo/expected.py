@@ -48,6 +48,10 @@ class Workload:
         if method.recipe is not None:
             probes = 2.0 * RECIPES[method.recipe].override(**method.overrides).num_queries
             return 1.0 + max(self.ending, _SHORT) * probes if method.encodes_once else probes
+        if method.probe:
+            return 1.0
+        if method.encodes_once:
+            return 1.0 + 2.0 * max(self.ending, _SHORT)
         if method.lora:
             return 2.0  # the backward pass goes through the activations only
         return 4.0 if method.checkpointing else 3.0

@@ -39,8 +39,8 @@ class Demo(Comparison):
     """'quick' takes about a quarter of an hour on two cores; 'full' makes the README's table."""
 
     methods: list[str] | str | None = None
-    """Names separated by commas: zero-shot, zo, reft, gguf, spsa, mezo, adamw, checkpointed, lora. Default: all; gguf only
-    where llama.cpp is installed."""
+    """Names separated by commas: zero-shot, zo, reft, gguf, spsa, mezo, adamw, checkpointed, lora, qlora, vectors, probe.
+    Default: all; gguf only where llama.cpp is installed."""
 
     seeds: int | None = None
     """The number of runs of each ZO method. Default: the profile's number; 'full' runs the default recipe three times."""

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from ...adapt.peft import lora
+from ...adapt.quantize import quantize
 from ...methods.recipes import RECIPES
 from ...strategy.strategy import ZOStrategy
 from ..console import pick
@@ -62,6 +63,12 @@ class Method:
     checkpointing: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
 
+    nf4: bool = False
+    """Hold the frozen linear layers in bitsandbytes' NF4 codes: with ``lora``, QLoRA."""
+
+    probe: bool = False
+    """Fit a linear classifier to the frozen model's hidden states, see :mod:`~zolightning.commands.demo.probe`."""
+
     published: bool = False
     """Take MeZO's published in-place steps, see :class:`~zolightning.commands.bench.reference_mezo.ReferenceMeZO`."""
 
@@ -72,7 +79,7 @@ class Method:
     @property
     def narrow(self) -> bool:
         """Whether the model is held in the dtype of its products, instead of in float32 under the Trainer's precision."""
-        return self.encodes_once
+        return self.encodes_once or self.nf4 or self.probe
 
     @property
     def encodes_once(self) -> bool:
@@ -85,6 +92,10 @@ class Method:
 
     @property
     def module_type(self) -> type[PromptClassifier]:
+        if self.probe:
+            from .probe import LinearProbe  # scikit-learn is imported by the run that fits one, whose memory counts
+
+            return LinearProbe
         return PublishedMeZO if self.published else PromptClassifier
 
     def strategy(self) -> Any:
@@ -103,6 +114,8 @@ class Method:
         model.train()
         if self.narrow:
             model.to(dtype)
+        if self.nf4:
+            quantize(model, "nf4", backprop=not self.zeroth_order)
         if self.lora:
             model = lora(model)
         if self.checkpointing:
@@ -130,6 +143,9 @@ MEZO = Method("mezo", "ZO (MeZO, paper recipe)", recipe="mezo")
 ADAMW = Method("adamw", "backprop AdamW", lr=2e-5)
 CHECKPOINTED = Method("checkpointed", "backprop AdamW, checkpointed", lr=2e-5, checkpointing=True)
 LORA = Method("lora", "backprop AdamW on LoRA", lr=5e-4, lora=True)
+QLORA = Method("qlora", "backprop AdamW on LoRA, NF4 base (QLoRA)", lr=5e-4, lora=True, nf4=True)
+VECTORS = Method("vectors", "backprop AdamW on the same vectors", lr=2e-2, interventions=True, decay=True)
+PROBE = Method("probe", "linear probe (scikit-learn)", probe=True)
 
 
 @dataclass(frozen=True)
@@ -157,7 +173,9 @@ def _methods(zo: int, reft: int, gguf: int, other_zo: int, backprop: int, batch_
         replace(GGUF, steps=gguf, seeds=seeds),
         replace(SPSA, steps=other_zo, batch_size=batch_size),
         replace(MEZO, steps=other_zo),
-        *(replace(m, steps=backprop) for m in (ADAMW, CHECKPOINTED, LORA)),
+        *(replace(m, steps=backprop) for m in (ADAMW, CHECKPOINTED, LORA, QLORA)),
+        replace(VECTORS, steps=15, batch_size=32),
+        replace(PROBE, steps=10),
     )
 
 

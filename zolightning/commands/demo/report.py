@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -11,36 +11,32 @@ from ..pictures import accuracy_at_memory, look, panels
 from ..tables import aligned, by_method, markdown, spread, title_of
 from .run import Result
 
-HEADER = ("method", "accuracy %", "test loss", "peak memory GB", "train s", "CPU s", "forward passes", "examples")
+COLUMNS: dict[str, Callable[[Sequence[Result]], str]] = {
+    "method": title_of,
+    "accuracy %": lambda runs: spread([100 * r.accuracy for r in runs], 1),
+    "test loss": lambda runs: spread([r.loss for r in runs], 3),
+    "peak memory GB": lambda runs: f"{max(r.peak_memory for r in runs) / 1e9:.2f}",
+    "train s": lambda runs: spread([r.seconds for r in runs], 0),
+    "CPU s": lambda runs: spread([r.cpu_seconds for r in runs], 0),
+    "forward passes": lambda runs: f"{runs[0].forward_passes:,}",
+    "examples": lambda runs: f"{runs[0].examples:,}",
+}
+"""The cells of the runs of one method, by the name of their column."""
 
 
-def rows(results: Iterable[Result]) -> list[tuple[str, ...]]:
+def rows(results: Iterable[Result], columns: Iterable[str] = tuple(COLUMNS)) -> list[list[str]]:
     """The table's cells, one row a method."""
-    table: list[tuple[str, ...]] = []
-    for runs in by_method(results):
-        table.append(
-            (
-                title_of(runs),
-                spread([100 * r.accuracy for r in runs], 1),
-                spread([r.loss for r in runs], 3),
-                f"{max(r.peak_memory for r in runs) / 1e9:.2f}",
-                spread([r.seconds for r in runs], 0),
-                spread([r.cpu_seconds for r in runs], 0),
-                f"{runs[0].forward_passes:,}",
-                f"{runs[0].examples:,}",
-            )
-        )
-    return table
+    return [[COLUMNS[column](runs) for column in columns] for runs in by_method(results)]
 
 
 def text_table(results: Iterable[Result]) -> str:
     """The table for a terminal."""
-    return aligned(HEADER, rows(results))
+    return aligned(tuple(COLUMNS), rows(results))
 
 
 def markdown_table(results: Iterable[Result]) -> str:
     """The same for a README."""
-    return markdown(HEADER, rows(results))
+    return markdown(tuple(COLUMNS), rows(results))
 
 
 def write(results: Sequence[Result], folder: Path, settings: dict[str, object]) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..console import pick
-from ..demo.methods import ADAMW, CHECKPOINTED, LORA, REFT, Method
+from ..demo.methods import ADAMW, CHECKPOINTED, LORA, QLORA, REFT, VECTORS, Method
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ ENTRIES = {
         Entry(ADAMW, (1e-5, 2e-5, 5e-5)),
         Entry(CHECKPOINTED, (1e-5, 2e-5, 5e-5)),
         Entry(LORA, (2e-4, 5e-4, 1e-3)),
+        Entry(QLORA, (2e-4, 5e-4, 1e-3)),
+        Entry(replace(VECTORS, batch_size=32), (1e-2, 2e-2, 5e-2)),
     )
 }
 """Ready-made entries, for ``--methods``."""
