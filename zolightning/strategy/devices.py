@@ -187,8 +187,12 @@ class DevicesStrategy(ParallelStrategy):
         """Around code in which an error concerns this rank alone: the others are then not waited for."""
         return nullcontext() if self.team is None else self.team.leaving()
 
-    def stands_in(self, place: int) -> bool:
-        """Whether the epoch's batch of this place, counted from 0, is no more than a stand-in."""
+    def stands_in(self) -> bool:
+        """Whether the batch of this step is no more than a stand-in for one of the epoch's."""
+        if not self._evened:
+            return False
+        assert self.lightning_module is not None
+        place = self.lightning_module.trainer.fit_loop.epoch_loop.batch_idx
         return any(loader.real is not None and place >= loader.real for loader in self._evened)
 
     def teardown(self) -> None:

@@ -7,48 +7,47 @@ clip and shape the projected gradients, record the step and apply it through the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from ..engine.session import Session
+from ..engine.updates import UpdateStats
 from ..methods.config import Overrides, ZOConfig
-from ..methods.ranking import forward_of
+from ..methods.estimators import Estimator
 from ..methods.recipes import name_of
 from ..methods.recipes import recipe as named_recipe
 from ..mixin import ZOMixin
 from ..offload import Offload, stored
 from ..parallel import Parallel
 from ..parallel.layout import Mode
-from ..probing.isolation import set_rng_state
-from ..space import expose_scales
-from ..types import StepOutput
+from ..space import View, expose_scales
+from ..types import StepOutput, StepRecord
 from . import checkpoints
 from ._lightning import (
     DoublePrecision,
     FabricStrategy,
     MisconfigurationException,
-    Precision,
     SingleDeviceStrategy,
     pl,
     rank_zero_info,
     rank_zero_warn,
 )
-from .fit_state import FitStrategy
+from .devices import DevicesStrategy
+from .fit import Fit
 from .ledger_io import keeps_positions
 from .muted import muted
-from .offloading import residency
-from .requirements import DRAWS_BATCHES, NEEDS_CLOSURE, NEEDS_LOSS, check_fit, check_layers, check_ranks
+from .offloading import InMemory, residency
+from .requirements import check_fit, check_layers, check_ranks
 from .run_ledger import RunLedger
 
 
-class ZOStrategy(FitStrategy):
+class ZOStrategy(DevicesStrategy):
     """Zeroth-order training on one device or several: no backward pass, the memory of inference.
 
     Args:
@@ -91,10 +90,80 @@ class ZOStrategy(FitStrategy):
         self.config = base.override(**overrides)
         self.recipe_name = recipe if isinstance(recipe, str) else name_of(recipe)
         self.ledger, self.offload = ledger, offload
+        self.measure_update = False
+        """Set it to get ``last_stats`` of the next step."""
         self._loaded_from = ""
-        self._resumed_rng: dict[str, Any] | None = None
-        self._inside_closure, self._counts = False, True
-        self._closure_loss: Tensor | None = None
+        self._weights: InMemory | None = None
+        self._fit: Fit | None = None
+
+    # the fit that runs, or the last one
+
+    @property
+    def fit(self) -> Fit:
+        """Made by a fit's set-up; readable until the next one.
+
+        Raises:
+            RuntimeError: there was none yet.
+        """
+        if self._fit is None:
+            raise RuntimeError("ZOStrategy has not been set up for a fit; call trainer.fit(...) first")
+        return self._fit
+
+    @property
+    def session(self) -> Session:
+        """Its engine."""
+        return self.fit.session
+
+    @property
+    def module(self) -> pl.LightningModule:
+        """The LightningModule."""
+        module = self.lightning_module
+        if module is None:
+            raise RuntimeError("ZOStrategy has no LightningModule yet; call trainer.fit(...) first")
+        return module
+
+    @property
+    def estimator(self) -> Estimator:
+        return self.session.estimator
+
+    @property
+    def seed(self) -> int:
+        """Seed of the perturbations."""
+        return self.session.seed
+
+    @property
+    def zo_step(self) -> int:
+        """Optimizer steps taken: the step of the next perturbation's key."""
+        return 0 if self._fit is None else self._fit.session.step
+
+    @property
+    def records(self) -> list[StepRecord]:
+        """Optimizer steps of the last batch: none inside an accumulation window, several in a manual training step."""
+        return [] if self._fit is None else self._fit.records
+
+    @property
+    def last_record(self) -> StepRecord | None:
+        """The last optimizer step."""
+        return None if self._fit is None else self._fit.session.last_record
+
+    @property
+    def last_stats(self) -> UpdateStats | None:
+        """The changes of the last update."""
+        return None if self._fit is None else self._fit.session.last_stats
+
+    @property
+    def ledger_path(self) -> Path | None:
+        """Where its replay ledger goes; None when it keeps none."""
+        return None if self._fit is None else self._fit.ledger.path
+
+    def view(self, optimizer: Optimizer) -> View:
+        """The subspace that this optimizer's steps search now; known from its first step on."""
+        return self.session.view(optimizer)
+
+    @property
+    def weights(self) -> InMemory:
+        """Where the module's weights are; in memory until the strategy is set up."""
+        return self._weights or InMemory(self.module)
 
     # set-up
 
@@ -112,44 +181,45 @@ class ZOStrategy(FitStrategy):
             if self.team is not None:
                 self.team.equalize(self.module)
             return
-        before, self._session, self._run_ledger, self._resumed_rng = self._session, None, None, None
+        before, self._fit = self._fit, None
         super().setup(trainer)
-        module = self.module
-        check_fit(module, self.optimizers, self.config)
+        check_fit(self.module, self.optimizers, self.config)
+        self._fit = self._begin(trainer)
+        if before is not None:
+            self._fit.session.follow(before.session)
+        if self.team is not None:
+            self.team.ledger = self.team.decide(lambda: str(self.ledger_path or ""))
+
+    def _begin(self, trainer: pl.Trainer) -> Fit:
+        module, plugin = self.module, self.precision_plugin
         settings = {"recipe": self.recipe_name, **self.config.to_dict()}
         choice = self.ledger if self.is_global_zero else False  # rank 0 writes for all
-        self._run_ledger = RunLedger(trainer, choice, settings, keeps_positions(self.checkpoint_io))
+        ledger = RunLedger(trainer, choice, settings, keeps_positions(self.checkpoint_io))
         others = [c for c in trainer.callbacks if not isinstance(c, RunLedger)]  # type: ignore[attr-defined]
-        trainer.callbacks[:] = [self._run_ledger, *others]  # type: ignore[attr-defined]
-        self.weights.begin(self._run_ledger.pending)
-        self._session = Session(
+        trainer.callbacks[:] = [ledger, *others]  # type: ignore[attr-defined]
+        self.weights.begin(ledger.pending)
+        session = Session(
             module,
             self.optimizers,
             self.config,
             schedulers=[c.scheduler for c in self.lr_scheduler_configs],
-            precision=str(getattr(self.precision_plugin, "precision", "")),
+            precision=str(getattr(plugin, "precision", "")),
             device=self.root_device,
             repeatable=isinstance(module, ZOMixin),
             muted=partial(muted, trainer),
-            ledger=self._run_ledger.pending,
+            ledger=ledger.pending,
             apply=self.weights.apply,
             ranks=self.team,
             inform=rank_zero_info,
             warn=rank_zero_warn,
         )
-        if before is not None:
-            self._session.follow(before)
-        if self.team is not None:
-            self.team.ledger = self.team.decide(lambda: str(self.ledger_path or ""))
-        # Lightning clips the parameters that the precision plugin names: give it the projected gradients
-        self._projected = nn.Parameter(torch.zeros(1, dtype=torch.float64), requires_grad=False)
-        self.precision_plugin.main_params = lambda optimizer: iter([self._projected])  # type: ignore[method-assign]
+        return Fit(session, ledger, module, plugin)
 
     def on_validation_start(self) -> None:
         """Evaluate one model: the buffers of rank 0, as the statistics of BatchNorm, are the run's."""
         super().on_validation_start()
-        if self.team is not None and self._session is not None and (names := self.team.equalize(self.module)):
-            self._session.notices.once(
+        if self.team is not None and self._fit is not None and (names := self.team.equalize(self.module)):
+            self._fit.session.notices.once(
                 "buffers",
                 f"ZO: {len(names)} buffers, as {names[0]!r}, follow each rank's own batches; those of rank 0 are the run's, "
                 "and all ranks take them before each validation",
@@ -181,93 +251,27 @@ class ZOStrategy(FitStrategy):
 
     def teardown(self) -> None:
         try:
-            if self._session is not None:
-                self._session.close()
+            if self._fit is not None:
+                self._fit.close()
         finally:
             if self._weights is not None:
                 self._weights.close()
-        self.precision_plugin.__dict__.pop("main_params", None)
         super().teardown()
 
     # one step
 
     def training_step(self, *args: Any, **kwargs: Any) -> StepOutput:
+        fit, step = self.fit, partial(super().training_step, *args, **kwargs)
         with self.leaving():
-            return self._training_step(*args, **kwargs)
-
-    def _training_step(self, *args: Any, **kwargs: Any) -> StepOutput:
-        module, session = self.module, self.session
-        self._resume_rng(module.trainer)
-        self.records = []
-        self._counts = not self.stands_in(module.trainer.fit_loop.epoch_loop.batch_idx)
-        if not module.automatic_optimization:  # the probes run inside opt.step(closure=...)
-            with torch.no_grad():
-                return super().training_step(*args, **kwargs)
-        if isinstance(args[0], Iterator):
-            raise MisconfigurationException(DRAWS_BATCHES)
-        if isinstance(module, ZOMixin):
-            prepare = None if type(module).zo_prepare is ZOMixin.zo_prepare else self._in_precision(module.zo_prepare)
-            forward = self._in_precision(forward_of(module, session.estimator))
-            estimate = session.estimate(forward, args[0], prepare=prepare, counts=self._counts)
-        else:
-            step = super().training_step
-            estimate = session.estimate(lambda _: step(*args, **kwargs), args[0], counts=self._counts)
-        if estimate is None:  # Lightning refuses None where other processes go on
-            return torch.tensor(torch.nan, device=self.root_device) if self.is_distributed else None
-        # Lightning wants a tensor for its loops and progress bar; the doubles stay in the estimate
-        loss = torch.tensor(estimate.loss, dtype=torch.float32, device=self.root_device)
-        return {**estimate.output, "loss": loss} if isinstance(estimate.output, Mapping) else loss
+            return fit.probe(step, args[0], counts=not self.stands_in())
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """No autograd: the hooks fire, and in a manual closure the loss is noted."""
-        module, plugin = self.module, self.precision_plugin
-        if not module.automatic_optimization:
-            if not self._inside_closure:
-                raise MisconfigurationException(NEEDS_CLOSURE)
-            self._closure_loss = closure_loss.detach()
-            return self._closure_loss
-        # the base class's methods: a mixed precision plugin would scale the loss
-        closure_loss = Precision.pre_backward(plugin, closure_loss, module)
-        return Precision.post_backward(plugin, closure_loss, module)
+        return self.fit.backward(closure_loss)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        module, session = self.module, self.session
-        if module.automatic_optimization:
-            loss = closure()
-        else:
-            forward = self._in_precision(partial(self._manual_loss, closure))
-            estimate = session.estimate(forward, optimizer=optimizer, counts=self._counts)
-            loss = None if estimate is None else estimate.loss
-        session.measure_update = self.measure_update
-        with torch.no_grad(), self.leaving():
-            self.records.append(session.update(optimizer, clip=partial(self._clipped, optimizer)))
-        return loss
-
-    def _in_precision(self, call: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def inside(batch: Any) -> Any:
-            with self.precision_plugin.train_step_context():
-                return call(batch)
-
-        return inside
-
-    def _manual_loss(self, closure: Callable[[], Any], _: Any) -> StepOutput:
-        self._inside_closure, self._closure_loss = True, None
-        try:
-            returned = closure()
-        finally:
-            self._inside_closure = False
-        loss = returned if returned is not None else self._closure_loss
-        if loss is None:
-            raise MisconfigurationException(NEEDS_LOSS)
-        return loss
-
-    def _clipped(self, optimizer: Optimizer, values: Sequence[float]) -> list[float]:
-        """The projected gradients after Lightning's gradient clipping and its hooks."""
-        raw = torch.tensor(values, dtype=torch.float64)
-        self._projected.data, self._projected.grad = torch.zeros_like(raw), raw.clone()
-        self.precision_plugin._after_closure(self.module, optimizer)
-        clipped = self._projected.grad
-        return list(values) if clipped is None else [float(v) for v in clipped]
+        fit = self.fit
+        with self.leaving():
+            return fit.update(optimizer, closure, self.measure_update)
 
     # checkpoints
 
@@ -275,15 +279,15 @@ class ZOStrategy(FitStrategy):
         return self.weights.state_dict()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        if self._session is not None and self._run_ledger is not None and self.is_global_zero:
+        if self._fit is not None and self.is_global_zero:
             checkpoint = checkpoints.saved(
                 checkpoint,
-                self._session,
-                self._run_ledger.pending,
+                self._fit.session,
+                self._fit.ledger.pending,
                 self.module,
                 positions=keeps_positions(self.checkpoint_io),
                 away=self.weights.away,
-                warn=partial(self._session.notices.once, "whole"),
+                warn=partial(self._fit.session.notices.once, "whole"),
             )
             self.weights.save()
         super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -297,8 +301,8 @@ class ZOStrategy(FitStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         module = self.module
-        if self._run_ledger is not None:  # a tuner's trial may be over, and the weights go back to where it began
-            self._run_ledger.restart(module.trainer)
+        if self._fit is not None:  # a tuner's trial may be over, and the weights go back to where it began
+            self._fit.ledger.restart(module.trainer)
         if isinstance(self.precision_plugin, DoublePrecision):  # else Lightning loads float64 weights into float32 ones
             self.precision_plugin.convert_module(module)
         self.weights.load(checkpoint, self._loaded_from, strict)
@@ -308,16 +312,10 @@ class ZOStrategy(FitStrategy):
         return self.session.optimizer_state(optimizer)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        if self._run_ledger is not None:
+        if self._fit is not None:
             states = self.weights.optimizer_states(checkpoint["optimizer_states"])
             whole = {**checkpoint, "optimizer_states": states}
-            self._resumed_rng = checkpoints.restored(whole, self.session, self._run_ledger.pending)
-
-    def _resume_rng(self, trainer: pl.Trainer) -> None:
-        """In the middle of an epoch the data loader, which draws a seed when it starts, has moved the generator since."""
-        if self._resumed_rng is not None and trainer.fit_loop.epoch_loop.batch_progress.current.ready > 1:
-            set_rng_state(self._resumed_rng, self.root_device)
-        self._resumed_rng = None
+            self._fit.resumed_rng = checkpoints.restored(whole, self._fit.session, self._fit.ledger.pending)
 
 
 # Lightning allows a compiled LightningModule only under strategies it knows; this is a single device to it
