@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from zolightning.probing.loss_splitter import LossSplitter
 from zolightning.probing.objective import loss_of
-from zolightning.space.leaf import Scratch, Vectors
+from zolightning.space.leaf import Scratch
 from zolightning.space.probe import Probe
+from zolightning.space.together import Vectors
 from zolightning.types import Shared
 
 B, T, C = 4, 3, 5

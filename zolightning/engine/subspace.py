@@ -27,7 +27,6 @@ from ..probing.lockstep import Lockstep, lockstep_of
 from ..probing.rehearsal import rehearse
 from ..probing.runner import Muted, Runner, opposite
 from ..space import (
-    STRUCTURES,
     GroupLeaf,
     Groups,
     Rank1,
@@ -37,6 +36,7 @@ from ..space import (
     arrange,
     build_view,
     dominant_block,
+    structure_of,
     take_turns,
 )
 from ..types import Batch, Forward, Key, SkipStep
@@ -148,7 +148,7 @@ class Findings(NamedTuple):
         calibration: what was measured.
     """
 
-    structure: str | Structure
+    structure: Structure
     examples: Examples
     behind: frozenset[str]
     calibration: Calibration
@@ -199,7 +199,7 @@ def _try(
     if config.select == "dominant" and calibration.dominant is None:
         with setting.muted(), isolation.dry():
             calibration.dominant = dominant_block(module, lambda: forward(batch))
-    structure: str | Structure = "dense" if config.structure == "auto" else config.structure
+    structure = structure_of("dense" if config.structure == "auto" else config.structure)
     view, examples = _build(setting, optimizer, calibration, structure), Examples(losses=False, repeats=False)
     with setting.muted():
         behind = frozenset(leaf.name for leaf in rehearse(forward, batch, view, isolation))
@@ -207,7 +207,7 @@ def _try(
     repeatable = config.one_batch and setting.repeatable
     if setting.estimator.per_example:
         # vectors too, if the model reads them where an example can have its own
-        wanted = [Rank1(), Rank1(vectors=False)] if config.structure == "auto" else [config.structure]
+        wanted = [Rank1(), Rank1(vectors=False)] if config.structure == "auto" else [structure]
         for each in wanted:
             try:
                 candidate = _build(setting, optimizer, calibration, each, behind)
@@ -223,9 +223,8 @@ def _try(
         paired = _asks_for_pairs(setting.estimator) and not examples.losses and repeatable
         with setting.muted():
             calibration.both = paired and takes_both(forward, batch, view, isolation)
-    groups, known = STRUCTURES.get(str(config.structure), config.structure), calibration.leaves
-    if isinstance(groups, Groups) and not all(leaf.name in known for leaf in view.leaves):
-        _deal(groups, setting, forward, batch, view)
+    if isinstance(structure, Groups) and not all(leaf.name in calibration.leaves for leaf in view.leaves):
+        _deal(structure, setting, forward, batch, view)
     calibration.leaves.update({leaf.name: leaf.settings for leaf in view.leaves if leaf.settings})
     tried.append(view)
     return Findings(structure, examples._replace(both=calibration.both and repeatable), behind, calibration)
@@ -235,7 +234,7 @@ def _build(
     setting: Setting,
     optimizer: Optimizer,
     calibration: Calibration,
-    structure: str | Structure,
+    structure: Structure,
     behind: Collection[str] = (),
 ) -> View:
     config = setting.config

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..space.leaf import SMALL
+from ..space.together import SMALL
 from ..space.view import compiled_regions
 from .disk import DiskTier
 from .entry import Entry

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..space.leaf import SMALL
+from ..space.together import SMALL
 from .disk import DiskTier
 from .entry import Entry
 from .files import Extent, OffloadError, extents

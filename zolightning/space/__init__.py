@@ -5,14 +5,15 @@ from .compute import Rounds, compute_with
 from .cycle import Cycle, Turn
 from .dominant import dominant_block
 from .group_leaf import GroupLeaf, arrange
-from .leaf import DenseLeaf, Leaf, descend_, keep_
+from .leaf import DenseLeaf, Leaf, keep_
 from .outer_leaf import LowRankLeaf, Rank1Leaf
 from .probe import Both
 from .scale_leaf import AbsoluteScaleLeaf, RelativeScaleLeaf, RowScaleLeaf, ScaleLeaf
 from .scales import expose_scales
 from .select import Select, blocks, select
 from .sparse_leaf import SparseLeaf
-from .structure import STRUCTURES, Dense, Groups, LowRank, Place, Rank1, Sparse, Structure
+from .structure import STRUCTURES, Dense, Groups, LowRank, Place, Rank1, Sparse, Structure, structure_of
+from .together import descend_
 from .view import View
 
 LEAVES: dict[str, type[Leaf]] = {
@@ -63,5 +64,6 @@ __all__ = [
     "expose_scales",
     "keep_",
     "select",
+    "structure_of",
     "take_turns",
 ]

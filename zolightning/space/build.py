@@ -14,7 +14,7 @@ from .leaf import Leaf
 from .scale_leaf import AbsoluteScaleLeaf, RelativeScaleLeaf, RowScaleLeaf
 from .scales import refuse_codes, scaled_layers
 from .select import Select, blocks, select
-from .structure import STRUCTURES, Place, Rank1, Structure
+from .structure import Place, Rank1, Structure, structure_of
 from .view import View
 
 Scales = Literal["frozen", "absolute", "relative"]
@@ -60,7 +60,7 @@ def build_view(
         _refuse_several({kinds[id(p)] for p in chosen.values() if id(p) in kinds})
 
     linear, before = _linear_weights(root), before or {}
-    structure = STRUCTURES[structure] if isinstance(structure, str) else structure
+    structure = structure_of(structure)
     by_rows = isinstance(structure, Rank1) and scales == "relative"
     leaves: list[Leaf] = []
     for name, parameter in chosen.items():

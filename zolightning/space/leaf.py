@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 import torch
@@ -18,13 +18,11 @@ from ..noise import (
     integers,
     noise_sum,
     perturb,
-    perturb_all,
     perturb_both,
     perturb_rows,
     pieces,
     sample,
     sgd_,
-    sgd_all_,
     stochastic_round_,
     working_dtype,
 )
@@ -33,7 +31,6 @@ from .compute import Compute
 from .cycle import Turn
 
 HEAD_BLOCK = 1 << 21  # elements of a weight built at once: a vocabulary-sized head goes through in row blocks
-SMALL = 1 << 16  # elements of a vector that is perturbed when a probe begins, with all others
 
 
 class Scratch:
@@ -305,57 +302,6 @@ class PerExampleLeaf(Leaf, ABC):
             parts.append(self.coordinates(keys[0], integers([key.query for key in keys], device), length))
         drawn = parts[0] if len(parts) == 1 else torch.cat(parts)
         return drawn.to(dtype), floats([term.coefficient for term in terms], device, dtype)[:, None]
-
-
-class Vectors:
-    """The perturbed dense vectors of a probe, made all at once when it begins: they are small, and many.
-
-    Args:
-        leaves: of a view.
-    """
-
-    def __init__(self, leaves: Sequence[Leaf]) -> None:
-        self._leaves = [
-            leaf for leaf in leaves if type(leaf) is DenseLeaf and leaf.parameter.dim() == 1 and leaf.parameter.numel() <= SMALL
-        ]
-        self._buffers: dict[tuple[int, int], Tensor] = {}
-
-    def perturbed(self, active: Mapping[int, Leaf], terms: Sequence[Term], side: int) -> dict[int, Tensor]:
-        """Id of the parameter → W + Σ_k c_k z_k of the active ones, valid until the next call for this side."""
-        leaves = [leaf for leaf in self._leaves if id(leaf.parameter) in active]
-        if not leaves:
-            return {}
-        outs = [self._buffer(leaf.parameter, side) for leaf in leaves]
-        stored = [leaf.parameter.detach() for leaf in leaves]
-        perturb_all(outs, stored, leaves[0].distribution, terms, [leaf.index for leaf in leaves])
-        return {id(leaf.parameter): out for leaf, out in zip(leaves, outs, strict=True)}
-
-    @property
-    def buffers(self) -> list[Tensor]:
-        """The memory that probes have written until now."""
-        return list(self._buffers.values())
-
-    def _buffer(self, weight: Tensor, side: int) -> Tensor:
-        out = self._buffers.get((id(weight), side))
-        if out is None or out.device != weight.device or out.dtype != weight.dtype:
-            out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-            self._buffers[id(weight), side] = out
-        return out
-
-    def release(self) -> None:
-        self._buffers.clear()
-
-
-def descend_(leaves: Sequence[Leaf], terms: Sequence[Term], lr: float, weight_decay: float, key: Key) -> None:
-    """:meth:`Leaf.sgd_` of all of them, the dense ones in as few calls as there are dtypes."""
-    dense = [leaf for leaf in leaves if type(leaf) is DenseLeaf and leaf.parameter.is_contiguous()]
-    if dense:
-        targets, indices = [leaf.parameter.detach().view(-1) for leaf in dense], [leaf.index for leaf in dense]
-        sgd_all_(targets, dense[0].distribution, terms, indices, lr, weight_decay, key)
-    together = set(map(id, dense))
-    for leaf in leaves:
-        if id(leaf) not in together:
-            leaf.sgd_(terms, lr, weight_decay, key)
 
 
 def keep_(now: Tensor, before: Tensor, fixed: Tensor) -> None:

@@ -143,3 +143,8 @@ STRUCTURES: dict[str, Structure] = {
     "groups": Groups(),
 }
 """The ones that a recipe may call by name."""
+
+
+def structure_of(choice: str | Structure) -> Structure:
+    """A structure, or the one of that name in STRUCTURES."""
+    return STRUCTURES[choice] if isinstance(choice, str) else choice

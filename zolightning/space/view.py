@@ -14,8 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..types import Key, PerExample, Point, Shared, Tangent, Term
 from .behind import hiding
-from .leaf import Leaf, Scratch, Vectors
+from .leaf import Leaf, Scratch
 from .probe import Both, Probe, Unread, Watch
+from .together import Vectors
 
 
 class _Active(threading.local):
