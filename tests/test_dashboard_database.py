@@ -1,20 +1,23 @@
-"""A store in PostgreSQL, read directly: a real server, started here."""
+"""A store in PostgreSQL, and in MySQL's language, read directly: real servers, started here."""
 
 from __future__ import annotations
 
 import math
+import re
+import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote
 
 import pytest
 
 pytest.importorskip("streamlit", reason="the dashboard's packages are not installed")
-pytest.importorskip("pgserver", reason="PostgreSQL is not at hand: pip install pgserver")
-pytest.importorskip("psycopg", reason="PostgreSQL's driver is not at hand: pip install 'psycopg[binary]'")
 
-import pgserver
 import sqlalchemy as sa
 from dashboard_stores import history, log, same
 from mlflow import MlflowClient
@@ -25,13 +28,35 @@ from zolightning_dashboard.source.base import Run
 APP = Path(__file__).parents[1] / "dashboard" / "app.py"
 SECRET = "se/cret@1 2:3"
 QUOTED = quote(SECRET, safe="")
+PACKAGES = {"psycopg": "'psycopg[binary]'"}
 START = 1_700_000_000_000
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Of a server that asks for a password; without the name of a database."""
-    folder = tmp_path_factory.mktemp("pg")
+class Kind(NamedTuple):
+    """A kind of database.
+
+    Args:
+        driver: its package.
+        serve: starts a server that asks for a password; gives its address, without the name of a database.
+        shown: how its addresses begin where they are shown.
+        forbids: what it says to a write.
+        refuses: what it says to a wrong password.
+    """
+
+    driver: str
+    serve: Callable[[Path], AbstractContextManager[str]]
+    shown: str
+    forbids: str
+    refuses: str
+
+    @property
+    def scheme(self) -> str:
+        return self.shown.partition("://")[0]
+
+
+@contextmanager
+def postgresql(folder: Path) -> Iterator[str]:
+    pgserver = pytest.importorskip("pgserver", reason="PostgreSQL is not at hand: pip install pgserver")
     server = pgserver.get_server(folder, cleanup_mode="delete")
     try:
         server.psql(f"CREATE ROLE kim LOGIN PASSWORD '{SECRET}' CREATEDB")
@@ -42,6 +67,55 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"postgresql+psycopg://kim:{QUOTED}@/{{}}?host={folder}"
     finally:
         server.cleanup()
+
+
+@contextmanager
+def mariadb(folder: Path) -> Iterator[str]:
+    binary = shutil.which("mariadbd") or shutil.which("mariadbd", path="/usr/sbin")
+    if binary is None or shutil.which("mariadb-install-db") is None:
+        pytest.skip("MariaDB is not at hand: apt-get install mariadb-server")
+    quiet = ["--no-defaults", f"--datadir={folder}", "--user=root"]
+    subprocess.run(["mariadb-install-db", *quiet, "--auth-root-authentication-method=normal"], check=True, capture_output=True)
+    socket = folder / "socket"
+    server = subprocess.Popen(
+        [binary, *quiet, f"--socket={socket}", "--skip-networking"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        patience = time.monotonic() + 120
+        while not socket.exists() and server.poll() is None and time.monotonic() < patience:
+            time.sleep(0.1)
+        root = sa.create_engine(f"mysql+pymysql://root@localhost/?unix_socket={socket}")
+        with root.connect() as store:
+            store.exec_driver_sql(f"CREATE USER kim@localhost IDENTIFIED BY '{SECRET}'")
+            for name in ("store", "nothing"):
+                store.exec_driver_sql(f"CREATE DATABASE {name}")
+                store.exec_driver_sql(f"GRANT ALL ON {name}.* TO kim@localhost")
+        root.dispose()
+        yield f"mysql+pymysql://kim:{QUOTED}@localhost/{{}}?unix_socket={socket}"
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+KINDS = (
+    Kind("psycopg", postgresql, "postgresql+psycopg:///", "read-only transaction", "password authentication failed"),
+    Kind("pymysql", mariadb, "mysql+pymysql://", "READ ONLY transaction", "Access denied"),
+)
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=[kind.driver for kind in KINDS])
+def kind(request: pytest.FixtureRequest) -> Kind:
+    found: Kind = request.param
+    pytest.importorskip(
+        found.driver, reason=f"a driver is not at hand: pip install '{PACKAGES.get(found.driver, found.driver)}'"
+    )
+    return found
+
+
+@pytest.fixture(scope="module")
+def address(kind: Kind, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with kind.serve(tmp_path_factory.mktemp("database")) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -122,31 +196,31 @@ def test_a_note_on_a_run_that_has_ended_is_seen_after_some_polls(client: MlflowC
     assert named(source, "noted").tags["mlflow.note.content"] == "good"
 
 
-def test_the_store_is_only_read(source: MetricSource) -> None:
-    with pytest.raises(sa.exc.InternalError, match="read-only transaction"), source._engine.connect() as store:  # type: ignore[attr-defined]
+def test_the_store_is_only_read(kind: Kind, source: MetricSource) -> None:
+    with pytest.raises(sa.exc.DBAPIError, match=kind.forbids), source._engine.connect() as store:  # type: ignore[attr-defined]
         store.execute(sa.text("DELETE FROM metrics"))
 
 
-def test_no_message_has_the_password(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_message_has_the_password(kind: Kind, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right, wrong = address.format("nothing"), address.format("store").replace(QUOTED, "wrong-and-long")
     with pytest.raises(NoStoreYet, match="is empty"):
         open_source(right)
-    with pytest.raises(SourceError, match="password authentication failed") as refused:
+    with pytest.raises(SourceError, match=kind.refuses) as refused:
         open_source(wrong)
     with pytest.raises(SourceError, match="cannot be read") as absent:
-        open_source(f"postgresql+psycopg://kim:{QUOTED}@127.0.0.1:1/store")
-    monkeypatch.setitem(sys.modules, "psycopg", None)
-    with pytest.raises(SourceError, match=r"pip install 'psycopg\[binary\]'") as undriven:
+        open_source(f"{kind.scheme}://kim:{QUOTED}@127.0.0.1:1/store")
+    monkeypatch.setitem(sys.modules, kind.driver, None)
+    with pytest.raises(SourceError, match=re.escape(f"pip install {PACKAGES.get(kind.driver, kind.driver)}")) as undriven:
         open_source(right)
     with pytest.raises(SourceError, match="is no address of a database") as nonsense:
-        open_source("postgresql+nothing://kim:wrong-and-long@host/store")
+        open_source(f"{kind.scheme.partition('+')[0]}+nothing://kim:wrong-and-long@host/store")
     for error in (refused, absent, undriven, nonsense):
         said = str(error.value)
         assert not any(secret in said for secret in (SECRET, QUOTED, "cret@1", "wrong-and-long")), said
 
 
 def test_the_pages_show_the_store_and_no_password(
-    address: str, client: MlflowClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    kind: Kind, address: str, client: MlflowClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     log(client, begin(client, "on the page"), "train/loss", [(s, START + s, 1 / s) for s in range(1, 20)])
     for place in ("store", "nowhere"):
@@ -154,7 +228,7 @@ def test_the_pages_show_the_store_and_no_password(
         app = AppTest.from_file(APP, default_timeout=60).run()
         assert not app.exception
         said = [str(one.proto) for one in (*app.main, *app.sidebar)]
-        assert any("postgresql+psycopg:///" in one for one in said)
+        assert any(kind.shown in one for one in said)
         assert not any(
             secret in one for one in (*said, caplog.text, str(app.query_params)) for secret in (SECRET, "cret%401", "kim:")
         )
