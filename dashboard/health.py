@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -79,6 +79,48 @@ _SHARES = (
 )
 
 
+class _Wait(NamedTuple):
+    """Seconds that a step does not compute.
+
+    Args:
+        what: its name.
+        key: the metric that counts them.
+        nbytes: metrics that count what is moved meanwhile, and words for each.
+        seen: what was seen, with places for the share of the time and for the bytes of a step.
+        todo: what to do where it is much.
+    """
+
+    what: str
+    key: str
+    nbytes: Mapping[str, str]
+    seen: str
+    todo: str
+
+
+READ_BYTES, WRITE_BYTES, RANK_BYTES = "zo/offload/read_bytes", "zo/offload/write_bytes", "zo/ranks/bytes"
+_WAITS = (
+    _Wait(
+        "Waiting for weights",
+        "zo/offload/wait_seconds",
+        {READ_BYTES: "read", WRITE_BYTES: "written"},
+        "{} of the time of a step goes by until offloaded weights are there; a step has {}.",
+        "Take more examples a step, so that each read serves more work; raise Offload(pool=..., prefetch=...); or give "
+        "Offload(folder=...) a faster disk.",
+    ),
+    _Wait(
+        "Waiting for ranks",
+        "zo/ranks/exchange_seconds",
+        {RANK_BYTES: "sent"},
+        "{} of the time of a step goes by in the exchange, waiting for the slowest rank included; a step has {}.",
+        "The bytes are few, so it is the waiting: give all ranks equal batches and machines, take more work between two "
+        "exchanges (larger batches, accumulate_grad_batches), and look at the network's delay.",
+    ),
+)
+_WAITING, _SECONDS = Limits(0.1, 0.3), "speed/train_seconds"
+WAIT_KEYS = (_SECONDS, READ_BYTES, WRITE_BYTES, RANK_BYTES, *(one.key for one in _WAITS))
+"""More metrics that :func:`examine` looks at, of runs that are offloaded or on several ranks."""
+
+
 def is_zeroth_order(run: Run) -> bool:
     """The run logs what only zeroth-order training has."""
     return "zo.recipe" in run.tags or any(key in run.keys for key in (GRAD, TIES))
@@ -103,6 +145,7 @@ def examine(run: Run, series: ReadSeries) -> list[Finding]:
             verdict = limits.judge(share)
             found.append(Finding(what, verdict, seen.format(_percent(share)), "" if verdict == "good" else todo))
     found += _scales(run, series)
+    found += [_waiting(one, run, series) for one in _WAITS if one.key in run.keys]
     return sorted(found, key=lambda one: ORDER.index(one.verdict))
 
 
@@ -210,6 +253,32 @@ def _scales(run: Run, series: ReadSeries) -> list[Finding]:
                 Finding(what, "watch" if count > 0 else "good", f"{words.number(count)} at the end.", todo * (count > 0))
             )
     return found
+
+
+def _waiting(wait: _Wait, run: Run, series: ReadSeries) -> Finding:
+    """The counters start again where a fit is resumed, so it is their growth that is looked at."""
+    seconds, steps = _increase(run, _SECONDS, series)
+    if not seconds > 0:
+        return Finding(wait.what, "unknown", f"{wait.key} was logged, but no {_SECONDS} to compare it with.")
+    share = min(1.0, _increase(run, wait.key, series)[0] / seconds)
+    moved = [
+        f"{words.memory(_increase(run, key, series)[0] / max(1.0, steps))} {done}"
+        for key, done in wait.nbytes.items()
+        if key in run.keys
+    ]
+    verdict = _WAITING.judge(share)
+    seen = wait.seen.format(_percent(share), " and ".join(moved) or "no bytes logged")
+    return Finding(wait.what, verdict, seen, "" if verdict == "good" else wait.todo)
+
+
+def _increase(run: Run, key: str, series: ReadSeries) -> tuple[float, float]:
+    """By how much a counter grew in the second half, and in how many steps."""
+    if key not in run.keys:
+        return math.nan, math.nan
+    points = series(run.id, key)
+    half = len(points.value) // 2
+    value, step = points.value[half:], points.step[half:]
+    return float(np.maximum(np.diff(value), 0).sum()), float(step[-1] - step[0]) if len(step) else math.nan
 
 
 def _late(run: Run, key: str, series: ReadSeries) -> NDArray[np.float64]:

@@ -143,7 +143,8 @@ def whole(mode: Mode) -> Any:
         "predicted": [len(each) for each in predicted or []],  # type: ignore[arg-type]
         "lr": trainer.optimizers[0].param_groups[0]["lr"],
     }
-    return {"shared": shared, "seen": module.seen, "masks": module.masks[:4]}
+    traffic = trainer.strategy.traffic()  # type: ignore[attr-defined]
+    return {"shared": shared, "seen": module.seen, "masks": module.masks[:4], "traffic": traffic}
 
 
 def uneven(sized: bool) -> Any:

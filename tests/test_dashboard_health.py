@@ -73,6 +73,28 @@ def test_what_is_wrong_and_what_to_do(key: str, values: ArrayLike, what: str, ve
     assert overall(found) == verdict == found[0].verdict
 
 
+@pytest.mark.parametrize(
+    ("share", "verdict", "seen"), [(0.02, "good", "2 % of the time"), (0.2, "watch", "20 %"), (0.6, "bad", "60 %")]
+)
+def test_waiting_for_weights_and_ranks(share: float, verdict: str, seen: str) -> None:
+    seconds = np.where(STEPS < 150, STEPS, STEPS - 149)  # resumed: counters of the process begin again
+    waiting = {
+        "speed/train_seconds": STEPS,
+        "zo/offload/wait_seconds": share * seconds,
+        "zo/offload/read_bytes": 2.0**30 * seconds,
+        "zo/ranks/exchange_seconds": share * STEPS,
+        "zo/ranks/bytes": 48 * STEPS,
+    }
+    found = {one.what: one for one in look({**WELL, **waiting})}
+    weights, ranks = found["Waiting for weights"], found["Waiting for ranks"]
+    assert (weights.verdict, ranks.verdict) == (verdict, verdict)
+    assert "0.99 GiB read" in weights.seen
+    assert seen in ranks.seen and "48 B sent" in ranks.seen
+    assert ("faster disk" in weights.todo) == ("equal batches" in ranks.todo) == (verdict != "good")
+    assert look({**WELL, "zo/offload/wait_seconds": STEPS})[-1].verdict == "unknown"  # seconds of training were not logged
+    assert not {"Waiting for weights", "Waiting for ranks"} & {one.what for one in look(WELL)}
+
+
 def test_a_run_that_has_recovered_is_well() -> None:
     ties = np.where(STEPS < 80, 1.0, 0.0)
     assert overall(look({**WELL, "zo/tie_rate": ties})) == "good"

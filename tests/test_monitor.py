@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers import PLAIN, batches, loader, mlp, quiet_trainer
+from helpers import PLAIN, Task, batches, loader, mlp, quiet_trainer
 from mlflow import MlflowClient
 from torch import Tensor, nn
 
@@ -105,6 +105,22 @@ def test_backprop_run_logs_the_same_keys(store: str) -> None:
     weights = run.data.metrics["memory/weights"]
     assert run.data.metrics["memory/optimizer_state"] >= 2 * weights
     assert run.data.tags["zo.method"] == "backprop"
+
+
+def test_an_offloaded_run_says_what_moving_weights_costs(store: str) -> None:
+    logger, net = mlflow_logger("offloaded", store=store), nn.Sequential(*(nn.Linear(300, 300) for _ in range(4)))
+    trainer = quiet_trainer(ZOStrategy(PLAIN, offload="cpu"), logger=logger, callbacks=[ZOMonitor(min_seconds=0)])
+    trainer.fit(Task(net), loader([(torch.randn(2, 300), torch.randn(2, 300))] * STEPS))
+    run = MlflowClient(store).get_run(logger.run_id)
+    matrix = 300 * 300 * 4  # two of the four are in memory at once
+    for key in ("zo/offload/read_bytes", "zo/offload/write_bytes"):
+        values = dict(history(store, run, key))
+        assert list(values) == list(range(1, STEPS + 1))
+        assert matrix * STEPS <= values[STEPS] <= 12 * matrix * STEPS, key
+        assert list(values.values()) == sorted(values.values())
+    assert run.data.metrics["zo/offload/pool_bytes"] == 2 * matrix
+    assert 0 <= run.data.metrics["zo/offload/wait_seconds"] < run.data.metrics["speed/train_seconds"]
+    assert not any(key.startswith("zo/ranks/") for key in run.data.metrics)
 
 
 def test_accumulation_counts_optimizer_steps(store: str) -> None:

@@ -113,6 +113,8 @@ def test_a_trainer_sees_one_run(mode: str, ranks: Found) -> None:
     assert first["shared"] == second["shared"]
     assert first["shared"]["metrics"]["rank"] == 0.5
     assert set(first["shared"]["predicted"]) == {4}
+    traffic = first["traffic"]
+    assert traffic["ranks/size"] == 2 and traffic["ranks/bytes"] > 0 and traffic["ranks/exchange_seconds"] > 0
     assert (first["seen"] == second["seen"]) == (mode == "sign")  # samplers deal out to groups of ranks
     assert (first["masks"] == second["masks"]) == (mode == "sign")
 

@@ -10,7 +10,7 @@ import streamlit as st
 from .. import text, words
 from ..charts import live
 from ..charts.live import Card, Figure, cards
-from ..health import GRAD, KEYS, ORDER, Finding, Verdict, examine, is_zeroth_order, overall
+from ..health import GRAD, KEYS, ORDER, WAIT_KEYS, Finding, Verdict, examine, is_zeroth_order, overall
 from ..scene import Scene
 from ..session import board, current
 from ..source import Run
@@ -21,7 +21,7 @@ from .tables import table_height
 _CHARTS = (GRAD, *KEYS[1:6])
 _WORDS: Mapping[Verdict, str] = {"good": "well", "watch": "worth a look", "bad": "not well", "unknown": "nothing known"}
 _TONES: Mapping[Verdict, str] = {"good": "good", "watch": "warn", "bad": "bad", "unknown": "plain"}
-_ELSEWHERE = ("parallel/", "ranks/", "rank/", "comm/", "clients/", "client/", "federated/", "offload/", "tiers/")
+_ELSEWHERE = ("zo/ranks/", "zo/clients/", "zo/offload/")
 """Beginnings of metrics of training that is spread over ranks, clients, or tiers of memory."""
 
 
@@ -52,7 +52,9 @@ def render(scene: Scene) -> None:
 def _verdicts(scene: Scene) -> None:
     shown = [run for run in scene.shown(current()) if is_zeroth_order(run)]
     losses = {key for run in shown if (key := watched(run)) is not None}
+    waiting = [run for run in shown if any(key.startswith(_ELSEWHERE) for key in run.keys)]
     scene.read(shown, {*KEYS, *losses})
+    scene.read(waiting, WAIT_KEYS)
     found = {run.id: _examined(scene, run) for run in shown}
     shown.sort(key=lambda run: ORDER.index(overall(found[run.id])))
     counts = {verdict: sum(overall(one) == verdict for one in found.values()) for verdict in ORDER}

@@ -66,6 +66,11 @@ class Team:
     def decide(self, make: Callable[[], T]) -> T:
         return self.exchange.decide(make)
 
+    def traffic(self) -> dict[str, float]:
+        """What this rank's exchanges have cost so far, by the ends of the metrics' names."""
+        spent = self.exchange.traffic
+        return {"ranks/size": self.size, "ranks/bytes": spent.sent, "ranks/exchange_seconds": spent.seconds}
+
     # set-up
 
     def begin(self, module: nn.Module, estimator: Estimator, noise: Distribution, settings: Mapping[str, Any]) -> None:

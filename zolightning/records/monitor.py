@@ -29,13 +29,15 @@ class ZOMonitor(Callback):
 
     Works under any strategy. Metrics: ``train/loss``; ``zo/projected_grad``, ``zo/clip_rate``, ``zo/tie_rate``,
     ``zo/skipped_steps``, ``zo/update_rms`` and ``zo/lost_update_share`` (ZO only; the last two sampled);
-    ``zo/negative_scales`` and ``zo/saturated_scales`` where scales of quantised layers are trained; ``memory/peak``,
-    ``memory/rss``, ``memory/weights``, ``memory/gradients``, ``memory/optimizer_state``, ``memory/activations`` in bytes;
-    ``speed/steps_per_second``, ``speed/train_seconds`` (validation not counted); the counters ``examples_seen``,
-    ``tokens_seen`` and ``forward_passes``. Tags: ``zo.method``, ``zo.recipe``, ``zo.heartbeat``, ``zo.pid``, ``zo.host``,
-    ``zo.ledger``, ``zo.max_steps``, ``zo.device_memory`` in bytes. The replay ledger is an artifact of the MLflow run, renewed
-    every five minutes and at the end. A fit that is resumed from a checkpoint goes on with its counters; to go on in the same
-    MLflow run give its id to :func:`~zolightning.mlflow_logger`.
+    ``zo/negative_scales`` and ``zo/saturated_scales`` where scales of quantised layers are trained;
+    ``zo/offload/read_bytes``, ``write_bytes``, ``wait_seconds`` and ``pool_bytes`` where weights are offloaded, and
+    ``zo/ranks/bytes``, ``exchange_seconds`` and ``size`` of rank 0 where there are several, all since the fit began;
+    ``memory/peak``, ``memory/rss``, ``memory/weights``, ``memory/gradients``, ``memory/optimizer_state``,
+    ``memory/activations`` in bytes; ``speed/steps_per_second``, ``speed/train_seconds`` (validation not counted); the counters
+    ``examples_seen``, ``tokens_seen`` and ``forward_passes``. Tags: ``zo.method``, ``zo.recipe``, ``zo.heartbeat``, ``zo.pid``,
+    ``zo.host``, ``zo.ledger``, ``zo.max_steps``, ``zo.device_memory`` in bytes. The replay ledger is an artifact of the MLflow
+    run, renewed every five minutes and at the end. A fit that is resumed from a checkpoint goes on with its counters; to go on
+    in the same MLflow run give its id to :func:`~zolightning.mlflow_logger`.
 
     Args:
         method: the run's name in comparisons; None: the strategy's.
@@ -171,6 +173,7 @@ class ZOMonitor(Callback):
                     "zo/saturated_scales": stats.saturated,
                 }
                 metrics |= {name: value for name, value in seen.items() if value is not None}
+            metrics |= {f"zo/{name}": value for name, value in trainer.strategy.traffic().items()}  # type: ignore[attr-defined]
         if step % _SLOW_EVERY == 1:
             metrics |= {f"memory/{k}": v for k, v in self.meter.parts(trainer.strategy.optimizers).items()}
         self._buffer.add(metrics, step)

@@ -49,6 +49,10 @@ class InMemory:
         """A checkpoint's, with all of the state of weights in memory."""
         return states
 
+    def traffic(self) -> dict[str, float]:
+        """What moving weights has cost so far, by the ends of the metrics' names."""
+        return {}
+
     def close(self) -> None:
         """The fit is over."""
 
@@ -94,6 +98,15 @@ class Offloading(InMemory):
         state = self._module.state_dict(keep_vars=True)
         here = {key: value for key, value in state.items() if not isinstance(value, StoredParameter)}
         return {key: value.detach() if isinstance(value, Tensor) else value for key, value in here.items()}
+
+    def traffic(self) -> dict[str, float]:
+        store, tier = self.store, self.store.tier
+        return {
+            "offload/read_bytes": tier.read_bytes,
+            "offload/write_bytes": tier.written_bytes,
+            "offload/wait_seconds": store.waited,
+            "offload/pool_bytes": store.pool,
+        }
 
     def save(self) -> None:
         """Bring the tier up to date, so that a later run may go on from it."""

@@ -249,6 +249,10 @@ class ZOStrategy(DevicesStrategy):
         module = self.lightning_module
         return self.offload is not None or (module is not None and bool(stored(module.parameters())))
 
+    def traffic(self) -> dict[str, float]:
+        """Bytes and seconds that offload and the exchange between ranks have cost since this fit began."""
+        return self.weights.traffic() | (self.team.traffic() if self.team is not None else {})
+
     def teardown(self) -> None:
         try:
             if self._fit is not None:
