@@ -1,13 +1,13 @@
-"""The charts of an address before Streamlit is up.
+"""What a page can do before Streamlit is up, which needs about a second before it draws anything.
 
-Streamlit needs about a second before it draws anything. The page Curves fetches its points beside that, draws them, and hands
-the charts over when Streamlit has a place for each (charts/early.js).
+Every page names the code that it will need, so that the browser has it by then. The page Curves fetches its points beside that,
+draws them, and hands the charts over when Streamlit has a place for each (charts/early.js).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from starlette.routing import Route
 from streamlit import config, file_util
 
 from . import downloads
-from .charts.live import code
+from .charts.live import module
 from .source.base import SourceError
 
 # without an encoding Streamlit compresses, which takes longer than it saves
@@ -26,23 +26,41 @@ _FRESH = {**_HEADERS, "Cache-Control": "no-cache"}
 _KEPT = {**_HEADERS, "Cache-Control": "immutable, max-age=31536000"}
 
 
+_IMPORTS = re.compile(r'(?:from|import)"\./([\w.-]+\.js)"')
+_EVERYWHERE = ("BidiComponent", "Html", "Checkbox", "LinkButton")
+_TABLE, _STILL, _CHOICE = "DataFrame", "EChartsChart", "Selectbox"
+PAGES: Mapping[str, Sequence[str]] = {
+    "": (_TABLE, _CHOICE),
+    "overview": (_TABLE, _CHOICE),
+    "runs": (_TABLE,),
+    "curves": (),  # what it draws comes first
+    "memory": (_TABLE, _STILL, _CHOICE, "Slider"),
+    "tradeoffs": (_TABLE, _STILL, _CHOICE, "Slider"),
+    "sweep": (_STILL, _CHOICE),
+    "health": (_TABLE, _CHOICE),
+    "diff": (_TABLE, _CHOICE),
+    "run": (_TABLE, _CHOICE),
+}
+"""The pages by their path, and the parts of Streamlit that each has."""
+
+
 def routes(store: str) -> list[Route]:
     """What the server answers beside Streamlit.
 
     Args:
         store: MLflow tracking URI.
     """
-    js, css = code()
-    module = f"{js}\nzo.early({json.dumps(css)});"
-    name = f"zo/early-{hashlib.sha256(module.encode()).hexdigest()[:16]}.js"
-    html = (Path(file_util.get_static_dir()) / "index.html").read_text("utf-8")
-    html = html.replace("</head>", f'<script type="module" async src="./{name}"></script></head>', 1)
+    name, engine = module()
+    static = Path(file_util.get_static_dir())
+    html = (static / "index.html").read_text("utf-8")
 
-    def page(_: Request) -> Response:
-        return HTMLResponse(html, headers=_FRESH)
+    def page(*wanted: str) -> Callable[[Request], Response]:
+        links = [f'<link rel="modulepreload" crossorigin href="./static/js/{one}">' for one in chunks(static / "js", wanted)]
+        text = html.replace("</head>", f'<script type="module" async src="{name}"></script>{"".join(links)}</head>', 1)
+        return lambda _: HTMLResponse(text, headers=_FRESH)
 
     def script(_: Request) -> Response:
-        return Response(module, media_type="text/javascript", headers=_KEPT)
+        return Response(engine, media_type="text/javascript", headers=_KEPT)
 
     def answer(find: Callable[[Mapping[str, Sequence[str]]], bytes | None]) -> Callable[[Request], Response]:
         def respond(request: Request) -> Response:
@@ -57,12 +75,26 @@ def routes(store: str) -> list[Route]:
         return respond
 
     return [
-        Route("/curves", page),
-        Route(f"/{name}", script),
+        *(Route(f"/{which}", page(*_EVERYWHERE, *some)) for which, some in PAGES.items()),
+        Route(name.removeprefix("."), script),
         Route("/zo/charts", answer(lambda query: charts(store, query))),
         Route("/zo/match", answer(lambda query: matches(store, query))),
         *downloads.routes(store, _from_here),
     ]
+
+
+def chunks(folder: Path, wanted: Sequence[str]) -> list[str]:
+    """The files of Streamlit's parts that a page has, and the files that these import.
+
+    Args:
+        folder: with Streamlit's code.
+        wanted: the parts' names; those that this version of Streamlit does not have are passed over.
+    """
+    found: dict[str, None] = {}
+    for part in wanted:
+        for file in folder.glob(f"{part}.*.js"):
+            found |= dict.fromkeys([file.name, *_IMPORTS.findall(file.read_text("utf-8"))])
+    return [one for one in found if not one.startswith("index.")]
 
 
 def charts(store: str, query: Mapping[str, Sequence[str]]) -> bytes | None:

@@ -62,8 +62,8 @@ def _store(shown_store: str) -> None:
 
 
 def _experiments(scene: Scene) -> None:
-    if len(scene.experiments) < 2:
-        return
+    if len(scene.experiments) < 2 or (not current().experiments and len({run.experiment_id for run in scene.runs}) == 1):
+        return  # MLflow makes an experiment for itself, which mostly stays empty
     names = {one.id: text.plain(one.name, 60) for one in scene.experiments}
     chosen = st.multiselect(
         "Experiments",
@@ -110,7 +110,10 @@ def _trouble(filter_: str) -> str:
 def _lines(scene: Scene) -> None:
     """How the runs become lines: together, coloured, and which of them where there is no room for all."""
     view = current()
-    with st.expander("Lines", icon=":material/show_chart:"):
+    lines = st.expander("Lines", icon=":material/show_chart:", key=widget("lines"), on_change="rerun")
+    if not lines.open:  # most visits do without
+        return
+    with lines:
         names = [METHOD, *differing(scene.runs)][:_MOST_PARAMETERS]
         by = st.multiselect(
             "Mean over runs alike in",

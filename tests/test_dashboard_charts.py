@@ -374,11 +374,11 @@ def test_a_suggested_budget_lies_on_its_slider(peaks: list[float]) -> None:
 
 def test_parts_and_other_make_up_the_peak(scene: Scene) -> None:
     runs = list(scene.runs)
-    parts = budgets.parts(runs, scene.store.source.series)
+    parts = budgets.parts(runs, scene.store.source)
     assert set(parts) == {"weights", "other"}
     for i, run in enumerate(runs):
         total = sum(values[i] for values in parts.values())
-        assert total == pytest.approx(max(budgets.peak(run, scene.store.source.series), 0.25))
+        assert total == pytest.approx(max(budgets.peak(run, scene.store.source), 0.25))
 
 
 def test_devices_are_read_from_tags(scene: Scene) -> None:
@@ -391,7 +391,7 @@ def test_devices_are_read_from_tags(scene: Scene) -> None:
 def test_progress_and_pace(scene: Scene) -> None:
     run = next(run for run in scene.runs if run.name == "=live")
     said = replace(run, params={"max_steps": "398"})
-    found = facts.facts(said, scene.store.source.series, None)
+    found = facts.facts(said, scene.store.source, None)
     assert (found.step, found.total, found.pace) == (199, 398, pytest.approx(1.0))
     assert found.left == pytest.approx(199)
     assert facts.total_steps(replace(run, params={"max_steps": "-1"})) is None
@@ -440,6 +440,17 @@ def test_still_charts_never_read_names_as_html() -> None:
     dots = still.trade_off("t", "x", "y", [still.Dot("<b>", 1.0, 2.0, "#fff", True)], dark=True, log_x=False)
     assert bars["tooltip"]["renderMode"] == dots["tooltip"]["renderMode"] == "richText"
     json.dumps([bars, dots])
+
+
+def test_of_many_dots_those_that_can_be_told_apart_are_drawn() -> None:
+    colors = ("#111111", "#222222")
+    dots = [still.Dot(f"run {i}", 1.0 + i % 3, i % 100 / 100, colors[i % 2], i == 0, i % 5 > 0) for i in range(1200)]
+    seen = still.uncovered(dots, 1.0, 3.0, log_x=False)
+    assert dots[0] in seen and len(seen) < len(dots) / 2
+    assert {(dot.x, dot.color, dot.ended) for dot in seen} == {(dot.x, dot.color, dot.ended) for dot in dots}
+    near = {(dot.x, dot.color, dot.ended, round(80 * dot.y / 0.99)) for dot in seen}
+    assert all((dot.x, dot.color, dot.ended, round(80 * dot.y / 0.99)) in near for dot in dots)
+    assert still.uncovered(dots[:150], 1.0, 3.0, log_x=False) == dots[:150]
 
 
 def test_our_scripts_never_write_html() -> None:

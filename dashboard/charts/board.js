@@ -31,11 +31,7 @@ class Board {
     this.paper = read("--st-background-color", "#ffffff");
     this.ink = read("--st-text-color", "#31333f");
     this.accent = read("--st-primary-color", "#4b6bfb");
-    const probe = document.createElement("canvas").getContext("2d");
-    probe.fillStyle = this.paper;
-    probe.fillRect(0, 0, 1, 1);
-    const [r, g, b] = probe.getImageData(0, 0, 1, 1).data;
-    this.dark = 0.3 * r + 0.6 * g + 0.1 * b < 128;
+    this.dark = isDark(this.paper);
     this.faint = this.dark ? "rgba(255,255,255,0.09)" : "rgba(0,0,0,0.07)";
   }
 
@@ -160,6 +156,20 @@ class Legend {
     chip.ondblclick = () => { this.board.hidden.delete(id); this.board.toggle(id, true); };
     return chip;
   }
+}
+
+const isDark = (color) => {
+  const hex = /^#([0-9a-f]{2})([0-9a-f]{2})([0-9a-f]{2})$/i.exec(color);
+  const [r, g, b] = hex ? hex.slice(1).map((part) => parseInt(part, 16)) : pixel(color);
+  return 0.3 * r + 0.6 * g + 0.1 * b < 128;
+};
+
+// Red, green and blue of a colour however it is written; a first canvas takes a while.
+function pixel(color) {
+  const probe = document.createElement("canvas").getContext("2d");
+  probe.fillStyle = color;
+  probe.fillRect(0, 0, 1, 1);
+  return probe.getImageData(0, 0, 1, 1).data;
 }
 
 const boards = new Map();

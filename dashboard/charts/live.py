@@ -6,6 +6,8 @@ lines and scroll stay. The engine's code travels once, a shell's or a feed's is 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib import resources
@@ -17,6 +19,7 @@ import streamlit as st
 Zoom = tuple[float, float] | None
 
 _HERE = Path(__file__).parent
+_served = False
 _SCRIPTS = (
     "format.js",
     "unpack.js",
@@ -262,7 +265,18 @@ def _component(kind: str) -> Callable[..., Any]:
     if kind != "engine":
         return st.components.v2.component(f"zolightning.{kind}", js=_READY % kind, isolate_styles=False)
     js, css = code()
+    if _served:
+        js = f"await import(new URL({json.dumps(module()[0])}, document.baseURI).href);\nexport default () => {{}};"
     return st.components.v2.component("zolightning.engine", js=js, css=css, isolate_styles=False)
+
+
+def module() -> tuple[str, str]:
+    """The engine as a file of the server, which browsers keep: its path, and the code. Whoever calls this serves it."""
+    global _served
+    _served = True
+    js, css = code()
+    text = f"{js}\nif (location.pathname.endsWith('/curves')) zo.early({json.dumps(css)});"
+    return f"./zo/engine-{hashlib.sha256(text.encode()).hexdigest()[:16]}.js", text
 
 
 @cache

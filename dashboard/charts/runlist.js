@@ -1,6 +1,7 @@
-// The list of runs in the sidebar: a filter, the boxes of the runs that it leaves, and each run's status. Rows are kept, so
-// scroll and focus stay.
+// The list of runs in the sidebar: a filter, the boxes of the runs that it leaves, and each run's status. Rows are made when
+// the user comes near them, and kept, so scroll and focus stay.
 const TYPING = 350; // milliseconds without a key before the pages follow the filter
+const ROWS = 60; // more at a time
 
 class RunList {
   constructor(host) {
@@ -33,6 +34,13 @@ class RunList {
     this.list.setAttribute("role", "group");
     this.list.setAttribute("aria-label", "Runs");
     this.rows = new Map();
+    this.most = ROWS;
+    this.end = element("div", "zo-end");
+    new IntersectionObserver(([seen]) => {
+      if (!seen.isIntersecting) return;
+      this.most += ROWS;
+      this.show();
+    }, { root: this.list, rootMargin: "400px" }).observe(this.end);
   }
 
   // {key, runs: [{id, label, title, light, dark, dash, status, why}], all, ids, filter, left: [id's beginning] or null, trouble}:
@@ -49,23 +57,23 @@ class RunList {
     }
     this.key = key;
     if (this.filter.value === filter && !this.asking) this.narrow(left, trouble);
-    const rows = runs.map((run) => this.rows.get(run.id) ?? this.row(run.id));
-    this.rows = new Map(runs.map((run, i) => [run.id, rows[i]]));
-    runs.forEach((run, i) => {
-      const { swatch, name, chip, only } = rows[i], color = dark ? run.dark : run.light, [on, off] = run.dash;
-      name.textContent = run.label;
-      name.title = run.title;
-      chip.textContent = chip.dataset.status = run.status;
-      chip.title = run.why;
-      only.setAttribute("aria-label", `Select only ${run.label}`);
-      swatch.style.background = on ? `repeating-linear-gradient(90deg, ${color} 0 ${on}px, transparent 0 ${on + off}px)` : color;
-    });
-    const order = rows.map((r) => r.root);
-    if (order.some((r, i) => this.list.children[i] !== r) || this.list.children.length !== order.length) this.list.replaceChildren(...order);
+    this.dark = dark;
+    this.rows = new Map(runs.filter((run) => this.rows.has(run.id)).map((run) => [run.id, this.rows.get(run.id)]));
+    for (const run of runs) if (this.rows.has(run.id)) this.describe(run);
     this.show();
   }
 
-  row(id) {
+  describe(run) {
+    const { swatch, name, chip, only } = this.rows.get(run.id), color = this.dark ? run.dark : run.light, [on, off] = run.dash;
+    name.textContent = run.label;
+    name.title = run.title;
+    chip.textContent = chip.dataset.status = run.status;
+    chip.title = run.why;
+    only.setAttribute("aria-label", `Select only ${run.label}`);
+    swatch.style.background = on ? `repeating-linear-gradient(90deg, ${color} 0 ${on}px, transparent 0 ${on + off}px)` : color;
+  }
+
+  row({ id }) {
     const root = element("div", "zo-run"), label = element("label", "zo-run-label", root);
     root.dataset.id = id;
     const box = element("input", "zo-box", label);
@@ -112,15 +120,30 @@ class RunList {
   }
 
   show() {
-    let shown = 0;
-    for (const run of this.runs ?? []) {
-      const { root, box } = this.rows.get(run.id), there = !this.left || this.left.has(run.id.slice(0, 10));
+    const there = (this.runs ?? []).filter((run) => !this.left || this.left.has(run.id.slice(0, 10)));
+    const near = there.slice(0, this.most).map((run) => {
+      if (!this.rows.has(run.id)) {
+        this.rows.set(run.id, this.row(run));
+        this.describe(run);
+      }
+      const { root, box } = this.rows.get(run.id);
       box.checked = this.all !== this.ids.has(run.id);
-      if (root.hidden === there) root.hidden = !there;
-      shown += there;
-    }
-    this.count.textContent = shown === this.runs.length ? `${shown.toLocaleString("en-US")} runs` : `${shown.toLocaleString("en-US")} of ${this.runs.length.toLocaleString("en-US")}`;
-    this.root.dataset.shown = shown;
+      return root;
+    });
+    if (near.length < there.length) near.push(this.end);
+    if (near.length !== this.list.children.length || near.some((row, i) => this.list.children[i] !== row)) this.place(near);
+    const shown = there.length.toLocaleString("en-US"), all = this.runs.length.toLocaleString("en-US");
+    this.count.textContent = shown === all ? `${all} runs` : `${shown} of ${all}`;
+    this.root.dataset.shown = there.length;
+  }
+
+  // The rows of the list; those that stay are not touched, so what has the focus keeps it.
+  place(rows) {
+    const stay = new Set(rows);
+    for (const row of [...this.list.children]) if (!stay.has(row)) row.remove();
+    rows.forEach((row, i) => {
+      if (this.list.children[i] !== row) this.list.insertBefore(row, this.list.children[i] ?? null);
+    });
   }
 
   choose(all, ids) {

@@ -17,6 +17,7 @@ PARTS = {
 """What memory is for, and its colour on a light and on a dark page."""
 
 _LABEL, _MOST_LABELS = 28, 12
+_MANY, _COLUMNS, _LINES = 200, 160, 80  # thirds of a dot across and up a chart
 _APART_X, _APART_Y = 0.35, 0.07  # of the chart, between two labels
 
 
@@ -104,7 +105,8 @@ def trade_off(title: str, x_name: str, y_name: str, dots: Sequence[Dot], dark: b
     low, high = min(dot.x for dot in dots), max(dot.x for dot in dots)
     middle = math.sqrt(low * high) if log_x else (low + high) / 2
     labelled = {id(dot) for dot in _spaced([dot for dot in dots if dot.front], low, high, log_x)}
-    data = [_point(dot, dark, id(dot) in labelled, dot.x > middle) for dot in sorted(dots, key=lambda dot: dot.front)]
+    seen = uncovered(dots, low, high, log_x)
+    data = [_point(dot, dark, id(dot) in labelled, dot.x > middle) for dot in sorted(seen, key=lambda dot: dot.front)]
     line = {
         "name": "not beaten by any other",
         "type": "line",
@@ -121,6 +123,15 @@ def trade_off(title: str, x_name: str, y_name: str, dots: Sequence[Dot], dark: b
         "yAxis": {"type": "value", "name": y_name, "nameLocation": "middle", "nameRotate": 90, "nameGap": 38, "scale": True},
         "series": [line, {"type": "scatter", "data": data, "labelLayout": {"hideOverlap": True}, "cursor": "default"}],
     }
+
+
+def uncovered(dots: Sequence[Dot], low: float, high: float, log_x: bool) -> list[Dot]:
+    """The dots that can be told apart: where many are alike and a third of a dot from each other, one is drawn."""
+    if len(dots) <= _MANY:
+        return list(dots)
+    places = zip(dots, _places(dots, low, high, log_x), strict=True)
+    found = {(dot.color, dot.ended, round(x * _COLUMNS), round(y * _LINES)): dot for dot, (x, y) in places if not dot.front}
+    return [*found.values(), *(dot for dot in dots if dot.front)]
 
 
 def _point(dot: Dot, dark: bool, labelled: bool, on_the_right: bool) -> dict[str, Any]:
@@ -148,14 +159,21 @@ def _point(dot: Dot, dark: bool, labelled: bool, on_the_right: bool) -> dict[str
 
 def _spaced(dots: Sequence[Dot], low: float, high: float, log_x: bool) -> list[Dot]:
     """Dots far enough from each other for their labels; the others say their names to the pointer."""
-    least, most = min((dot.y for dot in dots), default=0.0), max((dot.y for dot in dots), default=0.0)
     found: list[tuple[float, float, Dot]] = []
-    for dot in dots:
-        x = math.log(dot.x / low) / math.log(high / low) if log_x else (dot.x - low) / ((high - low) or 1.0)
-        y = (dot.y - least) / ((most - least) or 1.0)
+    for dot, (x, y) in zip(dots, _places(dots, low, high, log_x), strict=True):
         if all(abs(x - a) > _APART_X or abs(y - b) > _APART_Y for a, b, _ in found) and len(found) < _MOST_LABELS:
             found.append((x, y, dot))
     return [dot for _, _, dot in found]
+
+
+def _places(dots: Sequence[Dot], low: float, high: float, log_x: bool) -> list[tuple[float, float]]:
+    """Where the dots are: across and up, as shares of the chart."""
+    least, most = min((dot.y for dot in dots), default=0.0), max((dot.y for dot in dots), default=0.0)
+
+    def across(x: float) -> float:
+        return math.log(x / low) / math.log(high / low) if log_x else (x - low) / ((high - low) or 1.0)
+
+    return [(across(dot.x), (dot.y - least) / ((most - least) or 1.0)) for dot in dots]
 
 
 def frame(title: str, dark: bool) -> dict[str, Any]:
