@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from .source.base import Run
-from .spent import ReadSeries, Spent
+from .source.base import Reads, Run
+from .spent import Spent
 from .transforms import summarise
 from .words import GIB
 
@@ -18,9 +18,9 @@ _WHOLE = ("peak", "rss")
 _DEVICE = "zo.device_memory"
 
 
-def peak(run: Run, series: ReadSeries) -> float:
+def peak(run: Run, source: Reads) -> float:
     """Peak memory of training in GiB; nan when the run has not logged it."""
-    return Spent(series).peak(run) / GIB
+    return Spent(source).peak(run) / GIB
 
 
 def unit(largest: float) -> tuple[float, str]:
@@ -42,16 +42,16 @@ def named(size: float) -> str:
     return f"{size / whole:.4g} {name}"
 
 
-def parts(runs: Sequence[Run], series: ReadSeries) -> dict[str, list[float]]:
+def parts(runs: Sequence[Run], source: Reads) -> dict[str, list[float]]:
     """What the runs' peaks are for, in GiB: the parts that they logged, and what the peak has beyond them as ``other``.
 
     Args:
         runs: each has a peak.
-        series: a source's ``series``.
+        source: its points.
     """
     names = sorted({key.removeprefix("memory/") for run in runs for key in run.keys if key.startswith("memory/")} - {*_WHOLE})
-    found = {name: [_last(run, f"memory/{name}", series) for run in runs] for name in names}
-    peaks = [peak(run, series) for run in runs]
+    found = {name: [_last(run, f"memory/{name}", source) for run in runs] for name in names}
+    peaks = [peak(run, source) for run in runs]
     rest = [max(0.0, whole - sum(values[i] for values in found.values())) for i, whole in enumerate(peaks)]
     return found | ({"other": rest} if any(value > 0.005 * one for value, one in zip(rest, peaks, strict=True)) else {})
 
@@ -84,6 +84,6 @@ def largest(peaks: Sequence[float], budget: float) -> float:
     return float(next((size for size in SIZES if size > 1.2 * most), math.ceil(2 * most)))
 
 
-def _last(run: Run, key: str, series: ReadSeries) -> float:
-    value = summarise(series(run.id, key), "max").last if key in run.keys else 0.0
+def _last(run: Run, key: str, source: Reads) -> float:
+    value = summarise(source.series(run.id, key), "max").last if key in run.keys else 0.0
     return value / GIB if math.isfinite(value) else 0.0

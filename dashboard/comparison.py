@@ -9,8 +9,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from . import words
-from .source.base import Run
-from .spent import UNITS, Keep, ReadSeries, Spent
+from .source.base import Reads, Run
+from .spent import UNITS, Keep, Spent
 from .transforms import TASK, goal, seed_groups
 
 Method = Literal["zo", "backprop"]
@@ -138,7 +138,7 @@ def method_name(run: Run) -> str:
 
 def compare(
     runs: Sequence[Run],
-    series: ReadSeries,
+    source: Reads,
     quality: str | None = None,
     equal: str = "",
     baseline: Run | None = None,
@@ -154,13 +154,13 @@ def compare(
 
     Args:
         runs: of any kind; those that are neither zeroth-order nor backprop are passed over.
-        series: the points of a run's metric: a source's ``series``.
+        source: the points of their metrics.
         quality: the metric that says how good a model is; None: the first of :data:`QUALITIES` that both sides logged.
         equal: what both sides have done when they are compared, a key of :data:`dashboard.spent.EQUAL`.
         baseline: a run to compare all other methods with, whatever they are; its seeds count with it.
         keep: remembers a run's figures.
     """
-    pairs = _Pairs(Spent(series, keep), quality, equal)
+    pairs = _Pairs(Spent(source, keep), quality, equal)
     sound = [run for run in runs if run.status in ("RUNNING", "FINISHED")]
     if baseline is not None:
         groups = seed_groups([*(run for run in sound if run.id != baseline.id), baseline])
@@ -197,13 +197,13 @@ class _Pairs:
     def __init__(self, spent: Spent, quality: str | None, equal: str) -> None:
         self._spent, self._quality, self._equal = spent, quality, equal
         self._best: dict[tuple[int, str | None], list[Run]] = {}
+        self._keys: dict[int, set[str]] = {}
 
     def saving(self, group: list[Run], rivals: list[list[Run]]) -> Saving | None:
         """The group beside the best of the rivals; None when there is none, or nothing that both have done."""
         if not rivals:
             return None
-        theirs = [run for rival in rivals for run in rival]
-        for key in [self._quality] if self._quality is not None else _common(counted(group), theirs):
+        for key in [self._quality] if self._quality is not None else self._common(counted(group), rivals):
             found = self._beside(group, self._strongest(rivals, key), key)
             if found is not None and not math.isnan(found.quality):
                 return found
@@ -212,9 +212,10 @@ class _Pairs:
     def _beside(self, group: list[Run], baseline: list[Run], key: str | None) -> Saving | None:
         ours, theirs = counted(group), counted(baseline)
         axis = self._equal or ("examples" if all("examples_seen" in run.keys for run in (*ours, *theirs)) else "step")
-        limit = min(self._spent.reach(run, axis) for run in (*ours, *theirs))
-        if math.isnan(sum(self._spent.reach(run, axis) for run in (*ours, *theirs))):
+        ends = [self._spent.reach(run, axis) for run in (*ours, *theirs)]
+        if math.isnan(sum(ends)):
             return None
+        limit = min(ends)
         method, base = self._cost(group, key, axis, limit), self._cost(baseline, key, axis, limit)
         return Saving(
             method,
@@ -227,6 +228,12 @@ class _Pairs:
             axis,
             limit,
         )
+
+    def _common(self, ours: Sequence[Run], rivals: list[list[Run]]) -> list[str]:
+        """How good a model is, by what both sides logged."""
+        if id(rivals) not in self._keys:
+            self._keys[id(rivals)] = {key for rival in rivals for run in rival for key in run.keys}
+        return [key for key in QUALITIES if key in self._keys[id(rivals)] and all(key in run.keys for run in ours)]
 
     def _strongest(self, rivals: list[list[Run]], key: str | None) -> list[Run]:
         name = (id(rivals), key)
@@ -261,11 +268,6 @@ def _same(a: tuple[str | None, ...], b: tuple[str | None, ...]) -> bool:
     return all(one is None or other is None or one == other for one, other in zip(a, b, strict=True))
 
 
-def _common(ours: Sequence[Run], theirs: Sequence[Run]) -> list[str]:
-    there = {key for run in theirs for key in run.keys}
-    return [key for key in QUALITIES if key in there and all(key in run.keys for run in ours)]
-
-
 def _loss(quality: float, key: str | None) -> float:
     """The quality as something to make small; unknown is worst."""
     if key is None or math.isnan(quality):
@@ -276,7 +278,7 @@ def _loss(quality: float, key: str | None) -> float:
 def mean(values: Iterable[float]) -> float:
     """Of the values that are known; nan when none is."""
     known = [value for value in values if not math.isnan(value)]
-    return float(np.mean(known)) if known else math.nan
+    return float(np.mean(known)) if len(known) > 1 else known[0] if known else math.nan
 
 
 def _several(cost: Cost) -> str:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from .comparison import QUALITIES
-from .source.base import Run, Series
-from .spent import PEAKS, SECONDS, Spent
+from .source.base import Reads, Run, Series
+from .spent import SECONDS, Spent
 from .status import watched
-from .transforms import goal, summarise, total_steps
+from .transforms import total_steps
 
-_SPARKS = 40
-ReadSeries = Callable[[str, str], Series]
-
-
-READ = PEAKS
-"""Whose points :func:`facts` looks at, beside those of the loss and the quality."""
+_SPARKS = 24
+_EDGES = np.arange(_SPARKS + 1) / _SPARKS
 
 
 class Facts(NamedTuple):
@@ -54,21 +50,21 @@ class Facts(NamedTuple):
     heard: float
 
 
-def facts(run: Run, series: ReadSeries, quality: str | None) -> Facts:
+def facts(run: Run, source: Reads, quality: str | None) -> Facts:
     """Look at what a run has logged.
 
     Args:
         run: which.
-        series: a source's ``series``.
+        source: its points.
         quality: the metric that says how good a model is; None: unknown.
     """
     loss_key = watched(run)
-    loss = series(run.id, loss_key) if loss_key is not None else None
+    loss = source.series(run.id, loss_key) if loss_key is not None else None
     known = loss is not None and len(loss.step) > 0
     step = int(loss.step[-1]) if loss is not None and known else None
     total = total_steps(run)
     pace = _pace(loss) if loss is not None else math.nan
-    spent = Spent(series)
+    spent = Spent(source)
     seconds = spent.last(run, SECONDS)
     if math.isnan(seconds) and known and loss is not None:
         seconds = float(loss.time.max() - (loss.time.min() if math.isnan(run.started) else run.started))
@@ -80,7 +76,7 @@ def facts(run: Run, series: ReadSeries, quality: str | None) -> Facts:
         loss_key=loss_key,
         loss=float(loss.value[-1]) if loss is not None and known else math.nan,
         spark=_spark(loss) if loss is not None else (),
-        quality=summarise(series(run.id, quality), goal(quality)).best if quality in run.keys and quality else math.nan,
+        quality=spent.best(run, quality) if quality is not None and quality in run.keys else math.nan,
         peak=spent.peak(run),
         seconds=seconds,
         forwards=spent.last(run, ("forward_passes",)),
@@ -110,6 +106,6 @@ def _pace(points: Series) -> float:
 def _spark(points: Series) -> tuple[float, ...]:
     values = points.value[np.isfinite(points.value)]
     if len(values) > _SPARKS:
-        ends = np.linspace(0, len(values), _SPARKS + 1).astype(int)
+        ends = (len(values) * _EDGES).astype(int)
         values = np.add.reduceat(values, ends[:-1]) / np.diff(ends)
-    return tuple(float(f"{value:.5g}") for value in values)
+    return tuple(values.astype(np.float32).tolist())

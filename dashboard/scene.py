@@ -16,13 +16,13 @@ import streamlit as st
 from .charts.lines import Member, Plotter
 from .charts.memo import Memo
 from .comparison import Saving, compare
-from .facts import READ, Facts, facts, quality_key
+from .facts import Facts, facts, quality_key
 from .grouping import group_label, groups_by
 from .names import group_names, run_names
 from .palette import Style, styles
 from .query import QueryError, pick
 from .source import Experiment, MetricSource, Run, Series, open_source
-from .spent import Spent
+from .spent import PEAKS, SECONDS, Spent, counters
 from .status import Status, status, watched
 from .transforms import goal, seed_groups, summarise
 from .view import COLORS, View
@@ -97,14 +97,14 @@ class Scene:
             runs: which.
             quality: the metric that says how good a model is; None: unknown.
         """
-        self.read(runs, [*READ, *([quality] if quality is not None else [])])
-        series, of_run = self.store.source.series, self.store.of_run
-        return {run.id: of_run(run, ("facts", quality), partial(facts, run, series, quality)) for run in runs}
+        self.read_extremes(runs, [*PEAKS, *([quality] if quality is not None else [])])
+        source, of_run = self.store.source, self.store.of_run
+        return {run.id: of_run(run, ("facts", quality), partial(facts, run, source, quality)) for run in runs}
 
     @cached_property
     def spent(self) -> Spent:
         """What the runs had taken and given by some point."""
-        return Spent(self.store.source.series, self.store.of_run)
+        return Spent(self.store.source, self.store.of_run)
 
     @cached_property
     def live(self) -> bool:
@@ -140,6 +140,13 @@ class Scene:
             if having:
                 self.store.source.load(having, key)
 
+    def read_extremes(self, runs: Sequence[Run], keys: Iterable[str]) -> None:
+        """Likewise of their smallest and largest values only, which is cheaper."""
+        for key in keys:
+            having = [run.id for run in runs if key in run.keys]
+            if having:
+                self.store.source.load_extremes(having, key)
+
     def filtered(self, view: View) -> Sequence[Run]:
         """The runs that the view's filter leaves, newest first; all of them while it makes no sense."""
 
@@ -169,9 +176,14 @@ class Scene:
         def find() -> list[Saving]:
             key = quality_key(self.runs, view.quality)
             runs, baseline, store = self.sound(view), self.baseline(view), self.store
-            self.read(runs if baseline is None else [*runs, baseline], [*READ, *([key] if key is not None else [])])
+            everyone = runs if baseline is None else [*runs, baseline]
+            quality = [key] if key is not None else []
+            self.read_extremes(everyone, [*PEAKS, *quality])
+            axis = view.equal or "examples"
+            if len({self.spent.reach(run, axis) for run in everyone}) > 1:  # of the longer ones only the beginning counts
+                self.read(everyone, {*quality, *counters(axis), *SECONDS})
             chosen = key if key == view.quality else None
-            return compare(runs, store.source.series, chosen, view.equal, baseline, store.of_run)
+            return compare(runs, store.source, chosen, view.equal, baseline, store.of_run)
 
         return self.once(("savings", view.selection, view.quality, view.equal, view.baseline), find)
 

@@ -8,10 +8,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from .source.base import Run, Series
+from .source.base import Reads, Run
 from .transforms import COUNTERS, Curve, by_counter, by_step, goal, reached, summarise
 
-ReadSeries = Callable[[str, str], Series]
 T = TypeVar("T")
 Keep = Callable[[Run, Hashable, Callable[[], T]], T]
 """Gives what ``make`` makes, from memory while neither the run nor its points changed."""
@@ -38,12 +37,12 @@ class Spent:
     """Looks runs up.
 
     Args:
-        series: the points of a run's metric: a source's ``series``.
+        source: the points of a run's metric.
         keep: remembers what was worked out of a run; None: nothing is remembered.
     """
 
-    def __init__(self, series: ReadSeries, keep: Keep[float] | None = None) -> None:
-        self._series = series
+    def __init__(self, source: Reads, keep: Keep[float] | None = None) -> None:
+        self._source, self._series = source, source.series
         self._keep: Keep[float] = keep if keep is not None else lambda run, what, make: make()
 
     def reach(self, run: Run, axis: str) -> float:
@@ -58,14 +57,19 @@ class Spent:
         if axis == "step":
             steps = reached(run)
             return self._keep(run, "steps", lambda: self._last_step(run)) if steps is None else float(steps)
-        return self._keep(run, ("reach", axis), lambda: self.last(run, self._counters(axis)))
+        return self._keep(run, ("reach", axis), lambda: self.last(run, counters(axis)))
+
+    def best(self, run: Run, key: str) -> float:
+        """The best finite value of the metric; nan when there is none."""
+        ends = self._source.extremes(run.id, key)
+        return ends.low if goal(key) == "min" else ends.high
 
     def quality(self, run: Run, key: str, axis: str, limit: float) -> float:
         """The best finite value of the metric up to the limit; nan when there is none."""
 
         def best() -> float:
             if self._is_whole(run, axis, limit):
-                return summarise(self._series(run.id, key), goal(key)).best
+                return self.best(run, key)
             curve = self._over(run, key, axis)
             y = curve.y[: np.searchsorted(curve.x, limit * (1 + _NEARLY), "right")]
             y = y[np.isfinite(y)]
@@ -92,7 +96,7 @@ class Spent:
         key = next((key for key in PEAKS if key in run.keys), None)
         if key is None:
             return math.nan
-        return self._keep(run, "peak", lambda: _not_negative(summarise(self._series(run.id, key), "max").best))
+        return self._keep(run, "peak", lambda: _not_negative(self._source.extremes(run.id, key).high))
 
     def last(self, run: Run, keys: Sequence[str]) -> float:
         """What a counter has come to: the last value of the first of these metrics that the run has; nan when it has none."""
@@ -108,15 +112,17 @@ class Spent:
         series = self._series(run.id, key)
         if axis == "step":
             return by_step(series)
-        counter = next((one for one in self._counters(axis) if one in run.keys), None)
+        counter = next((one for one in counters(axis) if one in run.keys), None)
         return by_counter(series, self._series(run.id, counter)) if counter is not None else _NOTHING
-
-    def _counters(self, axis: str) -> Sequence[str]:
-        return SECONDS if axis == "elapsed" else (COUNTERS[axis],)
 
     def _last_step(self, run: Run) -> float:
         ends = [series.step[-1] for key in run.keys if len((series := self._series(run.id, key)).step)]
         return float(max(ends, default=math.nan))
+
+
+def counters(axis: str) -> Sequence[str]:
+    """Metrics that count what the axis does, a key of :data:`EQUAL`: the first that a run has holds; none for steps."""
+    return SECONDS if axis == "elapsed" else (COUNTERS[axis],) if axis in COUNTERS else ()
 
 
 def _not_negative(value: float) -> float:

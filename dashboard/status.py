@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -33,11 +34,15 @@ class Status(NamedTuple):
 
 def watched(run: Run) -> str | None:
     """The metric whose points tell how the run is doing: its training loss, else another loss, else any; None: it has none."""
+    return _watched(run.keys)
 
+
+@lru_cache(1024)  # the runs of a sweep have the same
+def _watched(keys: tuple[str, ...]) -> str | None:
     def rank(key: str) -> tuple[bool, bool, int]:
         return _LOSS.search(key) is None, _TRAIN.search(key) is None, len(key)
 
-    return min(run.keys, key=rank, default=None)
+    return min(keys, key=rank, default=None)
 
 
 def status(run: Run, points: Series, now: float, host: str) -> Status:

@@ -38,7 +38,7 @@ COMPLETE = """() => {
 WORK = """
 import sys, time
 from zolightning_dashboard.charts.lines import Plotter
-from zolightning_dashboard.facts import READ, quality_key
+from zolightning_dashboard.facts import quality_key
 from zolightning_dashboard.scene import Store, look
 from zolightning_dashboard.source import open_source
 from zolightning_dashboard.view import View
@@ -46,7 +46,6 @@ began = time.process_time()
 source = open_source(sys.argv[1])
 scene = look(Store(source, Plotter(source)), ())
 key = quality_key(scene.runs)
-scene.read(scene.runs, [*READ, key])
 scene.facts(scene.runs, key)
 assert scene.savings(View())
 print(time.process_time() - began)

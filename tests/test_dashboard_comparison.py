@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from zolightning_dashboard.comparison import Saving, compare, method_of
 from zolightning_dashboard.source import Run, Series
+from zolightning_dashboard.source.base import Extremes, extremes
 
 GIB = 2.0**30
 ADAMW = {"zo.method": "backprop AdamW"}
@@ -37,9 +38,12 @@ class Runs:
         values = np.array(self._points.get((run_id, key), []), float)
         return Series(np.arange(len(values)), np.arange(len(values), dtype=float), values)
 
+    def extremes(self, run_id: str, key: str) -> Extremes:
+        return extremes(self.series(run_id, key))
+
     def compare(self, quality: str | None = None, equal: str = "", baseline: str | None = None) -> list[Saving]:
         pinned = next((run for run in self.runs if run.id == baseline), None)
-        return compare(self.runs, self.series, quality, equal, pinned)
+        return compare(self.runs, self, quality, equal, pinned)
 
 
 def costs(peak: float, seconds: float, accuracy: float) -> dict[str, list[float]]:
@@ -132,7 +136,7 @@ def test_what_was_not_logged_is_left_out() -> None:
     assert saving.quality_key is None
     assert saving.text == "−50 % memory"
     assert saving.detail == "ZO (default recipe) against backprop AdamW, at step 0. Peak memory 1.00 GiB instead of 2.00 GiB."
-    assert compare([], runs.series) == []
+    assert compare([], runs) == []
 
 
 def course(steps: int, seconds: float, batch: int, gain: float) -> dict[str, list[float]]:
@@ -214,22 +218,19 @@ def test_a_difference_that_rounds_to_nothing_has_no_sign_and_no_colour(differenc
     assert found == (shown, "val_acc", tone)
 
 
-def test_comparing_takes_time_in_proportion_to_the_runs() -> None:
+def test_comparing_takes_time_in_proportion_to_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
     for size in (50, 200):
         runs = Runs()
         for i in range(size):
             metrics = {"val/accuracy": [0.5, 0.6 + i / 1e4], "memory/peak": [GIB]}
             runs.add(ADAMW if i % 2 else ZO, metrics, lr=str(i))
-        looked = 0
-
-        def series(run_id: str, key: str, runs: Runs = runs) -> Series:
-            nonlocal looked
-            looked += 1
-            return runs.series(run_id, key)
-
-        assert len(compare(runs.runs, series)) == size // 2
-        counts.append(looked)
+        read, looks = runs.series, list[str]()
+        monkeypatch.setattr(
+            runs, "series", lambda run_id, key, read=read, looks=looks: (looks.append(run_id), read(run_id, key))[1]
+        )
+        assert len(runs.compare()) == size // 2
+        counts.append(len(looks))
     assert counts[1] <= 4.2 * counts[0]
 
 

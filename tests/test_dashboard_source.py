@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.entities import Param, RunTag
 from zolightning_dashboard.source import MetricSource, NoStoreYet, RestSource, Run, SourceError, SqliteSource, open_source
+from zolightning_dashboard.source.base import extremes
 from zolightning_dashboard.source.buffer import POINT, SeriesBuffer, as_points
 
 NOW = 1_795_000_000_000
@@ -184,6 +185,35 @@ def test_series_of_many_runs_at_once(client: MlflowClient, source: MetricSource,
     source.load(ids, "no such metric")
     assert [len(column) for column in source.series(ids[0], "no such metric")] == [0, 0, 0]
     assert as_tuples(source.series("no such run", "many runs")) == []
+
+
+def test_ends_and_values_at_a_step_are_those_of_the_points(
+    client: MlflowClient, source: MetricSource, store: tuple[MlflowClient, str], experiment: str
+) -> None:
+    ids = {client.create_run(experiment).info.run_id: name for name in AWKWARD}
+    key = experiment[-12:]
+    for run_id, name in ids.items():
+        log(client, run_id, key, AWKWARD[name])
+    nothing = client.create_run(experiment).info.run_id
+    log(client, nothing, key, [(1, NOW, math.nan), (2, NOW, math.inf)])
+    loaded = open_source(store[1])
+    for one in (source, loaded):
+        one.poll()
+        one.runs([experiment])
+    loaded.load([*ids, nothing], key)
+    for _ in range(2):
+        source.load_extremes([*ids, nothing, "no such run"], key)
+        for run_id in (*ids, nothing):
+            series = loaded.series(run_id, key)
+            assert repr(source.extremes(run_id, key)) == repr(extremes(series))
+            steps = {*series.step.tolist(), 77}
+            found = [one.values_at({run_id: step, nothing: 1}, key) for step in steps for one in (source, loaded)]
+            assert repr(found[::2]) == repr(found[1::2])
+        log(client, nothing, key, [(3, NOW, -(10.0**9))])  # the next round sees it
+        source.poll()
+        loaded.poll()
+    loaded.close()
+    assert source.values_at({nothing: 3, "no such run": 3}, key) == {nothing: -(10.0**9)}
 
 
 def test_a_plain_mlflow_run_is_described(client: MlflowClient, source: MetricSource, experiment: str) -> None:

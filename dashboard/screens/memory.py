@@ -34,7 +34,7 @@ _SLIDER = "zo.budget-slider"
 def render(scene: Scene) -> None:
     """The page."""
     shown = scene.shown(current())
-    scene.read(shown, PEAKS)
+    scene.read_extremes(shown, PEAKS)
     keys = [key for key in _TIMELINES if any(key in run.keys for run in shown)]
     measured = measured_runs(scene, shown)
     if not measured and not keys:
@@ -125,7 +125,7 @@ def _parts(scene: Scene, runs: Sequence[Run], budget: float) -> None:
         more = f" The largest {len(bars)} of {len(largest_of):,} methods." if len(bars) < len(largest_of) else ""
         st.caption(f"A bar for each method: its run that needed most.{more}")
     scene.read(bars, {key for run in bars for key in run.keys if key.startswith("memory/")})
-    found = parts(bars, scene.store.source.series)
+    found = parts(bars, scene.store.source)
     ordered = {name: found[name] for name in [*(n for n in PARTS if n in found), *(n for n in found if n not in PARTS)]}
     size, unit_name = byte_unit([GIB * max(budget, *(_peak(scene, run) for run in bars))])
     scaled = {name: [value * GIB / size for value in values] for name, values in ordered.items()}
@@ -144,7 +144,6 @@ def _fits(scene: Scene, runs: Sequence[Run], budget: float, view: View) -> None:
     count = sum(one <= budget for one in peaks)
     st.markdown(f"**{count:,} of {len(runs):,} runs fit into {named(budget)}**")
     size, unit_name = byte_unit([GIB * one for one in peaks])
-    scene.read(runs, [key] if key is not None else [])
 
     def columns() -> pd.DataFrame:
         found = scene.facts(runs, key)

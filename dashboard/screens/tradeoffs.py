@@ -16,14 +16,13 @@ from ..comparison import QUALITIES, counted, mean, method_name
 from ..facts import Facts, quality_key
 from ..scene import Scene
 from ..session import change, current, widget
-from ..source import Run
-from ..transforms import COUNTERS, Goal, at_step, by_step, first_reaching, goal, pareto, seed_groups
+from ..source import Run, Series
+from ..transforms import COUNTERS, Goal, at_step, by_counter, by_step, first_reaching, goal, pareto, seed_groups
 from ..view import View
 from ..words import byte_unit, is_share
 from .parts import choose_grouping, follow, is_dark
 from .tables import number, table_height
 
-_SPENT = ("elapsed", "forwards", "examples")
 _QUALITY_WORDS = ("val", "test", "eval", "acc", "f1", "loss", "score", "reward")
 
 
@@ -192,30 +191,52 @@ class Reach(NamedTuple):
     examples: float
 
 
-def reach(scene: Scene, run: Run, key: str, wanted: float) -> Reach | None:
-    """When the run first reached the target; None: it has not."""
-    better, source = goal(key), scene.store.source
+def reaches(scene: Scene, runs: Sequence[Run], key: str, wanted: float) -> dict[str, Reach]:
+    """When these runs first reached the target, by id; without those that have not."""
+    source = scene.store.source
+    scene.read(runs, [key])
+    series = {run.id: source.series(run.id, key) for run in runs}
+    first = {run.id: first_reaching(by_step(series[run.id]), wanted, goal(key)) for run in runs}
+    steps = {run_id: int(step) for run_id, step in first.items() if step is not None}
+    there = [run for run in runs if run.id in steps]
+    spent = [_values_at(scene, there, one, steps) for one in ("memory/peak", COUNTERS["forwards"], COUNTERS["examples"])]
+    return {
+        run.id: Reach(steps[run.id], _seconds(run, series[run.id], steps[run.id]), *(one[run.id] for one in spent))
+        for run in there
+    }
 
-    def find() -> Reach | None:
-        step = first_reaching(by_step(source.series(run.id, key)), wanted, better)
-        if step is None:
-            return None
-        memory = at_step(source.series(run.id, "memory/peak"), int(step))[0] if "memory/peak" in run.keys else math.nan
-        spent = [first_reaching(scene.store.plotter.curve(run, key, axis), wanted, better) for axis in _SPENT]
-        seconds, forwards, examples = (math.nan if one is None else one for one in spent)
-        return Reach(step, seconds if seconds >= 0 else math.nan, memory, forwards, examples)
 
-    return scene.store.of_run(run, ("reach", key, wanted), find)
+def _seconds(run: Run, series: Series, step: int) -> float:
+    """From the run's start to a step; nan where the clock of its start was another one."""
+    begun = series.time.min() if math.isnan(run.started) else run.started
+    seconds = float(series.time[np.searchsorted(series.step, step)] - begun)
+    return seconds if seconds >= 0 else math.nan
+
+
+def _values_at(scene: Scene, runs: Sequence[Run], key: str, steps: Mapping[str, int]) -> dict[str, float]:
+    """What a metric had come to at a step of each run; nan: not known. A counter grows along a line between its points."""
+    source, having = scene.store.source, [run for run in runs if key in run.keys]
+    found = source.values_at({run.id: steps[run.id] for run in having}, key)
+    between = [run for run in having if run.id not in found]
+    scene.read(between, [key])
+    for run in between:
+        points, step = source.series(run.id, key), steps[run.id]
+        if key in COUNTERS.values():
+            found.update((run.id, float(x)) for x in by_counter(Series(np.array([step]), np.zeros(1), np.zeros(1)), points).x)
+        else:
+            found[run.id] = at_step(points, step)[0]
+    return {run.id: found.get(run.id, math.nan) for run in runs}
 
 
 def _to_target(scene: Scene, found: Sequence[Result], key: str, target: float, size: float, unit: str) -> None:
     share, grouped = is_share(key), current().group
 
     def columns() -> pd.DataFrame:
-        scene.read([run for one in found for run in one.runs], COUNTERS.values())
+        wanted = target / 100 if share else target
+        reached = reaches(scene, [run for one in found for run in one.runs], key, wanted)
         rows: list[tuple[str, bool, str, list[float]]] = []
         for one in found:
-            there = [at for run in one.runs if (at := reach(scene, run, key, target / 100 if share else target)) is not None]
+            there = [reached[run.id] for run in one.runs if run.id in reached]
             spent = [mean(column) for column in zip(*there, strict=True)] if there else [math.nan] * len(Reach._fields)
             spent[2] /= size
             seeds = f"{len(there)} of {len(one.runs)}"

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +80,29 @@ class Series(NamedTuple):
     value: NDArray[np.float64]
 
 
+class Extremes(NamedTuple):
+    """The smallest and the largest finite value of a metric; nan when it has none."""
+
+    low: float
+    high: float
+
+
+def extremes(series: Series) -> Extremes:
+    """Of these points."""
+    finite = series.value[np.isfinite(series.value)]
+    return Extremes(float(finite.min()), float(finite.max())) if len(finite) else Extremes(math.nan, math.nan)
+
+
+class Reads(Protocol):
+    """What the figures of a run are worked out from."""
+
+    def series(self, run_id: str, key: str) -> Series:
+        """All points of a metric."""
+
+    def extremes(self, run_id: str, key: str) -> Extremes:
+        """The ends of its values."""
+
+
 def newest_first(runs: Iterable[Run]) -> list[Run]:
     """By start, those without one last."""
     return sorted(runs, key=lambda run: (math.isnan(run.started), -run.started, run.id))
@@ -111,6 +134,25 @@ class MetricSource(ABC):
     @abstractmethod
     def series(self, run_id: str, key: str) -> Series:
         """All points of a metric, up to the last poll; empty when there are none."""
+
+    def load_extremes(self, run_ids: Sequence[str], key: str) -> None:
+        """As :meth:`load`, for :meth:`extremes`: where the store can find these by itself, the points stay there."""
+        self.load(run_ids, key)
+
+    def extremes(self, run_id: str, key: str) -> Extremes:
+        """The smallest and the largest finite value of a metric, up to the last poll."""
+        return extremes(self.series(run_id, key))
+
+    def values_at(self, steps: Mapping[str, int], key: str) -> dict[str, float]:
+        """The metric's last finite value at exactly this step of each run; runs that have none there are left out."""
+        self.load(list(steps), key)
+        found = {}
+        for run_id, step in steps.items():
+            series = self.series(run_id, key)
+            values = series.value[slice(*np.searchsorted(series.step, (step, step + 1)))]
+            if len(values := values[np.isfinite(values)]):
+                found[run_id] = float(values[-1])
+        return found
 
     def artifacts(self, run: Run) -> Sequence[Artifact]:
         """The files that the run left, by path.

@@ -8,14 +8,15 @@ SQLite takes by itself, and a waste for one run.
 
 from __future__ import annotations
 
+import math
 import os
 import sqlite3
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .base import newest_first
+from .base import Extremes, newest_first
 from .buffer import Points, SeriesBuffer, as_points, split_by_run
 from .file import Look, StoreFile
 from .tables import EXPERIMENTS, RUNS, Described, Latest, TableSource, as_latest, check_tables
@@ -25,8 +26,14 @@ _TAGS = "SELECT run_uuid, key, value FROM tags"
 
 _POINT = "step, timestamp, CASE WHEN is_nan THEN NULL ELSE value END"
 _LATEST = f"SELECT run_uuid, key, {_POINT} FROM latest_metrics"
+_FINITE = "NOT is_nan AND abs(value) < 1.7976931348623157e308"
 _SERIES = f"SELECT {_POINT} FROM metrics {{}} WHERE run_uuid = ? AND key = ? AND rowid <= ?"
 _ALL_SERIES = f"SELECT run_uuid, {_POINT} FROM metrics WHERE key = ? AND rowid <= ?"
+_EXTREMES = f"SELECT run_uuid, min(value), max(value) FROM metrics WHERE key = ? AND {_FINITE} AND rowid <= ? GROUP BY run_uuid"
+_VALUE = (
+    f"SELECT value FROM metrics {{}} WHERE run_uuid = ? AND key = ? AND step = ? AND {_FINITE} AND rowid <= ? "
+    "ORDER BY timestamp DESC, value DESC LIMIT 1"
+)
 _INDEXES = ("index_metrics_run_uuid_key_step", "index_metrics_run_uuid")  # best first; MLflow 2 has the second only
 _NEW_POINTS = f"SELECT run_uuid, key, {_POINT} FROM metrics WHERE rowid > ? ORDER BY rowid"
 _ROW = "SELECT rowid, run_uuid, key, step, timestamp, value, is_nan FROM metrics"
@@ -92,6 +99,7 @@ class SqliteSource(TableSource):
         self._newest: tuple[Any, ...] | None = None
         self._latest: defaultdict[str, dict[str, Latest]] = defaultdict(dict)
         self._buffers = {}
+        self._extremes: dict[tuple[str, str], Extremes] = {}
         self._described = Described()
         self._runs = []
         self._editions: defaultdict[str, int] = defaultdict(lambda: self._version)
@@ -115,25 +123,66 @@ class SqliteSource(TableSource):
 
     def load(self, run_ids: Sequence[str], key: str) -> None:
         with self._lock:
-            missing = [id_ for id_ in run_ids if (id_, key) not in self._buffers and key in self._latest.get(id_, ())]
+            missing = self._having(run_ids, key, self._buffers)
             if not missing:
                 return
-            having = [run_id for run_id, keys in self._latest.items() if key in keys]
-            ask = self._ask_all if len(missing) > 1 and 2 * len(missing) >= len(having) else self._ask_each
+            ask = self._ask_all if self._are_most(missing, key) else self._ask_each
             for run_id, points in self._file.read(lambda store: ask(store, missing, key)).items():
                 self._buffers[run_id, key] = buffer = SeriesBuffer()
                 buffer.extend(points)
+
+    def load_extremes(self, run_ids: Sequence[str], key: str) -> None:
+        with self._lock:
+            missing = self._having(run_ids, key, {*self._extremes, *self._buffers})
+            if not self._are_most(missing, key):
+                self.load(missing, key)
+            elif missing:
+                rows = self._file.read(lambda store: self._ask_extremes(store, key))
+                self._extremes.update(((run_id, key), Extremes(math.nan, math.nan)) for run_id in missing)
+                self._extremes.update(((run_id, key), Extremes(*ends)) for run_id, *ends in rows)
+
+    def extremes(self, run_id: str, key: str) -> Extremes:
+        with self._lock:
+            found = self._extremes.get((run_id, key))
+            return found if found is not None else super().extremes(run_id, key)
+
+    def values_at(self, steps: Mapping[str, int], key: str) -> dict[str, float]:
+        with self._lock:
+            ids = self._having(steps, key, self._buffers)
+            known = super().values_at({run_id: step for run_id, step in steps.items() if (run_id, key) in self._buffers}, key)
+            asked = {run_id: steps[run_id] for run_id in ids}
+            return known | (self._file.read(lambda store: self._ask_at(store, asked, key)) if asked else {})
 
     def close(self) -> None:
         with self._lock:
             self._forget()
             self._look = None
 
+    def _having(self, run_ids: Iterable[str], key: str, known: Collection[tuple[str, str]]) -> list[str]:
+        """Those of the runs that have logged the metric and of which it is not known."""
+        return [run_id for run_id in run_ids if (run_id, key) not in known and key in self._latest.get(run_id, ())]
+
+    def _are_most(self, run_ids: Sequence[str], key: str) -> bool:
+        """They are many enough of those that have logged the metric to read it of all."""
+        return len(run_ids) > 1 and 2 * len(run_ids) >= sum(key in keys for keys in self._latest.values())
+
     # ---- questions to the store ----------------------------------------------------------------------------------------
 
-    def _ask_each(self, store: sqlite3.Connection, run_ids: Sequence[str], key: str) -> dict[str, Points]:
+    @property
+    def _by_run(self) -> str:
         assert self._layout is not None
-        query = _SERIES.format(f"INDEXED BY {self._layout.by_run}" if self._layout.by_run else "")
+        return f"INDEXED BY {self._layout.by_run}" if self._layout.by_run else ""
+
+    def _ask_extremes(self, store: sqlite3.Connection, key: str) -> list[tuple[str, float, float]]:
+        return store.execute(_EXTREMES, (key, self._last_rowid)).fetchall()
+
+    def _ask_at(self, store: sqlite3.Connection, steps: Mapping[str, int], key: str) -> dict[str, float]:
+        query, last = _VALUE.format(self._by_run), self._last_rowid
+        rows = {run_id: store.execute(query, (run_id, key, step, last)).fetchone() for run_id, step in steps.items()}
+        return {run_id: row[0] for run_id, row in rows.items() if row is not None}
+
+    def _ask_each(self, store: sqlite3.Connection, run_ids: Sequence[str], key: str) -> dict[str, Points]:
+        query = _SERIES.format(self._by_run)
         return {run_id: as_points(store.execute(query, (run_id, key, self._last_rowid))) for run_id in run_ids}
 
     def _ask_all(self, store: sqlite3.Connection, run_ids: Sequence[str], key: str) -> dict[str, Points]:
@@ -178,6 +227,7 @@ class SqliteSource(TableSource):
             self._editions.update((run.id, self._version) for run in self._runs if run != before.get(run.id))
             there = {run.id for run in self._runs}
             self._buffers = {name: buffer for name, buffer in self._buffers.items() if name[0] in there}
+            self._extremes = {name: ends for name, ends in self._extremes.items() if name[0] in there}
         self._layout, self._newest, self._described = news.layout, news.newest, news.described
 
     def _append(self, points: Sequence[tuple[Any, ...]]) -> bool:
@@ -191,6 +241,7 @@ class SqliteSource(TableSource):
             buffer = self._buffers.get((run_id, key))
             if buffer is not None:
                 buffer.add((step, stamp, value))
+            self._extremes.pop((run_id, key), None)
         return sum(map(len, self._latest.values())) > known
 
 
