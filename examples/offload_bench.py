@@ -2,12 +2,14 @@
 
 python examples/offload_bench.py                          # all rows; 11 GB of disk, about half an hour on two cores
 python examples/offload_bench.py --layers 1 --steps 2     # to see that everything runs
-python examples/offload_bench.py --rows lockstep resident
+python examples/offload_bench.py --rows lockstep frozen
+python examples/offload_bench.py --rows write-every-8 --steps 16
 
 The model is a Llama of random bfloat16 weights, written to --folder once, one tensor in memory at a time; all weights
 are trained, four tokens a step, so that the disk is what a step waits for. Each row is a process of its own, which may take
-no more memory than what it had after its imports and two steps of a tiny model, the pool, and 30 MB (RLIMIT_DATA). The row
-"compute" runs 128 tokens a step in turns with the same model in memory.
+no more memory than what it had after its imports and two steps of a tiny model, the pool, and 30 MB (RLIMIT_DATA). Another
+process then makes the same steps in memory, and has to come to the same losses and weights. The row "compute" runs --tokens
+a step in turns with the same model in memory.
 """
 
 from __future__ import annotations
@@ -57,7 +59,6 @@ class Row:
 
     name: str
     title: str
-    offload: bool = True
     options: tuple[tuple[str, Any], ...] = ()
     estimator: str = "spsa"
     one_batch: bool = False
@@ -68,7 +69,6 @@ class Row:
 ROWS = {
     row.name: row
     for row in (
-        Row("resident", "in memory", offload=False),
         Row("lockstep", "two forwards in lockstep"),
         Row("two-passes", "two forwards, one after another", options=(("lockstep", 1),)),
         Row("one-batch", "both probes in one batch", one_batch=True),
@@ -111,12 +111,12 @@ def make_model(folder: Path, layers: int) -> None:
 class Fit:
     """A few steps of a row on the model of a folder."""
 
-    def __init__(self, row: Row, folder: Path, work: Path, tokens: int, limit: bool = False) -> None:
-        self.limit = limit
+    def __init__(self, row: Row, folder: Path, work: Path | None, tokens: int, start: bool = True) -> None:
+        """`work`: folder of the work files; None: the model is in memory. `start`: let the store read at once."""
         import transformers
 
         torch.manual_seed(0)
-        if row.offload:
+        if work is not None:
             self.model = from_pretrained(transformers.AutoModelForCausalLM, folder)
         else:
             self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
@@ -125,13 +125,13 @@ class Fit:
             self.model.requires_grad_(False)
             layers[len(layers) // 2 :].requires_grad_(True)
         options = Offload("disk", folder=work, **dict(row.options))
-        self.store = attach(self.model, options, torch.device("cpu"), work) if row.offload else None
+        self.store = attach(self.model, options, torch.device("cpu"), work) if work is not None else None
         self.row, self.tokens, self.losses = row, tokens, []
         config = CONFIG.override(estimator=row.estimator, structure="auto" if row.estimator == "per_example" else "dense")
         trained = [p for p in self.model.parameters() if p.requires_grad]
         extra = {"apply": Deferred(self.store)} if self.store is not None else {}
         self.session = Session(self.model, SGD(trained, lr=1e-6), config, repeatable=row.one_batch, **extra)
-        if self.store is not None and not self.limit:
+        if self.store is not None and start:
             self.store.start()
 
     def step(self, number: int) -> None:
@@ -173,14 +173,17 @@ def in_page_cache(files: Iterator[Path]) -> int:
     return sum(map(int, found.stdout.split()))
 
 
-def measure(row: Row, folder: Path, work: Path, steps: int) -> dict[str, Any]:
-    """Run the row in this process."""
+def measure(row: Row, folder: Path, work: Path | None, steps: int) -> dict[str, Any]:
+    """Run the row in this process, in memory without `work`."""
     threading.stack_size(1 << 20)
     with tempfile.TemporaryDirectory() as tiny:
-        warm_up(row, Path(tiny))
+        warm_up(row, Path(tiny), work is not None)
+    for path in folder.glob("*.safetensors"):  # a run in memory leaves it in the page cache
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     before, data = status("VmRSS"), status("VmData")
     Path("/proc/self/clear_refs").write_text("5")
-    fit = Fit(row, folder, work, tokens=4, limit=row.offload)
+    fit = Fit(row, folder, work, tokens=4, start=False)
     pool = fit.store.pool if fit.store is not None else 0
     if fit.store is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (data + pool + SPARE,) * 2)
@@ -198,7 +201,7 @@ def measure(row: Row, folder: Path, work: Path, steps: int) -> dict[str, Any]:
     written = fit.store.tier.written_bytes if fit.store is not None else 0
     away = [p for p in fit.model.parameters() if isinstance(p, StoredParameter)]
     streamed = sum(p.nbytes for p in away)
-    cached = in_page_cache([*folder.glob("*.safetensors"), *work.glob("weights-*.bin")]) if fit.store is not None else 0
+    cached = in_page_cache([*folder.glob("*.safetensors"), *work.glob("weights-*.bin")]) if work is not None else 0
     result = {
         "weights": sum(p.numel() for p in fit.model.parameters()),
         "largest": max((p.nbytes for p in away), default=0),
@@ -221,20 +224,20 @@ def measure(row: Row, folder: Path, work: Path, steps: int) -> dict[str, Any]:
     return result
 
 
-def warm_up(row: Row, folder: Path) -> None:
+def warm_up(row: Row, folder: Path, offload: bool) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**{**SHAPE, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 512}, num_hidden_layers=2)
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
-    fit = Fit(row, folder, folder / "work", tokens=4)
+    fit = Fit(row, folder, folder / "work" if offload else None, tokens=4)
     fit.step(0)
     fit.step(1)
     fit.close()
 
 
-def compute(folder: Path, work: Path, steps: int, tokens: int = 128) -> dict[str, Any]:
+def compute(folder: Path, work: Path, steps: int, tokens: int) -> dict[str, Any]:
     """Steps of many tokens, offloaded and in memory in turns."""
-    fits = [Fit(ROWS["lockstep"], folder, work, tokens), Fit(ROWS["resident"], folder, work, tokens)]
+    fits = [Fit(ROWS["lockstep"], folder, place, tokens) for place in (work, None)]
     cpu, wall, waited = [[], []], [[], []], []
     for number in range(1 + steps):
         for place, fit in enumerate(fits):
@@ -244,7 +247,9 @@ def compute(folder: Path, work: Path, steps: int, tokens: int = 128) -> dict[str
             cpu[place].append(time.process_time() - began_cpu)
             waited += [fits[0].store.waited - had] if place == 0 else []
     result = {
+        "tokens": tokens,
         "cpu": [part[1:] for part in cpu],
+        "wall": [part[1:] for part in wall],
         "ratio": sum(cpu[0][1:]) / sum(cpu[1][1:]),
         "waiting": sum(waited[1:]) / sum(wall[0][1:]),
         "equal": fits[0].losses == fits[1].losses,
@@ -257,57 +262,63 @@ def compute(folder: Path, work: Path, steps: int, tokens: int = 128) -> dict[str
 def table(results: dict[str, dict[str, Any]]) -> str:
     """In Markdown; bytes are those of a step but the first, which tries the step on its batch."""
     lines = [
-        "| | peak above imports MB | pool MB | read a step | written a step | waiting | CPU s a step | same bits |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+        "| | steps | peak above imports MB | pool MB | read a step | written a step | waiting | CPU s a step | in memory | "
+        "page cache MB | same bits |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
-    reference = results.get("resident")
+    mean = lambda many: sum(many) / len(many) if many else float("nan")  # noqa: E731
     for name, r in results.items():
         if name == "compute":
+            lines += [
+                "",
+                f"{r['tokens']} tokens a step, in turns with the model in memory: {r['ratio']:.3f} × its CPU seconds, waiting "
+                f"{r['waiting']:.1%}, losses {'equal' if r['equal'] else 'NOT EQUAL'}.",
+            ]
             continue
-        row, count = ROWS[name], len(r["losses"]) // 2
-        share = lambda many, of: f"{sum(many) / len(many) / of:.4f} ×" if of else "–"  # noqa: E731
-        alike = row.estimator == "spsa" and not row.frozen and not row.one_batch
-        equal = reference is not None and (r["losses"], r["bits"]) == (reference["losses"], reference["bits"])
+        twin, count = r["in_memory"], len(r["wall"]) + 1
         lines.append(
-            f"| {row.title} | {r['peak'] / 1e6:.0f} | {r['pool'] / 1e6:.0f} | {share(r['read'][:-1], r['streamed'])} | "
-            f"{r['written_in_all'] / count / r['trained'] if r['trained'] else 0:.4f} × | "
-            f"{sum(r['waited']) / sum(r['wall']):.0%} | {sum(r['cpu']) / len(r['cpu']):.1f} | "
-            f"{('yes' if equal else 'NO') if alike and row.offload and reference else ''} |"
+            f"| {ROWS[name].title} | {count} | {r['peak'] / 1e6:.0f} | {r['pool'] / 1e6:.0f} | "
+            f"{mean(r['read'][:-1]) / r['streamed']:.4f} × | {r['written_in_all'] / count / r['trained']:.4f} × | "
+            f"{sum(r['waited']) / sum(r['wall']):.0%} | {mean(r['cpu']):.1f} | {mean(twin['cpu']):.1f} | "
+            f"{r['page_cache'] / 1e6:.2f} | {'yes' if [r['losses'], r['bits']] == [twin['losses'], twin['bits']] else 'NO'} |"
         )
-    if "compute" in results:
-        r = results["compute"]
-        lines += [
-            "",
-            f"128 tokens a step, in turns with the model in memory: {r['ratio']:.3f} × its CPU seconds, waiting "
-            f"{r['waiting']:.1%}, losses {'equal' if r['equal'] else 'NOT EQUAL'}.",
-        ]
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=[*ROWS, "compute"], default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS, "compute"], default=[*ROWS, "compute"])
     parser.add_argument("--layers", type=int, default=14, help="of the Llama; 14 make 1.07 B weights (default: 14)")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps a row (default: 4)")
+    parser.add_argument("--tokens", type=int, default=128, help="of a step of the row 'compute' (default: 128)")
     parser.add_argument("--folder", type=Path, default=Path("offload-bench"), help="of the model, work files and results")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     model, work = args.folder / f"model-{args.layers}", args.folder / "work"
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     if args.child:
-        row = args.child
-        print(json.dumps(compute(model, work, args.steps) if row == "compute" else measure(ROWS[row], model, work, args.steps)))
+        row, where = args.child
+        away = work if where == "disk" else None
+        run = compute(model, work, args.steps, args.tokens) if row == "compute" else measure(ROWS[row], model, away, args.steps)
+        print(json.dumps(run))
         return
     make_model(model, args.layers)
     path = args.folder / f"results-{args.layers}.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    for name in args.rows:
+
+    def child(name: str, where: str) -> dict[str, Any]:
         shutil.rmtree(work, ignore_errors=True)
-        command = [sys.executable, __file__, "--child", name, "--layers", str(args.layers), "--folder", str(args.folder)]
-        done = subprocess.run([*command, "--steps", str(args.steps)], stdout=subprocess.PIPE, check=True, text=True)
-        results[name] = json.loads(done.stdout.splitlines()[-1])
+        options = {"--layers": args.layers, "--steps": args.steps, "--tokens": args.tokens, "--folder": args.folder}
+        command = [sys.executable, __file__, "--child", name, where, *(str(part) for pair in options.items() for part in pair)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+
+    for name in args.rows:
+        results[name] = child(name, "disk")
+        if name != "compute":
+            results[name]["in_memory"] = child(name, "memory")
         path.write_text(json.dumps(results))
-        print(table({name: results[name]}).splitlines()[2 if name != "compute" else -1], flush=True)
+        print(table({name: results[name]}).splitlines()[-1], flush=True)
     shutil.rmtree(work, ignore_errors=True)
     print(table(results))
 

@@ -293,6 +293,8 @@ def test_memory_says_which_runs_fit(ours: Path) -> None:
     app.slider(key="budget-1").set_value(5.0).run()
     assert set(table(app, "fits")) == {"fits"}
     assert app.query_params["budget"] == "5.0"
+    assert "zolightning plan" in app.code[0].value
+    assert app.code[0].value.endswith("--device-memory 5")
 
 
 def test_tradeoffs_say_what_the_target_took(ours: Path) -> None:

@@ -70,14 +70,15 @@ def intervene(model: nn.Module, positions: int, calibration: Mapping[str, object
         raise ValueError(f"`intervene(positions=...)` must be >= 1, got {positions}")
     if interventions(model):
         raise ValueError("the model has interventions already; train them, or load the model again")
-    name, length = blocks(model)
-    if not length:
-        raise ValueError("`intervene` needs a stack of equal blocks (nn.ModuleList), and the model has none")
-    stack = list(model.get_submodule(name).children())
+    stack = _stack(model)
+    return insert(model, positions, _sizes(model, stack, positions, calibration))
+
+
+def insert(model: nn.Module, positions: int, sizes: Sequence[tuple[int, float]]) -> list[Intervention]:
+    """:func:`intervene` with (width, scale) of each block given."""
     model.requires_grad_(False)
-    sizes = _sizes(model, stack, positions, calibration)
     made = []
-    for block, (width, scale) in zip(stack, sizes, strict=True):
+    for block, (width, scale) in zip(_stack(model), sizes, strict=True):
         block.intervention = Intervention(width, positions, scale).to(next(block.parameters()).device)
         block.register_forward_hook(block.intervention)  # a module, so that copies of the model have hooks of their own
         made.append(block.intervention)
@@ -114,6 +115,13 @@ def at_prompts(model: nn.Module) -> Iterator[None]:
         handle = model.register_forward_hook(rest)
         stack.callback(handle.remove)
         yield
+
+
+def _stack(model: nn.Module) -> list[nn.Module]:
+    name, length = blocks(model)
+    if not length:
+        raise ValueError("`intervene` needs a stack of equal blocks (nn.ModuleList), and the model has none")
+    return list(model.get_submodule(name).children())
 
 
 @torch.no_grad()

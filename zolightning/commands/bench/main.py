@@ -20,8 +20,9 @@ class Bench:
     """
 
     model: str = "smollm2-135m"
-    """Random weights of smollm2-135m, smollm2-360m, smollm2-1.7b, llama-7b, llama-13b, opt-125m, opt-1.3b, opt-2.7b, opt-6.7b,
-    opt-13b, opt-30b, opt-66b, tiny-llama or tiny-opt (no download); or a Hugging Face id or folder."""
+    """Random weights of smollm2-135m, smollm2-360m, smollm2-1.7b, llama-7b, llama-13b, llama3.2-1b, llama3.2-3b, llama3-8b,
+    llama3-70b, mistral-7b, opt-125m, opt-1.3b, opt-2.7b, opt-6.7b, opt-13b, opt-30b, opt-66b, opt-175b, tiny-llama or tiny-opt
+    (no download); or a Hugging Face id or folder."""
     batch: int = 8
     """The number of examples in a step."""
     length: int = 64

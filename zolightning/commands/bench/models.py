@@ -35,6 +35,11 @@ ARCHITECTURES = {
     "smollm2-1.7b": Shape(2048, 8192, 24, 32, 32, 49152, True),
     "llama-7b": Shape(4096, 11008, 32, 32, 32, 32000, False),
     "llama-13b": Shape(5120, 13824, 40, 40, 40, 32000, False),
+    "llama3.2-1b": Shape(2048, 8192, 16, 32, 8, 128256, True),
+    "llama3.2-3b": Shape(3072, 8192, 28, 24, 8, 128256, True),
+    "llama3-8b": Shape(4096, 14336, 32, 32, 8, 128256, False),
+    "llama3-70b": Shape(8192, 28672, 80, 64, 8, 128256, False),
+    "mistral-7b": Shape(4096, 14336, 32, 32, 8, 32000, False),
     "opt-125m": _opt(768, 12, 12),
     "opt-1.3b": _opt(2048, 24, 32),
     "opt-2.7b": _opt(2560, 32, 32),
@@ -42,8 +47,9 @@ ARCHITECTURES = {
     "opt-13b": _opt(5120, 40, 40),
     "opt-30b": _opt(7168, 48, 56),
     "opt-66b": _opt(9216, 64, 72),
+    "opt-175b": _opt(12288, 96, 96),
 }
-"""Published shapes (SmolLM2, Llama 2, OPT), and two tiny ones to try the command with."""
+"""Published shapes (SmolLM2, Llama 2 and 3, Mistral, OPT), and two tiny ones to try the command with."""
 
 
 def build_model(name: str, dtype: torch.dtype, device: torch.device, length: int, seed: int = 0) -> nn.Module:

@@ -20,6 +20,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 Loss = Callable[[Any], Tensor]
 
+_NONE = -100  # the label of a position that has no next token
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -135,10 +137,12 @@ class Workload:
         def loss(batch: dict[str, Tensor]) -> Tensor:
             ids = batch["input_ids"]
             with self.autocast():
-                logits = model(input_ids=ids, **options).logits
+                logits = model(input_ids=ids, attention_mask=batch.get("attention_mask"), **options).logits
             if last:
                 return F.cross_entropy(logits[:, -1].float(), batch["labels"], reduction="none")
-            return F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
+            following = F.pad(ids[:, 1:], (0, 1), value=_NONE)  # a slice or a transpose of the logits would be a copy of them
+            each = F.cross_entropy(logits.float().flatten(0, 1), following.flatten(), reduction="none", ignore_index=_NONE)
+            return each.view_as(ids).sum(1) / (ids.shape[1] - 1)
 
         return loss
 
