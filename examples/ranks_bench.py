@@ -1,12 +1,13 @@
-"""Several ranks on this machine: time and bytes of an exchange, scaling efficiency, and a slow network by injected delays.
+"""Several ranks on this machine: time and bytes of an exchange, scaling efficiency, and a slow network.
 
 python examples/ranks_bench.py                      # two ranks, each pinned to a core
 python examples/ranks_bench.py --ranks 4            # four ranks on the cores there are
-python examples/ranks_bench.py --ranks 8 --delay 0.1 --rate 1e6 --width 64 --steps 5
+python examples/ranks_bench.py --ranks 8 --delay 0.1 --rate 1e6 --width 64 --batch 8 --steps 5 --rounds 3
 
 Efficiency is the time of a step of processes that do not talk to each other, each pinned to a core, over the time of a step of
 the same processes as ranks: both on the same model and batches, at the same time on all cores, in rounds that take turns. CPU
-seconds are given as well, since wall time is a matter of the machine's other work.
+seconds are given as well, since wall time is a matter of the machine's other work. With a delay the ranks are in network
+namespaces, see ranks/slow_network.py, and the gradients that DDP would sum travel over the same links.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tempfile import TemporaryDirectory
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from ranks.slow_network import SlowNetwork, address
 from torch import nn
 from torch.optim import SGD
 
@@ -42,8 +44,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=512, help="examples of each rank")
     parser.add_argument("--steps", type=int, default=10, help="of each round")
     parser.add_argument("--rounds", type=int, default=5, help="of either kind")
-    parser.add_argument("--delay", type=float, default=0.0, help="seconds that each hop of an exchange is made to take")
+    parser.add_argument("--delay", type=float, default=0.0, help="seconds from one rank to another")
     parser.add_argument("--rate", type=float, default=0.0, help="bits a second of each rank's link; 0: as it is")
+    parser.add_argument("--loss", type=float, default=0.0, help="share of packets that the network loses")
     arguments = parser.parse_args()
     if "RANK" in os.environ:
         work(arguments)
@@ -56,13 +59,15 @@ def launch(arguments: argparse.Namespace) -> None:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     with TemporaryDirectory() as folder:
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(arguments.ranks), "OUT": folder}
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, *sys.argv], env={**os.environ, **shared, "RANK": str(rank), "OMP_NUM_THREADS": "1"}
-            )
-            for rank in range(arguments.ranks)
-        ]
+        shared = {"MASTER_PORT": str(port), "WORLD_SIZE": str(arguments.ranks), "OUT": folder, "OMP_NUM_THREADS": "1"}
+        shared["MASTER_ADDR"] = address(0) if arguments.delay else "127.0.0.1"
+        environments = [{**os.environ, **shared, "RANK": str(rank)} for rank in range(arguments.ranks)]
+        command = [sys.executable, *sys.argv]
+        if arguments.delay:
+            network = SlowNetwork(arguments.ranks, arguments.delay, arguments.rate, arguments.loss)
+            ranks = network.start(command, environments)
+        else:
+            ranks = [subprocess.Popen(command, env=environment) for environment in environments]
         if any(rank.wait() for rank in ranks):
             raise SystemExit("a rank failed")
         show(arguments, [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(arguments.ranks)])
@@ -75,8 +80,6 @@ def work(arguments: argparse.Namespace) -> None:
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     dist.init_process_group("gloo")
     slow = Team(Parallel(check_every=1000))
-    if arguments.delay or arguments.rate:
-        slow.exchange.delayed = delay_of(arguments)
     steps = {"alone": stepper(arguments, None), "ranks": stepper(arguments, slow)}
     times: dict[str, list[tuple[float, float]]] = {"alone": [], "ranks": []}
     for step in steps.values():
@@ -94,12 +97,18 @@ def work(arguments: argparse.Namespace) -> None:
         now - then for now, then in zip((traffic.sent, traffic.calls, traffic.seconds), before, strict=True)
     )
     bare = []
-    for _ in range(50):
+    for _ in range(5 if arguments.delay else 50):
         dist.barrier()
         began = time.perf_counter()
         slow.exchange.gather(b"0" * 44)
         bare.append(time.perf_counter() - began)
     found = {"times": times, "sent": sent, "calls": calls, "seconds": seconds, "bare": statistics.median(bare)}
+    if arguments.delay:
+        gradients = torch.zeros(weights_of(arguments))
+        dist.barrier()
+        began = time.perf_counter()
+        dist.all_reduce(gradients)
+        found["ddp"] = time.perf_counter() - began
     (Path(os.environ["OUT"]) / f"{rank}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
@@ -119,14 +128,12 @@ def stepper(arguments: argparse.Namespace, ranks: Team | None) -> Callable[[], N
     return step
 
 
-def delay_of(arguments: argparse.Namespace) -> Callable[[int], float]:
-    """gloo passes messages on around a ring: each hop takes the delay and the message's time on the link."""
-    hops, rate = arguments.ranks - 1, arguments.rate or float("inf")
-    return lambda sent: float(hops * (arguments.delay + 8 * sent / rate))
+def weights_of(arguments: argparse.Namespace) -> int:
+    return int(3 * arguments.width * (arguments.width + 1))
 
 
 def show(arguments: argparse.Namespace, found: list[dict]) -> None:  # type: ignore[type-arg]
-    weights = 3 * arguments.width * (arguments.width + 1)
+    weights = weights_of(arguments)
     size, steps = arguments.ranks, arguments.steps
     wall, cpu = [], []
     for number in range(arguments.rounds):
@@ -142,10 +149,12 @@ def show(arguments: argparse.Namespace, found: list[dict]) -> None:  # type: ign
     print(f"exchange: {1e3 * found[0]['bare']:.2f} ms when all are ready, {mean:.2f} ms a step with waiting")
     print(f"efficiency, wall: {statistics.median(wall):.3f} ({min(wall):.3f}-{max(wall):.3f})")
     print(f"efficiency, CPU seconds: {statistics.median(cpu):.3f} ({min(cpu):.3f}-{max(cpu):.3f})")
-    if arguments.rate:
-        hops = 2 * (size - 1)
-        by_ring = hops * (arguments.delay + 8 * 4 * weights / size / arguments.rate)
-        print(f"DDP on such a network, by arithmetic: {by_ring:,.1f} s a step for its gradients")
+    if arguments.delay:
+        print(f"DDP's gradients on the same links: {max(rank['ddp'] for rank in found):.1f} s a step, measured with all_reduce")
+        for count in (weights, 125_000_000):
+            hops, rate = 2 * (size - 1), arguments.rate or float("inf")
+            by_ring = hops * (arguments.delay + 8 * 4 * count / size / rate)
+            print(f"by arithmetic, 2(R - 1)·(delay + bytes / R / rate), {count:,} weights: {by_ring:,.1f} s a step")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,9 @@ import pytest
 import torch
 from helpers import PerExampleTask, batches, loader, mlp, per_example_mse, quiet_trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from rank_worker import CONFIGS, DEFAULT, SIZE, STEPS, TIMEOUT, examples, trained
-from ranks import run_groups
+from rank_cases import CONFIGS, DEFAULT, SIZE, STEPS, TIMEOUT, examples, trained
+from rank_trainer import config_of, module_of
+from ranks import Found, Group, run_groups
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -32,6 +32,14 @@ SPREAD = [
 ]
 LONG = [("data", "spsa"), ("sign", "spsa"), ("query", "two directions"), ("data", "default")]
 DATA = ["per example", "population", "one-sided", "forward gradient", "conservative", "momentum"]
+MODULES = [
+    ("spsa", "plain"),
+    ("per example", "plain"),
+    ("spsa", "manual"),
+    ("per example", "prepared"),
+    ("spsa", "compiled"),
+    ("scales", "scales"),
+]
 LOOPS = [
     *(["loop", mode, config, 200] for mode, config in LONG),
     *(["loop", "data", config, STEPS] for config in DATA),
@@ -39,8 +47,7 @@ LOOPS = [
 ]
 ALIKE = [
     *LOOPS,
-    ["trainer", "spsa", 4],
-    ["trainer", "per example", 4],
+    *(["trainer", config, kind, 4] for config, kind in MODULES),
     ["uneven", True],
     ["uneven", False],
     ["plateau"],
@@ -48,12 +55,27 @@ ALIKE = [
     ["skips", "default"],
     ["kept"],
     ["resumed"],
+    ["tracked"],
+    *(["offloaded", tier] for tier in (None, "disk", "cpu")),
     ["large", 8],
     ["large", 512],
 ]
 OTHERS = [["whole", "data"], ["whole", "sign"], ["refused", "query", "spsa"], ["late"]]
 FAULTS = ["dies", "hangs", "flips", "stranger"]
-Found = Sequence[Mapping[str, Any]]
+FOUR = [
+    ["loop", "data+sign", "spsa", 200],
+    ["loop", "data+sign", "per example", STEPS],
+    ["loop", "data", "per example", STEPS],
+    ["loop", "query", "population", STEPS],
+]
+LAUNCHED = {
+    "slurm": ["launched", 2, 1],
+    "slurm, two nodes": ["launched", 1, 2],
+    "torchrun, two nodes": ["launched", 1, 2],
+    "lightning, two nodes": ["launched", 1, 2],
+    "torchrun": ["launched", 2, 1],
+    "fork": ["launched", 2, 1, "fork"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +84,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ranks(folder: Path) -> Found:
-    found = run_groups([[*ALIKE, *OTHERS], *([["fault", kind]] for kind in FAULTS)], folder)
-    errors = [result["raised"] for rank in found for result in rank.values() if "raised" in result]
-    assert not errors, errors[0]
-    return found
+def groups(folder: Path) -> dict[str, Found]:
+    """Groups of processes by name: start-up is the cost, so all are forks of one."""
+    wanted = {
+        "two": Group([*ALIKE, *OTHERS]),
+        **{kind: Group([["fault", kind]]) for kind in FAULTS},
+        "four": Group(FOUR, size=4),
+        **{launcher: Group([case], 1 if launcher == "fork" else 2, launcher) for launcher, case in LAUNCHED.items()},
+        "visited": Group([["visited"]], 3, "stranger"),
+    }
+    return dict(zip(wanted, run_groups(list(wanted.values()), folder), strict=True))
+
+
+@pytest.fixture(scope="module")
+def ranks(groups: dict[str, Found]) -> Found:
+    return groups["two"]
 
 
 @pytest.mark.parametrize("case", ALIKE, ids=str)
@@ -83,15 +115,26 @@ def test_one_process_on_all_examples_has_the_same_bits(mode: str, config: str, r
     assert ranks[0][str(["loop", mode, config, STEPS])]["prints"] == prints
 
 
-@pytest.mark.parametrize("config", ["spsa", "per example"])
-def test_the_trainer_deals_examples_out_as_one_process_reads_them(config: str, ranks: Found) -> None:
+@pytest.mark.parametrize(("config", "kind"), MODULES)
+def test_the_trainer_deals_examples_out_as_one_process_reads_them(config: str, kind: str, ranks: Found) -> None:
     """To the rounding of the losses of four examples in place of eight, over the difference of two probes."""
-    module = PerExampleTask(mlp(), per_example_mse)
-    quiet_trainer(ZOStrategy(CONFIGS[config], one_batch=False)).fit(module, DataLoader(examples(SIZE * 4), batch_size=SIZE))  # type: ignore[arg-type]
-    got = ranks[0][str(["trainer", config, 4])]
+    module, items = module_of(kind), examples(SIZE * 4, 64 if kind == "scales" else 4)
+    quiet_trainer(ZOStrategy(config_of(config, kind), one_batch=False)).fit(module, DataLoader(items, batch_size=SIZE))  # type: ignore[arg-type]
+    got = ranks[0][str(["trainer", config, kind, 4])]
     assert got["steps"] == 4
+    assert got["prepared"] == getattr(module, "prepared", 0)
     for mine, theirs in zip(module.net.parameters(), got["weights"], strict=True):
-        torch.testing.assert_close(mine.detach(), torch.tensor(theirs), rtol=0, atol=1e-4)
+        torch.testing.assert_close(mine.detach(), torch.tensor(theirs, dtype=mine.dtype), rtol=0, atol=1e-4)
+
+
+def test_four_ranks_on_any_number_of_cores_have_equal_weights(groups: dict[str, Found]) -> None:
+    first, *others = groups["four"]
+    assert first.keys() == {str(case) for case in FOUR}
+    assert all(other == first for other in others)
+    assert len(set(first[str(FOUR[0])]["prints"])) == 200
+    for _, mode, config, steps in FOUR[1:]:
+        _, _, prints = trained(CONFIGS[config].override(one_batch=False), batches(steps, size=SIZE))
+        assert first[str(["loop", mode, config, steps])]["prints"] == prints, mode
 
 
 @pytest.mark.parametrize("case", LOOPS, ids=str)
@@ -112,11 +155,12 @@ def test_a_trainer_sees_one_run(mode: str, ranks: Found) -> None:
     first, second = (rank[str(["whole", mode])] for rank in ranks)
     assert first["shared"] == second["shared"]
     assert first["shared"]["metrics"]["rank"] == 0.5
-    assert set(first["shared"]["predicted"]) == {4}
-    traffic = first["traffic"]
-    assert traffic["ranks/size"] == 2 and traffic["ranks/bytes"] > 0 and traffic["ranks/exchange_seconds"] > 0
+    assert first["shared"]["predicted"] == pytest.approx(sorted(first["shared"]["wanted"] * (1 + (mode == "sign"))), abs=1e-6)
+    assert first["shared"]["tested"][0] == pytest.approx(first["shared"]["tested"][1], abs=1e-6)
     assert (first["seen"] == second["seen"]) == (mode == "sign")  # samplers deal out to groups of ranks
     assert (first["masks"] == second["masks"]) == (mode == "sign")
+    traffic = first["traffic"]
+    assert traffic["ranks/size"] == 2 and traffic["ranks/bytes"] > 0 and traffic["ranks/exchange_seconds"] > 0
 
 
 def test_the_trainer_takes_as_many_steps_as_the_longest_loader(ranks: Found) -> None:
@@ -155,21 +199,54 @@ def test_a_rank_at_another_step_is_refused(ranks: Found) -> None:
         assert "different steps, [1, 2]" in rank["['late']"]["refused"]
 
 
+@pytest.mark.parametrize("tier", ["disk", "cpu"])
+def test_offloaded_ranks_have_the_bits_of_resident_ones(tier: str, ranks: Found) -> None:
+    assert ranks[0][str(["offloaded", tier])] == ranks[0]["['offloaded', None]"]
+    assert len(set(ranks[0]["['offloaded', None]"].values())) == 1, "the resumed run ends as the whole one"
+
+
+def test_two_ranks_make_one_run_and_say_each_thing_once(folder: Path, ranks: Found) -> None:
+    assert ranks[0]["['tracked']"]["runs"] == 1
+    assert ranks[0]["['tracked']"]["examples"] == 2 * 4 * 5
+    assert len(ranks[0]["['tracked']"]["losses"]) == 4
+    texts = [(folder / f"rank-{rank}.txt").read_text() for rank in range(2)]
+    said = [text[text.index("tracked\n") : text.index("/tracked")].splitlines()[1:] for text in texts]
+    assert sum(line.startswith("ZO: ") for line in said[0]) == 1
+    assert len(set(said[0])) == len(said[0])
+    assert not said[1], "the second rank has nothing to say"
+    assert sum("those of rank 0 are the run's" in text for text in texts) == 2, "once in each run that has such buffers"
+
+
+@pytest.mark.parametrize("launcher", LAUNCHED)
+def test_each_launcher_starts_the_same_run(launcher: str, groups: dict[str, Found]) -> None:
+    found = [rank[str(LAUNCHED[launcher])] for rank in groups[launcher]]
+    assert {rank["print"] for rank in found} == {groups["torchrun"][0]["['launched', 2, 1]"]["print"]}
+    if launcher != "fork":  # the process that started the ranks is none
+        assert [(rank["rank"], rank["told"], rank["steps"]) for rank in found] == [([0, 2], 0, 4), ([1, 2], 1, 4)]
+
+
+def test_a_process_that_comes_late_is_refused_and_the_run_goes_on(groups: dict[str, Found]) -> None:
+    first, second, stranger = (rank["['visited']"] for rank in groups["visited"])
+    assert "has a rank 1 already" in stranger["error"]
+    assert first == second
+    assert "print" in first
+
+
 @pytest.mark.parametrize("kind", ["dies", "hangs"])
-def test_a_rank_that_is_gone_ends_the_others(kind: str, ranks: Found) -> None:
-    found = ranks[0][str(["fault", kind])]
+def test_a_rank_that_is_gone_ends_the_others(kind: str, groups: dict[str, Found]) -> None:
+    found = groups[kind][0][str(["fault", kind])]
     assert "another rank has ended, or did not answer" in found["error"]
     assert "at optimizer step 3" in found["error"]
     assert found["seconds"] < TIMEOUT + 5
 
 
-def test_a_flipped_bit_is_found_and_its_tensor_named(ranks: Found) -> None:
-    for rank in ranks:
+def test_a_flipped_bit_is_found_and_its_tensor_named(groups: dict[str, Found]) -> None:
+    for rank in groups["flips"]:
         assert "before step 4: '2.weight' on rank 1" in rank["['fault', 'flips']"]["error"]
 
 
-def test_a_stranger_is_refused_before_the_first_step(ranks: Found) -> None:
-    for rank in ranks:
+def test_a_stranger_is_refused_before_the_first_step(groups: dict[str, Found]) -> None:
+    for rank in groups["stranger"]:
         assert "rank 1 does not belong to this run: 'eps' of its settings is 0.002" in rank["['fault', 'stranger']"]["error"]
 
 
@@ -206,9 +283,8 @@ def test_pairs_need_an_even_number_of_ranks() -> None:
     assert [Parallel("data+sign").layout(rank, 4).group for rank in range(4)] == [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize("settings", [{"offload": "cpu"}, {"cuda_graphs": True}], ids=str)
-def test_combinations_that_are_not_there_are_refused(settings: dict[str, Any]) -> None:
-    strategy = ZOStrategy(**settings)
+def test_recorded_graphs_on_several_ranks_are_refused() -> None:
+    strategy = ZOStrategy(cuda_graphs=True)
     quiet_trainer(strategy, devices=2)
     with pytest.raises(MisconfigurationException, match="on several ranks"):
         strategy.refuse_ranks()

@@ -22,7 +22,7 @@ _BETA, _CHANGE = 0.9, 1.5  # of the running means; most that a look changes
 _SHARE = 0.5  # of Newton's step, whose slope and curvature are uncertain
 _FAINT = 0.05  # share of a schedule's height below which steps are too short to look at
 
-Decide = Callable[[Callable[[], "StepSize | None"]], "StepSize | None"]
+Decide = Callable[[Callable[[], dict[str, Any] | None]], dict[str, Any] | None]
 Loss = Callable[[Sequence[Term]], float]
 """Terms → the loss at θ + Σ_k c_k z_k on a batch that they were not made from."""
 
@@ -117,7 +117,8 @@ class StepSizes:
         if not self.wanted:
             return []
         if place not in self._found:
-            self._found[place] = found = self._decide(lambda: StepSize.at(leaves))
+            begun = self._decide(lambda: _plain(StepSize.at(leaves)))
+            self._found[place] = found = None if begun is None else StepSize(**begun)
             base = base_lr(optimizer.param_groups[0])
             if found is None:
                 self._inform(f"ZO: all trained weights are 0, so steps have the module's learning rate, {base:g}")
@@ -158,9 +159,13 @@ class StepSizes:
             size.took(record)
 
     def state_dict(self) -> dict[int, dict[str, Any] | None]:
-        return {place: None if size is None else asdict(size) for place, size in self._found.items()}
+        return {place: _plain(size) for place, size in self._found.items()}
 
     def load_state_dict(self, state: dict[int, dict[str, Any] | None] | None) -> None:
         """Go on; None: a checkpoint of a version whose steps had the module's rates, which stay."""
         self.wanted = self.wanted and state is not None
         self._found = {place: None if size is None else StepSize(**size) for place, size in (state or {}).items()}
+
+
+def _plain(size: StepSize | None) -> dict[str, Any] | None:
+    return None if size is None else asdict(size)

@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -142,16 +141,26 @@ class Findings(NamedTuple):
     """What trying the step on the first batch showed: what one rank of several finds holds for all.
 
     Args:
-        structure: of the leaves.
+        structure: of the leaves: its place among :func:`_structures`.
         examples: what the step can say of them.
         behind: names of the leaves that are read behind the probes' backs.
         calibration: what was measured.
     """
 
-    structure: Structure
+    structure: int
     examples: Examples
     behind: frozenset[str]
     calibration: Calibration
+
+    def plain(self) -> list[Any]:
+        """Of JSON's types, as ranks send it."""
+        return [self.structure, list(self.examples), sorted(self.behind), asdict(self.calibration)]
+
+    @classmethod
+    def received(cls, row: Sequence[Any]) -> Findings:
+        """From :meth:`plain`."""
+        structure, examples, behind, calibration = row
+        return cls(structure, Examples(*examples), frozenset(behind), Calibration(**calibration))
 
 
 def find_subspace(
@@ -172,18 +181,18 @@ def find_subspace(
     """
     config, isolation = setting.config, setting.isolation
     tried: list[View] = []
-    found = ranks.decide(partial(_try, setting, optimizer, forward, batch, calibration, tried))
+    found = Findings.received(ranks.decide(lambda: _try(setting, optimizer, forward, batch, calibration, tried).plain()))
     if tried:
         (view,) = tried
     else:
         calibration.__dict__.update(asdict(found.calibration))
-        view = _build(setting, optimizer, calibration, found.structure, found.behind)
+        view = _build(setting, optimizer, calibration, _structures(config)[found.structure], found.behind)
         with setting.muted(), suppress(SkipStep):  # the state that the step keeps here
             rehearse(forward, batch, view, isolation)
     if config.cycle is not None:  # only now: all of them were looked at
         take_turns(setting.module, view.leaves, config.cycle)
     graphs = Graphs(view, isolation) if config.cuda_graphs else None
-    lockstep = _lockstep(setting, forward, batch, view, isolation) if tried else None
+    lockstep = _lockstep(setting, forward, batch, view, isolation)
     runner = Runner(view, isolation, found.examples, block_reuse(view) or None, graphs, lockstep, setting.muted)
     return Subspace(optimizer, runner, trainable(optimizer), _selected(config, calibration), len(isolation.changing))
 
@@ -199,35 +208,41 @@ def _try(
     if config.select == "dominant" and calibration.dominant is None:
         with setting.muted(), isolation.dry():
             calibration.dominant = dominant_block(module, lambda: forward(batch))
-    structure = structure_of("dense" if config.structure == "auto" else config.structure)
-    view, examples = _build(setting, optimizer, calibration, structure), Examples(losses=False, repeats=False)
+    structures, structure = _structures(config), 0
+    view, examples = _build(setting, optimizer, calibration, structures[0]), Examples(losses=False, repeats=False)
     with setting.muted():
         behind = frozenset(leaf.name for leaf in rehearse(forward, batch, view, isolation))
     view.swap(leaf for leaf in view.leaves if leaf.name in behind)
     repeatable = config.one_batch and setting.repeatable
     if setting.estimator.per_example:
-        # vectors too, if the model reads them where an example can have its own
-        wanted = [Rank1(), Rank1(vectors=False)] if config.structure == "auto" else [structure]
-        for each in wanted:
+        for place in range(1, len(structures)) if config.structure == "auto" else (0,):
             try:
-                candidate = _build(setting, optimizer, calibration, each, behind)
+                candidate = _build(setting, optimizer, calibration, structures[place], behind)
             except ValueError:  # no linear layers
                 continue
             if candidate.per_example and (config.structure != "auto" or candidate.numel >= 0.9 * view.numel):
                 with setting.muted():
                     examples = inspect_step(forward, batch, candidate, isolation, repeatable)
                 if examples.losses:
-                    view, structure = candidate, each
+                    view, structure = candidate, place
                     break
     if calibration.both is None:
         paired = _asks_for_pairs(setting.estimator) and not examples.losses and repeatable
         with setting.muted():
             calibration.both = paired and takes_both(forward, batch, view, isolation)
-    if isinstance(structure, Groups) and not all(leaf.name in calibration.leaves for leaf in view.leaves):
-        _deal(structure, setting, forward, batch, view)
+    groups = structures[structure]
+    if isinstance(groups, Groups) and not all(leaf.name in calibration.leaves for leaf in view.leaves):
+        _deal(groups, setting, forward, batch, view)
     calibration.leaves.update({leaf.name: leaf.settings for leaf in view.leaves if leaf.settings})
     tried.append(view)
     return Findings(structure, examples._replace(both=calibration.both and repeatable), behind, calibration)
+
+
+def _structures(config: ZOConfig) -> list[Structure]:
+    """The plain one, then those for examples with directions of their own: vectors too, if the model reads them that way."""
+    if config.structure != "auto":
+        return [structure_of(config.structure)]
+    return [structure_of("dense"), Rank1(), Rank1(vectors=False)]
 
 
 def _build(
@@ -254,13 +269,11 @@ def _build(
 
 def _lockstep(setting: Setting, forward: Forward, batch: Batch, view: View, isolation: Isolation) -> Lockstep | None:
     lockstep = lockstep_of(view, isolation, setting.muted)
-    if (
-        lockstep is None
-        or not lockstep.takes(setting.estimator.ask(Key(0, 0)))
-        or not lockstep.agrees(forward, batch, isolation)
-    ):
+    if lockstep is None or not lockstep.takes(setting.estimator.ask(Key(0, 0))):
         return None
-    return lockstep
+    with suppress(SkipStep):  # on a rank that has no loss here
+        return lockstep if lockstep.agrees(forward, batch, isolation) else None
+    return None
 
 
 def _deal(structure: Groups, setting: Setting, forward: Forward, batch: Batch, view: View) -> None:

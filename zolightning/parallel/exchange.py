@@ -1,8 +1,11 @@
-"""The exchanges of ranks, over torch.distributed's default group: gather a few bytes, agree on a value, share tensors."""
+"""The exchanges of ranks, over torch.distributed's default group: gather a few bytes, agree on a value, share tensors.
+
+Numbers and texts travel as they are or as JSON, nothing is pickled: no rank runs code that another one sent.
+"""
 
 from __future__ import annotations
 
-import pickle
+import json
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ..types import SkipStep
 
 T = TypeVar("T")
 _LENGTH = struct.Struct("<I")
@@ -51,8 +56,6 @@ class Exchange:
         """Says where the run stands, for messages."""
         self.broken = ""
         """The reason why nothing goes through any more; "" while it does."""
-        self.delayed: Callable[[int], float] | None = None
-        """Bytes sent → seconds that a gathering is made to take longer: a slow network, for measurements."""
         self._room = 0
 
     def gather(self, data: bytes) -> list[bytes]:
@@ -72,27 +75,38 @@ class Exchange:
                 return [part[_LENGTH.size : _LENGTH.size + _LENGTH.unpack_from(part)[0]] for part in parts]
             self._room = longest
 
-    def objects(self, value: T) -> list[T]:
-        """Every rank's value, in the order of the ranks. Values are pickled: the ranks trust each other."""
-        found: list[Any] = [None] * self.size
-        with self._together():
-            dist.all_gather_object(found, value)
-        return found
+    def values(self, value: object) -> list[Any]:
+        """Every rank's value, in the order of the ranks.
+
+        Args:
+            value: of JSON's types; tuples and sets arrive as lists, other types as their text.
+        """
+        data = _text(value)
+        sizes = [_LENGTH.unpack(part)[0] for part in self._gathered(_LENGTH.pack(len(data)))]
+        parts = self._gathered(data.ljust(max(sizes), b" "))
+        return [json.loads(part) for part in parts]
 
     def decide(self, make: Callable[[], T]) -> T:
-        """The result, or the error, of ``make`` on rank 0; no other rank calls it."""
-        made: list[Any] = [None, None]
+        """The result, of JSON's types, or the error of ``make`` on rank 0; no other rank calls it.
+
+        Raises:
+            SkipStep: there is no loss.
+            RanksError: it failed there; on rank 0 the error itself.
+        """
+        made: tuple[object, bool, str] = None, False, ""
+        failed: Exception | None = None
         if self.rank == 0:
             try:
-                made[0] = make()
+                made = make(), False, ""
             except Exception as error:
-                made[1] = error
-        with self._together():
-            dist.broadcast_object_list(_sendable(made) if self.rank == 0 else made, src=0)
-        if made[1] is not None:
-            raise made[1]
-        value: T = made[0]
-        return value
+                failed, made = error, (None, isinstance(error, SkipStep), f"rank 0: {type(error).__name__}: {error}")
+        value, skipped, reason = self._from_first(made)
+        if failed is not None:
+            raise failed
+        if reason:
+            raise SkipStep if skipped else RanksError(reason)
+        found: T = value
+        return found
 
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Give every tensor the bits that it has on rank 0, whatever its dtype and layout."""
@@ -108,15 +122,24 @@ class Exchange:
         mine = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         every = torch.empty(self.size * len(data), dtype=torch.uint8)
         began = time.perf_counter()
-        if self.delayed is not None:
-            time.sleep(self.delayed(len(data)))
         with self._together():
-            dist.all_gather(list(every.chunk(self.size)), mine)
+            dist.all_to_all_single(every, mine.repeat(self.size))  # straight to each: a ring would wait for each hop
         self.traffic.seconds += time.perf_counter() - began
         self.traffic.sent += len(data)
         self.traffic.calls += 1
         whole = every.numpy().tobytes()
         return [whole[at : at + len(data)] for at in range(0, len(whole), len(data))]
+
+    def _from_first(self, value: object) -> Any:
+        data = _text(value)
+        size = torch.tensor([len(data)])
+        with self._together():
+            dist.broadcast(size, src=0)
+            sent = torch.empty(int(size), dtype=torch.uint8)
+            if self.rank == 0:
+                sent.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            dist.broadcast(sent, src=0)
+        return json.loads(sent.numpy().tobytes())
 
     @contextmanager
     def _together(self) -> Iterator[None]:
@@ -132,10 +155,8 @@ class Exchange:
             raise RanksError(self.broken) from error
 
 
-def _sendable(made: list[Any]) -> list[Any]:
-    """With an error that can be pickled."""
-    try:
-        pickle.loads(pickle.dumps(made[1]))
-    except Exception:
-        made[1] = RanksError(f"rank 0: {type(made[1]).__name__}: {made[1]}")
-    return made
+def _text(value: object) -> bytes:
+    def other(value: object) -> object:
+        return sorted(value) if isinstance(value, frozenset) else repr(value)
+
+    return json.dumps(value, default=other).encode()

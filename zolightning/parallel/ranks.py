@@ -46,6 +46,13 @@ class Standing(NamedTuple):
         read = frozenset(i for i, leaf in enumerate(leaves) if view is not None and id(leaf.parameter) in view.read)
         return cls(step, place, groups, read, fingerprint(module.named_parameters()) if check else "")
 
+    @classmethod
+    def received(cls, row: Sequence[Any]) -> Standing:
+        """From JSON, which knows no tuples and no sets."""
+        step, place, groups, read, weights = row
+        own = tuple({k: tuple(v) if isinstance(v, list) else v for k, v in group.items()} for group in groups)
+        return cls(step, place, own, frozenset(read), weights)
+
     def digest(self) -> int:
         text = repr((self.step, self.place, [sorted(g.items()) for g in self.groups], sorted(self.read), self.weights))
         return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
@@ -72,7 +79,7 @@ class Ranks(Protocol):
     size: int
 
     def decide(self, make: Callable[[], T]) -> T:
-        """Rank 0's value."""
+        """Rank 0's value, which is of JSON's types."""
 
     def begin(self, module: nn.Module, estimator: Estimator, noise: Distribution, settings: Mapping[str, Any]) -> None:
         """Check that the ranks belong together, and give all of them the weights of rank 0."""

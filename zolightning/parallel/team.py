@@ -83,23 +83,22 @@ class Team:
         self._module, self._estimator = module, estimator
         self._wishes, self._anew, self._checked = set(), set(), False
         self._refuse_estimator(estimator)
-        tensors = _tensors(module)
+        tensors = tensors_of(module)
         here = Greeting.of(tensors, self.parallel.mode, noise, settings)
         if len(set(self.exchange.gather(_digest(repr(here))))) > 1:
-            refuse_strangers(self.exchange.objects(here))
-        self.equalize(module)
+            refuse_strangers([Greeting(*each) for each in self.exchange.values(here)])
+        self.equalize(tensors)
 
-    def equalize(self, module: nn.Module) -> list[str]:
-        """Give every rank the parameters and buffers of rank 0; the names of those that were not equal.
+    def equalize(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """Give every rank the tensors of rank 0; the names of those that were not equal.
 
         Raises:
             RanksError: a tensor cannot be sent.
         """
-        tensors = _tensors(module)
         hashes = mixed(tensors.items())
         if len(set(self.exchange.gather(_digest(repr(hashes))))) == 1:
             return []
-        found = self.exchange.objects(hashes)
+        found = self.exchange.values(hashes)
         names = [name for name in tensors if any(other[name] != found[0][name] for other in found)]
         for name in names:
             if type(tensors[name]) not in (Tensor, nn.Parameter):
@@ -236,7 +235,7 @@ class Team:
 
     def _agreed(self, mine: Standing) -> Standing:
         """Rank 0's settings, what any rank read; an error where weights or steps differ."""
-        found = self.exchange.objects(mine)
+        found = [Standing.received(each) for each in self.exchange.values(mine)]
         if len({each.place for each in found}) > 1:
             raise RanksError(f"the ranks step different optimizers at step {mine.step}: {[each.place for each in found]}")
         if len({each.weights for each in found}) > 1:
@@ -245,7 +244,7 @@ class Team:
 
     def _refuse_weights(self, step: int) -> None:
         assert self._module is not None
-        hashes = self.exchange.objects(mixed(self._module.named_parameters()))
+        hashes = self.exchange.values(mixed(self._module.named_parameters()))
         for name, value in hashes[0].items():
             if odd := [rank for rank, other in enumerate(hashes) if other[name] != value]:
                 raise RanksError(
@@ -262,7 +261,8 @@ def sow(key: Key, before: int, group: int) -> None:
     random.seed(seed)
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers, which are to be equal on all ranks."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 from ..parallel import Parallel, Team
 from ._lightning import (
     ClusterEnvironment,
-    MisconfigurationException,
     ParallelStrategy,
     Strategy,
     _MultiProcessingLauncher,
@@ -24,6 +22,7 @@ from ._lightning import (
     rank_zero_only,
 )
 from .evening import Evened, evened
+from .joining import join_group
 from .onednn import keep_few_shapes
 
 
@@ -141,29 +140,13 @@ class DevicesStrategy(ParallelStrategy):
         super().setup_environment()
         if self.is_distributed:
             self.set_world_ranks()
-            self._join_group()
+            assert self.cluster_environment is not None
+            join_group(self.cluster_environment, self.parallel, self.global_rank, self.world_size, self.root_device)
             self.team, self._evened = Team(self.parallel), []
         else:
             self._refuse_strays()
         if self.root_device.type == "cpu" and (change := keep_few_shapes()):
             rank_zero_info(f"ZO: {change}")
-
-    def _join_group(self) -> None:
-        environment = self.cluster_environment
-        assert environment is not None
-        if self.root_device.type == "mps":
-            raise MisconfigurationException("several processes cannot share an MPS device; use devices=1")
-        if not dist.is_available():
-            raise MisconfigurationException("this build of PyTorch has no torch.distributed; use devices=1")
-        if dist.is_initialized():  # by an earlier run of this Trainer, or by a cluster's own launcher
-            return
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
-        dist.init_process_group(
-            self.parallel.backend or ("cpu:gloo,cuda:nccl" if self.root_device.type == "cuda" else "gloo"),
-            rank=self.global_rank,
-            world_size=self.world_size,
-            timeout=timedelta(seconds=self.parallel.timeout),
-        )
 
     def _refuse_strays(self) -> None:
         environment = self.cluster_environment

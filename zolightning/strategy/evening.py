@@ -58,5 +58,5 @@ def evened(loader: Any, team: Team) -> Any:
         length: int | None = len(loader)
     except (TypeError, NotImplementedError):
         length = None
-    lengths = team.exchange.objects(length)
+    lengths = team.exchange.values(length)
     return loader if length is not None and len(set(lengths)) == 1 else Evened(loader, team, lengths)

@@ -14,11 +14,13 @@ from ..engine.deferred import Deferred
 from ..engine.updates import Apply, apply_update
 from ..ledger import PendingLedger, Replayed, replay
 from ..offload import DiskTier, Offload, OffloadError, StoredParameter, attach, left_in_memory, move, resume, stored
+from ..parallel import Alone, Ranks
 from ..types import StateDict
 from ._lightning import CheckpointIO, pl, rank_zero_info, rank_zero_warn
 from .ledger_io import STATE, find_ledger, keeps_positions, run_folder
 
 _FOLDER = "offload"
+_OF_A_RANK = b"rank"  # names updates of ranks that write no ledger: no record has this name
 
 
 class InMemory:
@@ -65,14 +67,15 @@ class Offloading(InMemory):
         module: whose matrices go.
         device: where operations read them.
         trainer: says where the run keeps its files.
+        ranks: of the run; each but the first works in a folder ``rank-N`` of its own.
     """
 
-    def __init__(self, options: Offload, module: nn.Module, device: torch.device, trainer: pl.Trainer) -> None:
+    def __init__(self, options: Offload, module: nn.Module, device: torch.device, trainer: pl.Trainer, ranks: Ranks) -> None:
         super().__init__(module)
-        self._own_folder = options.folder is None
+        self._own_folder, self._rank = options.folder is None, ranks.rank
         self._spare: tempfile.TemporaryDirectory[str] | None = None
-        folder = Path(options.folder) if options.folder is not None else self._beside_the_run(trainer)
-        self.store = attach(module, options, device, folder)
+        folder = Path(options.folder) if options.folder is not None else self._beside_the_run(trainer, ranks)
+        self.store = attach(module, options, device, folder / f"rank-{ranks.rank}" if ranks.rank else folder)
         self.away = [name for name, p in module.named_parameters() if isinstance(p, StoredParameter)]
         self._replayed: Replayed | None = None
         for kind, nbytes in left_in_memory(module).items():
@@ -83,15 +86,15 @@ class Offloading(InMemory):
             f"{self.store.pool / 1e6:.1f} MB of them are in memory at once"
         )
 
-    def _beside_the_run(self, trainer: pl.Trainer) -> Path:
-        folder = run_folder(trainer)
+    def _beside_the_run(self, trainer: pl.Trainer, ranks: Ranks) -> Path:
+        folder = ranks.decide(lambda: run_folder(trainer))
         if "://" in folder or not (trainer.loggers or trainer.checkpoint_callbacks) or trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._spare = tempfile.TemporaryDirectory(prefix="zolightning-")  # a run that keeps no files
             return Path(self._spare.name)
         return Path(folder) / _FOLDER
 
     def begin(self, ledger: PendingLedger) -> None:
-        self.apply = Deferred(self.store, lambda: ledger.mark)
+        self.apply = Deferred(self.store, lambda: _OF_A_RANK if self._rank else ledger.mark)
         self.store.start()
 
     def state_dict(self) -> StateDict:
@@ -143,7 +146,7 @@ class Offloading(InMemory):
         self._replayed = replay(ledger, dict(self._module.named_parameters()), apply=Deferred(store).replayed)
         count = 0
         store.empty()  # of the weights that were compared
-        if isinstance(tier, DiskTier):
+        if isinstance(tier, DiskTier) and not self._rank:  # the others' files have no names of the ledger's
             folders = sorted(ledger.path.parent.glob(f"{_FOLDER}*")) if self._own_folder else [Path(str(tier.folder))]
             for folder in folders:
                 count = count or (tier.move_to(folder) and resume(tier, store.entries)) or 0
@@ -185,7 +188,12 @@ class Offloading(InMemory):
 
 
 def residency(
-    choice: str | Offload | None, module: nn.Module, device: torch.device, trainer: pl.Trainer, io: CheckpointIO | None
+    choice: str | Offload | None,
+    module: nn.Module,
+    device: torch.device,
+    trainer: pl.Trainer,
+    io: CheckpointIO | None,
+    ranks: Ranks | None = None,
 ) -> InMemory:
     """Where the module's weights are to be during the Trainer's run.
 
@@ -195,6 +203,7 @@ def residency(
         device: of the run.
         trainer: of the run.
         io: of its checkpoints.
+        ranks: of it; None: one process.
 
     Raises:
         ValueError: `choice` is not one.
@@ -208,4 +217,4 @@ def residency(
             "without it: leave the plugin out"
         )
     options = choice if isinstance(choice, Offload) else Offload() if choice is None else Offload(choice)  # type: ignore[arg-type]
-    return Offloading(options, module, device, trainer)
+    return Offloading(options, module, device, trainer, ranks or Alone())

@@ -56,11 +56,7 @@ def check_layers(module: nn.Module, recipe: str) -> None:
         )
 
 
-def check_ranks(several: bool, offloads: bool, config: ZOConfig) -> None:
+def check_ranks(several: bool, config: ZOConfig) -> None:
     """Refuse combinations with several processes that nobody has tried."""
-    if several and offloads:
-        raise MisconfigurationException(
-            "offloaded weights on several ranks are not there yet; use devices=1, or leave offload out"
-        )
     if several and config.cuda_graphs:
         raise MisconfigurationException("`cuda_graphs=True` on several ranks is not there yet; leave it out, or use devices=1")

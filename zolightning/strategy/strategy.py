@@ -24,7 +24,7 @@ from ..methods.recipes import name_of
 from ..methods.recipes import recipe as named_recipe
 from ..mixin import ZOMixin
 from ..offload import Offload, stored
-from ..parallel import Parallel
+from ..parallel import Parallel, tensors_of
 from ..parallel.layout import Mode
 from ..space import View, expose_scales
 from ..types import StepOutput, StepRecord
@@ -179,7 +179,7 @@ class ZOStrategy(DevicesStrategy):
         if trainer.state.fn != "fit":  # a checkpoint saved after a test is that of the fit before it
             super().setup(trainer)
             if self.team is not None:
-                self.team.equalize(self.module)
+                self.team.equalize(tensors_of(self.module))
             return
         before, self._fit = self._fit, None
         super().setup(trainer)
@@ -218,7 +218,8 @@ class ZOStrategy(DevicesStrategy):
     def on_validation_start(self) -> None:
         """Evaluate one model: the buffers of rank 0, as the statistics of BatchNorm, are the run's."""
         super().on_validation_start()
-        if self.team is not None and self._fit is not None and (names := self.team.equalize(self.module)):
+        buffers = dict(self.module.named_buffers())
+        if self.team is not None and self._fit is not None and (names := self.team.equalize(buffers)):
             self._fit.session.notices.once(
                 "buffers",
                 f"ZO: {len(names)} buffers, as {names[0]!r}, follow each rank's own batches; those of rank 0 are the run's, "
@@ -229,7 +230,9 @@ class ZOStrategy(DevicesStrategy):
     def model_to_device(self) -> None:
         module = self.module
         self.refuse_ranks()
-        self._weights = residency(self.offload, module, self.root_device, module.trainer, self.checkpoint_io)
+        if self.team is not None and self._offloads:  # while they can be sent
+            self.team.equalize(tensors_of(module))
+        self._weights = residency(self.offload, module, self.root_device, module.trainer, self.checkpoint_io, self.team)
         super().model_to_device()
         check_layers(module, self.recipe_name)
         if self.config.scales != "frozen":  # only now are the layers quantised, and the optimizers come next
@@ -237,7 +240,7 @@ class ZOStrategy(DevicesStrategy):
 
     def refuse_ranks(self) -> None:
         """Refuse settings that do not go with several processes."""
-        check_ranks(self.is_distributed, self._offloads, self.config)
+        check_ranks(self.is_distributed, self.config)
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -293,6 +296,7 @@ class ZOStrategy(DevicesStrategy):
                 away=self.weights.away,
                 warn=partial(self._fit.session.notices.once, "whole"),
             )
+        if self._fit is not None:
             self.weights.save()
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
