@@ -16,11 +16,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes  # noqa: F401  # for all forks at once, as the next one
 import rank_cases
 import rank_trainer
 import torch
-import torch._dynamo
+import torch._dynamo  # once for all forks
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rank_cases import TIMEOUT
@@ -68,6 +67,7 @@ def begin(cases: Cases, launcher: str | None, rank: int, size: int, port: int, p
 def main() -> None:
     """Each group after the other; a rank that is stopped is ended when the others have had time to see it."""
     torch.set_num_threads(1)
+    rank_trainer.module_of("scales")  # so that its libraries are imported once
     for number, (cases, size, launcher, port) in enumerate(json.loads(Path(sys.argv[1]).read_text())):
         paths = [Path.cwd() / f"found-{number}.{rank}" for rank in range(size)]
         for child in [begin(cases, launcher, rank, size, port, path) for rank, path in enumerate(paths)]:
