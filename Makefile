@@ -14,7 +14,7 @@ test: lint
 	$(PYTEST) $(ARGS)
 
 test-fast: $(VENV)/dev.stamp
-	$(PYTEST) -m "not slow and not integration" $(ARGS)
+	$(PYTEST) -m "not slow and not integration" --cases 2 $(ARGS)
 
 test-slow: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -q -m slow $(ARGS)

@@ -22,6 +22,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
         ("generation_f1.py", ["--batch", "2", "--validation", "4"], ["f1", "exact_match"]),
     ],
 )
+@pytest.mark.integration
 def test_a_few_steps(example: str, options: list[str], scores: list[str], tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / example), "--steps", "2", "--test", "8", "--out", str(tmp_path), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

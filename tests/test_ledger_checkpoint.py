@@ -52,7 +52,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from zolightning import LedgerCheckpointIO, ZOStrategy
 from zolightning.ledger import LedgerError, base_path, load_base, read, replay
-from zolightning.space import leaf
+from zolightning.space import together
 from zolightning.strategy.ledger_io import base_of
 
 OPTIMIZERS: dict[str, Callable[[list[Any]], Optimizer]] = {
@@ -618,7 +618,7 @@ def test_optimizers_that_cannot_be_replayed(tmp_path: Path) -> None:
 
 def test_after_an_error_in_the_middle_of_an_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half an update is in the weights: no position says so, but the weights are kept as they are."""
-    calls, original = [0], leaf.sgd_all_
+    calls, original = [0], together.sgd_all_
 
     def failing(targets: Any, dist: Any, terms: Any, leaves: Any, *rest: Any) -> None:
         calls[0] += 1
@@ -627,7 +627,7 @@ def test_after_an_error_in_the_middle_of_an_update(tmp_path: Path, monkeypatch: 
             raise RuntimeError("on purpose")
         original(targets, dist, terms, leaves, *rest)
 
-    monkeypatch.setattr(leaf, "sgd_all_", failing)
+    monkeypatch.setattr(together, "sgd_all_", failing)
     module, noted = make("sgd"), Noted()
     torch.manual_seed(3)
     with (

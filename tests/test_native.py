@@ -221,6 +221,7 @@ class TestSameBits:
             assert same_bits(noise.noise_sum(Gaussian(), terms, 0, 0, 1 << 20, torch.device("cpu")), expected)
 
 
+@pytest.mark.integration
 @needs_native
 @pytest.mark.parametrize("machine", ["x86-64", "haswell"])
 def test_narrower_vectors(machine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,6 +333,7 @@ class TestLadder:
         assert noise.active_backend() == "torch"
 
 
+@pytest.mark.integration
 @needs_native
 class TestCache:
     @pytest.fixture(autouse=True)

@@ -133,6 +133,7 @@ def test_the_session_of_a_strategy_without_a_fit() -> None:
         ZOStrategy().session  # noqa: B018
 
 
+@pytest.mark.integration
 def test_the_engine_runs_without_lightning() -> None:
     """In a process where importing Lightning is an error."""
     code = """

@@ -18,7 +18,7 @@ from torch.optim import SGD, AdamW
 from zolightning import ZOStrategy
 from zolightning.engine.uninterrupted import uninterrupted
 from zolightning.ledger import read, replay
-from zolightning.space import DenseLeaf, leaf
+from zolightning.space import DenseLeaf, together
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
@@ -132,7 +132,7 @@ def test_ctrl_c_in_a_slow_update_leaves_the_weights_of_a_whole_step(
 ) -> None:
     """A real SIGINT from another thread, in the middle of step 3, when some parameters are updated and some are not."""
     noted, calls, fired = Noted(), [0], []
-    all_at_once, gradient = leaf.sgd_all_, DenseLeaf.gradient
+    all_at_once, gradient = together.sgd_all_, DenseLeaf.gradient
 
     def interrupt() -> None:
         fired.append(True)
@@ -152,7 +152,7 @@ def test_ctrl_c_in_a_slow_update_leaves_the_weights_of_a_whole_step(
             interrupt()
         return gradient(self, *args)
 
-    monkeypatch.setattr(leaf, "sgd_all_", slow)
+    monkeypatch.setattr(together, "sgd_all_", slow)
     monkeypatch.setattr(DenseLeaf, "gradient", slow_gradient)
     module, whole = Task(mlp(), optimizer=optimizer), Task(mlp(), optimizer=optimizer)
     trainer = quiet_trainer(ZOStrategy(PLAIN, ledger=tmp_path / "ledger.zo"), callbacks=[noted])

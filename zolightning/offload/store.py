@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..space import Leaf
 from .entry import Change, Entry, Slot, Update
-from .files import OffloadError, raise_failure
 from .memory import Memory
 from .notes import note
 from .schedule import Forecast
 from .tiers import Tier
 from .walk import walking
+from .workers import Workers, Writer
 
 
 class Store:
@@ -52,13 +51,10 @@ class Store:
         self._memory = Memory(Forecast([]))
         self._loading: set[Entry] = set()
         self._held: dict[Hashable, tuple[Entry, ...]] = {}  # by who reads: a thread, or a walk of several
-        self._writes: deque[Entry] = deque()
-        self._cv = threading.Condition()
-        self._threads: list[threading.Thread] = []
-        self.running = False
-        """Whether it reads ahead and writes behind."""
         self._urgent = 0
-        self._failure: BaseException | None = None
+        self._workers = Workers()
+        self._changed = self._workers.changed
+        self._writer = Writer(tier, self._memory, self._workers)
 
     def add(self, entry: Entry) -> None:
         """One more; the tier has its bytes."""
@@ -76,6 +72,11 @@ class Store:
         self._pool, self.prefetch, self.write_every, self.lockstep = pool, prefetch, write_every, lockstep
 
     @property
+    def running(self) -> bool:
+        """Whether it reads ahead and writes behind."""
+        return self._workers.running
+
+    @property
     def pool(self) -> int:
         """Bytes that entries in memory may take."""
         return 2 * max((entry.nbytes for entry in self.entries), default=0) if self._pool is None else self._pool
@@ -88,7 +89,7 @@ class Store:
         Raises:
             OffloadError, OSError: they cannot be had, or were written into.
         """
-        self._check()
+        self._workers.check()
         walk, wanted = walking(), tuple(entries)
         if walk is not None:
             walk.ask(wanted)
@@ -108,12 +109,12 @@ class Store:
     def let_go(self, reader: Hashable = None) -> None:
         """The reader needs nothing that it held. None: this thread."""
         held = self._held.pop(reader or threading.get_ident(), ())
-        with self._cv:
+        with self._changed:
             for entry in held:
                 slot = self._memory.slots[entry]
                 slot.users -= 1
                 self._memory.refuse_written(entry, slot)
-            self._cv.notify_all()
+            self._changed.notify_all()
 
     def defer(self, change: Change, leaves: Mapping[Entry, Leaf], mark: bytes = b"") -> None:
         """Note an update, which the next read of an entry applies.
@@ -123,9 +124,9 @@ class Store:
             leaves: of the entries that are updated.
             mark: names the update in the ledger.
         """
-        self._check()
+        self._workers.check()
         update = Update(change, leaves, mark)
-        with self._cv:
+        with self._changed:
             for entry in leaves:
                 entry.log.append(update)
 
@@ -139,14 +140,14 @@ class Store:
         for entry in self.entries:
             if entry.log:
                 self.hold([entry])
-                with self._cv:
-                    self._queue(entry, self._memory.slots[entry])
+                with self._changed:
+                    self._writer.queue(entry, self._memory.slots[entry])
         self.let_go()
-        self._write_now()
-        with self._cv:
-            while self._failure is None and any(slot.writing for slot in self._memory.slots.values()):
-                self._wait()
-        self._check()
+        self._writer.write()
+        with self._changed:
+            while self._workers.failure is None and self._writer.busy:
+                self._workers.wait()
+        self._workers.check()
         self.tier.commit({entry.name: note(entry) for entry in self.entries})
 
     def rewind(self) -> None:
@@ -165,56 +166,35 @@ class Store:
 
     def start(self) -> None:
         """Read ahead and write behind from now on."""
-        if self.running:
-            return
-        self.running, self._failure = True, None
-        for work in (self._write_behind, *([self._read_ahead] if self.prefetch else [])):
-            thread = threading.Thread(target=self._heard, args=(work,), name=f"zolightning{work.__name__}", daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        if not self.running:
+            self._workers.start(self._writer.write_behind, *([self._read_ahead] if self.prefetch else []))
 
     def stop(self) -> None:
         """Let the threads end, and what is in memory go. Reads still work, one at a time; nothing is written any more."""
-        with self._cv:
-            self.running = False
-            self._cv.notify_all()
-        for thread in self._threads:
-            thread.join()
-        self._threads = []
-        self._writes.clear()
-        for slot in self._memory.slots.values():
-            slot.writing = False
+        self._workers.stop()
+        self._writer.forget()
         self.empty()
 
     def empty(self) -> None:
         """Let everything go that is in memory and not on its way into the tier."""
         self.let_go()
-        with self._cv:
+        with self._changed:
             while self._memory.evict(keep=()):
                 pass
-
-    def _heard(self, work: Callable[[], None]) -> None:
-        """A thread's work; an error that ends it reaches those that wait."""
-        try:
-            work()
-        except BaseException as error:  # a weight that went had been written to, or a fault of ours
-            with self._cv:
-                self._failure = self._failure or error
-                self._cv.notify_all()
 
     @torch.no_grad()
     def _read_ahead(self) -> None:
         while True:
-            with self._cv:
+            with self._changed:
                 while self.running and (entry := self._next_ahead()) is None:
-                    self._cv.wait()
+                    self._changed.wait()
                 if not self.running or entry is None:
                     return
                 self._loading.add(entry)
             try:
                 self._load(entry, ahead=True)
             except Exception:  # whoever needs it will meet the same, and be told
-                with self._cv:
+                with self._changed:
                     self._memory.forecast.wasted(entry)
 
     def _next_ahead(self) -> Entry | None:
@@ -234,48 +214,12 @@ class Store:
                 return entry
         return None
 
-    @torch.no_grad()
-    def _write_behind(self) -> None:
-        while True:
-            with self._cv:
-                while self.running and (not self._writes or self._failure is not None):
-                    self._cv.wait()
-                if not self._writes or self._failure is not None:
-                    return
-            self._write_now()
-
-    def _write_now(self) -> None:
-        """Write the entries that wait for it."""
-        while True:
-            with self._cv:
-                if not self._writes or self._failure is not None:
-                    return
-                entry = self._writes.popleft()
-                slot = self._memory.slots[entry]
-                count = slot.applied
-            try:
-                entry.write(self.tier, slot.tensor, slot.state)
-            except BaseException as error:  # who interrupts a flush too
-                with self._cv:
-                    self._failure = error
-                    slot.writing = False
-                    self._cv.notify_all()
-                if isinstance(error, Exception):
-                    return
-                raise
-            with self._cv:
-                entry.mark = entry.log[count - 1].mark
-                del entry.log[:count]
-                slot.applied -= count
-                slot.writing = False
-                self._cv.notify_all()
-
     # ------------------------------------------------------------------ one entry
 
     def _take(self, entry: Entry) -> Slot:
-        with self._cv:
+        with self._changed:
             self._memory.forecast.note(entry)
-            self._cv.notify_all()  # the reader goes on
+            self._changed.notify_all()  # the reader goes on
             while True:
                 slot = self._memory.slots.get(entry)
                 if slot is not None:
@@ -288,7 +232,7 @@ class Store:
                     break
                 self._memory.awaited.append(entry)
                 try:
-                    self._wait()
+                    self._workers.wait()
                 finally:
                     self._memory.awaited.remove(entry)
             self.misses += 1
@@ -309,32 +253,32 @@ class Store:
             with torch.inference_mode(False):  # a validation's tensors outlive it
                 return self._loaded(entry, size, ahead)
         except BaseException:
-            with self._cv:
+            with self._changed:
                 self._loading.discard(entry)
                 self._memory.taken -= size
-                self._cv.notify_all()
+                self._changed.notify_all()
             raise
 
     def _loaded(self, entry: Entry, size: int, ahead: bool) -> Slot:
         slot = Slot(*entry.read(self.tier), size, users=0 if ahead else 1, ahead=ahead)
         self._bring_up_to_date(entry, slot)
-        with self._cv:
+        with self._changed:
             self._loading.discard(entry)
             self._memory.slots[entry] = slot
             if self.running and slot.applied >= self.write_every:
-                self._queue(entry, slot)
-            self._cv.notify_all()
+                self._writer.queue(entry, slot)
+            self._changed.notify_all()
         return slot
 
     def _bring_up_to_date(self, entry: Entry, slot: Slot) -> None:
         if slot.applied == len(entry.log):
             return
         with entry.lock, torch.inference_mode(False), torch.no_grad():
-            with self._cv:
-                while slot.writing and self._failure is None and self.running:
-                    self._wait()
+            with self._changed:
+                while slot.writing and self._workers.failure is None and self.running:
+                    self._workers.wait()
                 todo = entry.log[slot.applied :]
-            self._check()
+            self._workers.check()
             if not todo:
                 return
             weight = nn.Parameter(slot.tensor.data)  # another Parameter: nobody else sees it half-way
@@ -342,39 +286,21 @@ class Store:
                 for update in todo:
                     slot.state = update.change(update.leaves[entry].on(weight), slot.state)
             except BaseException:
-                with self._cv:  # the tier's bytes and the noted updates make the entry anew
+                with self._changed:  # the tier's bytes and the noted updates make the entry anew
                     self._memory.discard(entry, slot)
                     self._held = {me: tuple(e for e in held if e is not entry) for me, held in self._held.items()}
-                    self._cv.notify_all()
+                    self._changed.notify_all()
                 raise
-            with self._cv:
+            with self._changed:
                 slot.applied += len(todo)
                 self._memory.resize(entry, slot)
                 if self.running and self._memory.slots.get(entry) is slot and slot.applied >= self.write_every:
-                    self._queue(entry, slot)
-
-    def _queue(self, entry: Entry, slot: Slot) -> None:
-        if slot.applied and not slot.writing:
-            slot.writing = True
-            self._writes.append(entry)
-            self._cv.notify_all()
+                    self._writer.queue(entry, slot)
 
     def _wait_for_room(self) -> bool:
         """Wait until a write or a read has ended; False when there is none to wait for."""
-        writes = self._failure is None and self.running and any(slot.writing for slot in self._memory.slots.values())
+        writes = self._workers.failure is None and self.running and self._writer.busy
         busy = writes or bool(self._loading)
         if busy:
-            self._wait()
+            self._workers.wait()
         return busy
-
-    def _wait(self) -> None:
-        """Until something changes; an OffloadError where nothing can any more."""
-        if not self._cv.wait(30.0) and self.running and not all(thread.is_alive() for thread in self._threads):
-            raise OffloadError(
-                "a thread that reads or writes offloaded weights has ended without a word; the ledger has all steps: "
-                "resume from the last checkpoint"
-            )
-
-    def _check(self) -> None:
-        if self._failure is not None:
-            raise_failure(self._failure)
