@@ -69,7 +69,7 @@ class Answering(ZOMixin, L.LightningModule):
     def zo_prepare(self, batch):  # the text before the vectors: encoded once for all probes
         made = interventions(self.model)
         with idle(made):
-            return encode_text(self.model, batch, made[0].positions) or batch
+            return encode_text(self.model, batch, made[0].positions)
 
     def zo_objective(self, batch):
         return text_errors(self(batch), self.references(batch))  # (B,): 1 - F1

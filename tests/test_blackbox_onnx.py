@@ -101,7 +101,7 @@ class Task(ZOMixin, pl.LightningModule):
         self.net, self.engine = net, engine
 
     def zo_prepare(self, batch: Any) -> Any:
-        return self.net.prepare(batch) if self.engine else batch  # type: ignore[operator]
+        return self.net.prepare(batch) if self.engine else None  # type: ignore[operator]
 
     def zo_objective(self, batch: dict[str, Tensor]) -> Tensor:
         logits = self.net(batch) if self.engine else self.net(*list(batch.values())[:-1])

@@ -165,7 +165,7 @@ def test_a_model_without_such_attention_runs_whole_prompts() -> None:
 def trained(prepare: bool, tmp_path: Path, **config: Any) -> tuple[PromptClassifier, Any]:
     class Whole(PromptClassifier):
         def zo_prepare(self, batch: Any) -> Any:
-            return batch
+            return None
 
     module = (PromptClassifier if prepare else Whole)(intervened(trained=False), WORDS, lambda p: SGD(p, lr=0.01))
     strategy = ZOStrategy(lr="module", select="all", eps=1e-2, seed=3, ledger=tmp_path / f"{prepare}.zo", **config)
@@ -191,8 +191,8 @@ def test_training_with_encoded_text_is_training(config: dict[str, Any], tmp_path
 def test_other_trained_weights_leave_the_text_in_the_probes() -> None:
     module = PromptClassifier(intervened(), WORDS, lambda p: SGD(p, lr=0.1))
     module.model.get_input_embeddings().requires_grad_(True)
-    assert module.zo_prepare(BATCH) is BATCH
-    assert PromptClassifier(tiny_causal_lm("llama"), WORDS, lambda p: SGD(p, lr=0.1)).zo_prepare(BATCH) is BATCH
+    assert module.zo_prepare(BATCH) is None
+    assert PromptClassifier(tiny_causal_lm("llama"), WORDS, lambda p: SGD(p, lr=0.1)).zo_prepare(BATCH) is None
 
 
 def test_backprop_on_the_vectors_is_that_of_the_whole_prompt() -> None:
@@ -230,6 +230,19 @@ def test_a_step_prepares_once() -> None:
     assert strategy.last_record.forwards == 3  # type: ignore[attr-defined]
     assert torch.equal(module.net[0].weight, before["net.0.weight"])
     assert not torch.equal(module.net[2].weight, before["net.2.weight"])
+
+
+@pytest.mark.parametrize(("result", "forwards"), [("another", 3), ("the batch", 3), ("nothing", 2)])
+def test_preparing_counts_as_a_forward_unless_there_was_nothing_to_prepare(result: str, forwards: int) -> None:
+    class Kept(ZOMixin, Task):
+        def zo_prepare(self, batch: Any) -> Any:
+            return {"another": [*batch], "the batch": batch, "nothing": None}[result]
+
+        def zo_objective(self, batch: Any) -> Tensor:
+            return per_example_mse(self.net, batch)
+
+    strategy = fit(Kept(mlp()), batches(2), ZOStrategy(lr="module", seed=1)).strategy
+    assert strategy.last_record.forwards == forwards  # type: ignore[attr-defined]
 
 
 def test_preparing_with_trained_weights_is_refused_and_nothing_is_lost() -> None:

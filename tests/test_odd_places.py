@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -37,7 +38,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from zolightning import LedgerCheckpointIO, ZOMonitor, ZOStrategy, mlflow_logger
 from zolightning.cli import main
-from zolightning.ledger import read, replay
+from zolightning.ledger import LedgerError, read, replay
 
 
 def test_a_path_that_is_not_ascii(tmp_path: Path) -> None:
@@ -149,6 +150,61 @@ def test_a_run_beside_another_in_its_folder(tmp_path: Path) -> None:
             )
             assert_same(weights(resumed), after)
     assert len({path for *_, best, last in ended.values() for path in (best, last)}) == 4
+
+
+def begin_at_once(name: str, ledger: bool | Path, folder: Path, barrier: Any, results: Any) -> None:
+    """One of two processes: it goes on to train when both know whether they may."""
+    torch.set_num_threads(1)
+    module = Task(mlp(), optimizer=lambda p: SGD(p, lr=1e-2 if name == "one" else 3e-2))
+
+    class Together(pl.Callback):
+        def on_train_start(self, *args: Any) -> None:
+            barrier.wait(60)
+
+    trainer = quiet_trainer(
+        ZOStrategy(PLAIN, ledger=ledger),
+        callbacks=[Together(), ModelCheckpoint(filename=name)],
+        enable_checkpointing=True,
+        default_root_dir=folder,
+    )
+    barrier.wait(60)
+    try:
+        trainer.fit(module, loader(batches(3)))
+        results.put({key: value.tolist() for key, value in weights(module).items()})
+    except LedgerError as error:
+        barrier.wait(60)
+        results.put(str(error))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_two_processes_begin_in_one_folder_at_the_same_instant(given: bool, tmp_path: Path) -> None:
+    """One gets the ledger that both were given, and the other is told; else each finds a name of its own."""
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(2), context.Queue()
+    ledger = tmp_path / "run" / "ledger.zo" if given else True
+    both = [
+        context.Process(target=begin_at_once, args=(name, ledger, tmp_path / "run", barrier, results))
+        for name in ("one", "two")
+    ]
+    for process in both:
+        process.start()
+    ends = [results.get(timeout=120) for _ in both]
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [0, 0]
+    told = [end for end in ends if isinstance(end, str)]
+    assert told == (
+        [f"another run writes to the ledger {ledger}; give this one a path of its own: ZOStrategy(ledger='...')"] * given
+    )
+    rebuilt = []
+    for path in sorted(tmp_path.rglob("ledger*.zo")):
+        assert read(path).last == 3
+        rebuilt.append(parameters(weights(Task(mlp()))))
+        replay(read(path), rebuilt[-1])
+    trained = [end for end in ends if not isinstance(end, str)]
+    assert len(rebuilt) == len(trained)
+    for end in trained:
+        assert sum(all(values[key].tolist() == end[key] for key in end) for values in rebuilt) == 1
 
 
 # ---- a disk that is full

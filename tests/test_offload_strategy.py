@@ -184,6 +184,45 @@ def test_compiled_code_is_refused_by_name() -> None:
         trainer("disk", "x").fit(task, batches())
 
 
+@torch.jit.script
+def scripted(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.tanh(x @ weight.t())
+
+
+class Scripted(nn.Module):
+    """Its second and third matrices are read where no function mode and no tensor subclass sees it."""
+
+    def __init__(self, frozen: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH) for _ in range(4)])
+        self.layers[1].requires_grad_(not frozen)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *inner, last = self.layers
+        x = first(x)
+        for layer in inner:
+            x = scripted(x, layer.weight)
+        return last(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_reads_of_offloaded_weights_that_nothing_sees_are_refused_by_name(frozen: bool, tmp_path: Path) -> None:
+    task = Watched(Scripted(frozen))
+    before = {name: p.detach().clone() for name, p in task.named_parameters()}
+    with pytest.raises(RuntimeError, match=r"reads 'net\.layers\.1\.weight', 'net\.layers\.2\.weight' in a scripted function"):
+        trainer("cpu", tmp_path).fit(task, batches())
+    assert all(torch.equal(p.detach(), before[name]) for name, p in task.named_parameters())
+
+
+def test_a_loss_that_is_nan_by_itself_names_no_weight(tmp_path: Path) -> None:
+    task = Watched(nn.Linear(WIDTH, WIDTH), loss=lambda net, batch: net(batch[0]).sum() * float("nan"))
+    fit = trainer("cpu", tmp_path, epochs=1)
+    with pytest.warns(UserWarning, match="finite"):
+        fit.fit(task, batches())
+    assert fit.global_step == 3
+
+
 def worker(folder: str, epochs: int) -> None:
     """A run that may be killed: it goes on from its last checkpoint, and at the end leaves its weights."""
     torch.set_num_threads(1)

@@ -20,7 +20,7 @@ from zolightning.adapt.quantize import quantize
 from zolightning.engine.session import Session
 from zolightning.space import expose_scales
 
-pytest.importorskip("bitsandbytes", reason="pip install 'bitsandbytes>=0.50'")
+bnb = pytest.importorskip("bitsandbytes", reason="pip install 'bitsandbytes>=0.50'")
 
 RECIPES = {
     "spsa on scales": ZOConfig(
@@ -29,18 +29,43 @@ RECIPES = {
     "qzo": recipes.QZO.override(lr=1e-2, seed=7),
     "floats beside codes": recipes.DEFAULT.override(lr=1e-2, select="all", seed=7),
 }
-every_kind = pytest.mark.parametrize("kind", ["nf4", "int8"])
-every_recipe = pytest.mark.parametrize("name", RECIPES)
+KINDS: dict[str, dict[str, Any]] = {
+    "nf4": {"kind": "nf4"},
+    "fp4": {"kind": "fp4"},
+    "nf4, scales quantised": {"kind": "nf4", "double": True},
+    "fp4, scales quantised": {"kind": "fp4", "double": True},
+    "nf4, blocks of 128": {"kind": "nf4"},
+    "fp4, blocks of 32": {"kind": "fp4"},
+    "int8": {"kind": "int8"},
+}
+
+
+def over(*names: str) -> pytest.MarkDecorator:
+    """These recipes on two kinds of layers, and the first of them on all others."""
+    pairs = [(kind, name) for kind in KINDS for name in names if kind in ("nf4", "int8") or name == names[0]]
+    return pytest.mark.parametrize(("kind", "name"), pairs)
+
+
+over_all = over("qzo", "spsa on scales", "floats beside codes")
 
 
 def net(kind: str) -> nn.Sequential:
     torch.manual_seed(3)
-    plain = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Tanh(), nn.Linear(64, 64), nn.Linear(64, 3))
-    return quantize(plain, kind=kind, skip=["4"])  # type: ignore[return-value,arg-type]
+    plain = nn.Sequential(nn.Linear(128, 128), nn.LayerNorm(128), nn.Tanh(), nn.Linear(128, 128), nn.Linear(128, 3))
+    if "blocks" not in kind:
+        return quantize(plain, skip=["4"], **KINDS[kind])  # type: ignore[return-value]
+    for place in ("0", "3"):  # as bitsandbytes makes them by itself
+        layer, block = plain.get_submodule(place), int(kind.split()[-1])
+        code = KINDS[kind]["kind"]
+        new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, quant_type=code)
+        new.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, blocksize=block, quant_type=code)
+        new.bias = layer.bias
+        plain.set_submodule(place, new.to("cpu"))
+    return plain
 
 
 def data(count: int = 2) -> list[Any]:
-    return batches(count, inputs=64)
+    return batches(count, inputs=128)
 
 
 def penalty(module: nn.Module) -> Tensor:
@@ -64,8 +89,7 @@ CHANGED: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 }
 
 
-@every_recipe
-@every_kind
+@over_all
 @pytest.mark.parametrize("change", CHANGED)
 def test_a_loss_changed_in_place_is_the_loss(change: str, kind: str, name: str) -> None:
     ended = []
@@ -87,8 +111,7 @@ class Towers(nn.Module):
         return self.image(x)  # type: ignore[no-any-return]
 
 
-@every_recipe
-@every_kind
+@over_all
 def test_what_no_probe_reads_stays(kind: str, name: str) -> None:
     task = Task(Towers(kind))
     fit(task, data(1), RECIPES[name].override(lr=0.0))  # scales are Parameters from now on
@@ -114,8 +137,7 @@ class Elsewhere(nn.Module):
         return self.net[2:](self.pool.submit(first).result())  # type: ignore[no-any-return]
 
 
-@every_kind
-@pytest.mark.parametrize("name", ["spsa on scales", "floats beside codes"])
+@over("spsa on scales", "floats beside codes")
 def test_layers_that_run_in_another_thread_count(kind: str, name: str) -> None:
     """As if they ran in this one; the default recipe then shares a direction, as where examples have no losses."""
     gs = []
@@ -143,8 +165,7 @@ class Counting(Task):
         return F.mse_loss(out.double(), batch[1].double()) * min(1.0, self.seen / 4)
 
 
-@every_recipe
-@every_kind
+@over_all
 def test_state_ends_as_one_forward_leaves_it(kind: str, name: str) -> None:
     task = Counting(kind)
     losses = fit(task, data(4), RECIPES[name].override(lr=0.0)).strategy.last_record  # type: ignore[attr-defined]
@@ -156,8 +177,7 @@ def test_state_ends_as_one_forward_leaves_it(kind: str, name: str) -> None:
     assert float((task.mean - twin.mean).abs().max()) < 0.1
 
 
-@every_kind
-@pytest.mark.parametrize("name", ["qzo", "floats beside codes"])
+@over("qzo", "floats beside codes")
 def test_losses_that_depend_on_the_batch_s_size_are_not_doubled(kind: str, name: str) -> None:
     gs = []
     for one_batch in (True, False):
@@ -167,8 +187,7 @@ def test_losses_that_depend_on_the_batch_s_size_are_not_doubled(kind: str, name:
     assert gs[0] == pytest.approx(gs[1], rel=1e-3)
 
 
-@every_recipe
-@every_kind
+@over_all
 def test_a_wrong_number_of_losses_is_refused(kind: str, name: str) -> None:
     task = PerExampleTask(net(kind), lambda module, b: per_example_mse(module, b)[:3])
     fit(Task(task.net), data(1), RECIPES[name].override(lr=0.0))
@@ -178,8 +197,7 @@ def test_a_wrong_number_of_losses_is_refused(kind: str, name: str) -> None:
     assert_same(weights(task), before)
 
 
-@every_recipe
-@every_kind
+@over_all
 def test_set_up_leaves_no_trace(kind: str, name: str) -> None:
     """No code, no scale, no buffer, no power iteration and no generator moves."""
     module = nn.Sequential(net(kind), nn.BatchNorm1d(3), spectral_norm(nn.Linear(3, 3)))

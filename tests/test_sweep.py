@@ -24,7 +24,7 @@ from zolightning.commands.demo.methods import Method
 from zolightning.commands.demo.module import PromptClassifier, PromptData
 from zolightning.commands.demo.published import PublishedMeZO
 from zolightning.commands.demo.run import Task
-from zolightning.commands.sweep.budget import Budget
+from zolightning.commands.sweep.budget import Budget, Meter
 from zolightning.commands.sweep.entries import ENTRIES, Entry, choose
 from zolightning.commands.sweep.main import sweep
 from zolightning.commands.sweep.plan import Plan, choose_lr, finish
@@ -106,12 +106,24 @@ def test_learning_rate_falls_along_the_budget(task: Task) -> None:
 
 
 @pytest.mark.parametrize("clock", ["wall", "cpu"])
-def test_seconds_are_spent_and_no_more_than_a_step_is_left(task: Task, clock: Any) -> None:
+def test_seconds_are_spent_and_no_more_than_a_step_is_left(task: Task, clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[float] = []
+    real = Meter.on_train_batch_end
+
+    def noted(self: Meter, *args: Any) -> None:
+        before = self.seconds
+        real(self, *args)
+        steps.append(self.seconds - before)
+
+    monkeypatch.setattr(Meter, "on_train_batch_end", noted)
     done = train(Run(task, replace(ADAMW, decay=True), 0, Budget(0.2, "seconds", clock), 1, final=False))
     assert done.test is None  # only final runs look at the test examples
-    assert 0 < done.seconds < 0.4  # the first step is the slow one
-    assert done.history[-1]["seconds"] == done.seconds
-    assert done.steps > 1
+    assert done.steps == len(steps)
+    assert done.seconds == done.history[-1]["seconds"] == pytest.approx(sum(steps))
+    before = sum(steps[:-1])
+    assert before < 0.2  # the last step began within the budget,
+    assert not steps[:-1] or before + before / len(steps[:-1]) <= 0.2 * (1 + 1e-6)  # and one of the mean cost would have fit
+    assert done.seconds + done.seconds / len(steps) > 0.2 * (1 - 1e-6)  # as no other would now
 
 
 def test_published_steps_are_the_reference(tmp_path: Path) -> None:

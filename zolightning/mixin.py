@@ -49,18 +49,19 @@ class ZOMixin:
         """The part of a step that is computed once, before its probes, because no trained weight takes part in it.
 
         A frozen encoder's features, the keys and values of a prompt: all probes share them, and cost that much less. Reading
-        a trained weight here is an error. It counts as one forward pass.
+        a trained weight here is an error. It counts as one forward pass, whatever it returns but None.
 
         Returns:
-            The value that ``zo_objective`` gets in place of the batch, examples along dimension 0 of its tensors too.
+            The value that ``zo_objective`` gets in place of the batch, examples along dimension 0 of its tensors too; the
+            batch itself where the result is kept elsewhere. None: there was nothing to compute, and it gets the batch.
         """
-        return batch
+        return None
 
     def training_step(self, batch: Batch, batch_idx: int = 0) -> Tensor:
         """The mean of ``zo_objective``, for training by backprop."""
         with torch.no_grad():
-            batch = self.zo_prepare(batch)
-        loss = self.zo_objective(batch)
+            prepared = self.zo_prepare(batch)
+        loss = self.zo_objective(batch if prepared is None else prepared)
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             raise TypeError(
                 f"{type(self).__name__}.zo_objective returned {type(loss).__name__} without a graph, which backprop cannot "

@@ -143,7 +143,8 @@ class Session:
             forward: batch → loss: a number, a tensor, per-example losses of shape (B,), or a mapping with 'loss'.
             batch: examples along dimension 0 of its tensors.
             optimizer: whose parameters are perturbed. None: the first one.
-            prepare: makes once, for all probes, the value that ``forward`` gets in place of the batch; reads no trained weight.
+            prepare: makes once, for all probes, the value that ``forward`` gets in place of the batch, and counts as a forward
+                pass; reads no trained weight. None: there was nothing to make, and ``forward`` gets the batch.
 
         Returns:
             None when ``forward`` returned None: the micro-batch is skipped.
@@ -152,9 +153,8 @@ class Session:
         key = Key(self.seed, self.step, sum(part.taken for part in self._window))
         part = self.ranks.part(self.estimator, key, len(self._window), batch)
         try:
-            given, looks = batch, 0
-            if prepare is not None:
-                batch = self._prepared(prepare, forward, batch, optimizer)
+            looks, prepared = 0, None if prepare is None else self._prepared(prepare, forward, batch, optimizer)
+            batch = batch if prepared is None else prepared
             space = self.subspace(forward, batch, optimizer)
             space.runner.view.check()
             if not self._window:
@@ -166,7 +166,7 @@ class Session:
         except SkipStep:
             return None
         estimate = part.tell(ran.answers)
-        estimate = part.estimate = estimate._replace(forwards=estimate.forwards + (batch is not given) + looks)
+        estimate = part.estimate = estimate._replace(forwards=estimate.forwards + (prepared is not None) + looks)
         self.notices.report(space.runner, ran, estimate, self.estimator.eps)
         self._window += [part] if counts else []
         if not counts:
@@ -309,9 +309,9 @@ class Session:
             space.release()
 
     def _prepared(self, prepare: Callable[[Batch], Batch], forward: Forward, batch: Batch, optimizer: Optimizer) -> Batch:
-        # its first result decides the subspace, and no probe may be run on it
-        tried = partial(self._isolation.tried, prepare, batch)
-        space = self._subspaces.get(id(optimizer)) or self.subspace(forward, tried(), optimizer)
+        if (space := self._subspaces.get(id(optimizer))) is None:
+            tried = self._isolation.tried(prepare, batch)  # it decides the subspace, and no probe may be run on it
+            space = self.subspace(forward, batch if tried is None else tried, optimizer)
         with space.view.refusing_reads():
             return prepare(batch)
 

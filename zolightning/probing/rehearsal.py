@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..space import Leaf, View
 from ..types import Batch, Candidate, Forward, Key, Shared, SkipStep, StepOutput, Term
 from .isolation import Isolation
 from .objective import evaluated, loss_value
 
+T = TypeVar("T")
 _FAR = 0.05
 _TERMS = tuple((Term(Key(0, 0), side),) for side in (_FAR, -_FAR))
 _TRIES = 64
@@ -35,15 +38,19 @@ def rehearse(forward: Forward, batch: Batch, view: View, isolation: Isolation) -
 
     Raises:
         SkipStep: the step returned None.
-        RuntimeError: the step writes state that follows the trained weights: an average of them, a teacher.
+        RuntimeError: the step writes state that follows the trained weights: an average of them, a teacher; or it reads weights
+            that are not in memory where only their placeholder is seen.
     """
     step = _Rehearsal(forward, batch, view, isolation)
     found: list[Leaf] = []
     if view.compiled:  # as in a probe, so that it is compiled once
         step.loss()
-    elif step.goes_wrong(view.visible()) and math.isfinite(step.loss()):  # of a loss that is NaN by itself nothing can be told
-        found = step.behind(view.visible())
-        if step.error is not None and not found:  # it came by itself, once
+    elif step.goes_wrong(view.visible()):
+        if step.goes_wrong():  # of a loss that is NaN by itself nothing can be told
+            step.refuse_placeholders()
+        else:
+            found = step.culprits(view.visible(), step.goes_wrong)
+        if step.error is not None and not found:  # it came by itself
             raise step.error
     shapes = {leaf.parameter.shape for leaf in view.leaves if leaf.parameter.dim() > 1}
     if step.writes_weights or isolation.holds(shapes):
@@ -68,7 +75,7 @@ class _Rehearsal:
             self.writes_weights = self.writes_weights or bool(probes.written)
         return number(out)
 
-    def goes_wrong(self, hidden: Sequence[Leaf]) -> bool:
+    def goes_wrong(self, hidden: Sequence[Leaf] = ()) -> bool:
         """Whether the loss is NaN, or there is none, while these leaves are hidden."""
         self._left -= 1
         try:
@@ -79,14 +86,30 @@ class _Rehearsal:
             self.error = self.error or error
             return True
 
-    def behind(self, leaves: Sequence[Leaf]) -> list[Leaf]:
-        """Those of the leaves that are read behind the probe's back."""
-        if not leaves or not self.goes_wrong(leaves):
+    def culprits(self, suspects: Sequence[T], wrong: Callable[[Sequence[T]], bool]) -> list[T]:
+        """Those of the suspects that it goes wrong with; ``wrong`` says so of several at a time."""
+        if not suspects or not wrong(suspects):
             return []
-        if len(leaves) == 1 or self._left <= 0:
-            return list(leaves)
-        middle = len(leaves) // 2
-        return self.behind(leaves[:middle]) + self.behind(leaves[middle:])
+        if len(suspects) == 1 or self._left <= 0:
+            return list(suspects)
+        middle = len(suspects) // 2
+        return self.culprits(suspects[:middle], wrong) + self.culprits(suspects[middle:], wrong)
+
+    def refuse_placeholders(self) -> None:
+        """Raise RuntimeError where the loss is NaN because it was computed with the placeholders of weights."""
+        found = _placeholders(self._view.root)
+
+        def wrong(some: Sequence[str]) -> bool:
+            with _filled(p for name, p in found.items() if name not in some):
+                return self.goes_wrong()
+
+        if found and not wrong(()):
+            names = self.culprits(list(found), wrong)
+            raise RuntimeError(
+                f"the training step reads {', '.join(map(repr, names))} in a scripted function or in code that is not "
+                "PyTorch's, where offloaded weights are not to be had. Leave torch.jit.script out there, or train without "
+                "offload"
+            )
 
     def refuse_averages(self) -> None:
         """Raise RuntimeError where a parameter gets other values at other points, or a tensor moves towards a weight."""
@@ -105,6 +128,29 @@ class _Rehearsal:
                     f"the training step moves {name!r} towards the trained weights {leaf.name!r}, which are perturbed there. "
                     "Move the average to `on_train_batch_end`, where they are not"
                 )
+
+
+def _placeholders(module: nn.Module) -> Mapping[str, Tensor]:
+    """Name → the one number that is spread over the shape of a Parameter whose weights are elsewhere."""
+    found = {}
+    for name, parameter in module.named_parameters():
+        memory = parameter.untyped_storage()
+        if parameter.is_floating_point() and parameter.numel() > 1 and memory.nbytes() == parameter.dtype.itemsize:
+            found[name] = torch.empty(0, dtype=parameter.dtype, device=memory.device).set_(memory)
+    return found
+
+
+@contextmanager
+def _filled(placeholders: Iterable[Tensor]) -> Iterator[None]:
+    """While it lasts, they hold a number that products may come across."""
+    before = [(p, p.clone()) for p in placeholders]
+    try:
+        for placeholder, _ in before:
+            placeholder.fill_(_FAR)
+        yield
+    finally:
+        for placeholder, value in before:
+            placeholder.copy_(value)
 
 
 def number(out: StepOutput) -> float:

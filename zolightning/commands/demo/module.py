@@ -45,14 +45,14 @@ class PromptClassifier(ZOMixin, pl.LightningModule):
         """Logits (B, labels), float32."""
         return candidate_logits(self.model, batch, self.candidate_ids)
 
-    def zo_prepare(self, batch: dict[str, Tensor]) -> Batch:
+    def zo_prepare(self, batch: dict[str, Tensor]) -> Batch | None:
         """Where the model has interventions and is frozen else: the text before them encoded, once for all probes."""
         made = interventions(self.model)
         vectors = {id(one.vectors) for one in made}
         if not made or any(p.requires_grad and id(p) not in vectors for p in self.model.parameters()):
-            return batch
+            return None
         with idle(made):
-            return encode_text(self.model, batch, made[0].positions) or batch
+            return encode_text(self.model, batch, made[0].positions)
 
     def zo_objective(self, batch: Batch) -> Tensor:
         return F.cross_entropy(self(batch), batch["labels"], reduction="none")
