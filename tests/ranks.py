@@ -39,7 +39,7 @@ def free_port() -> int:
 def environment(launcher: str | None, rank: int, size: int, port: int) -> dict[str, str]:
     """The variables that a launcher sets for a rank on loopback; the third process of "stranger" comes as another rank 1."""
     if launcher == "stranger":
-        rank, size, launcher = min(rank, 1), 2, "torchrun"
+        rank, size = min(rank, 1), 2
     torchrun = {"RANK": rank, "WORLD_SIZE": size, "TORCHELASTIC_RUN_ID": "tests"}
     slurm = {"SLURM_NTASKS": size, "SLURM_PROCID": rank, "SLURM_JOB_NAME": "train", "SLURM_JOB_ID": 1234}
     one, two = {"SLURM_NTASKS_PER_NODE": size, "SLURM_NNODES": 1}, {"SLURM_NTASKS_PER_NODE": 1, "SLURM_NNODES": size}
@@ -48,6 +48,7 @@ def environment(launcher: str | None, rank: int, size: int, port: int) -> dict[s
         "torchrun, two nodes": {**torchrun, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "GROUP_RANK": rank},
         "slurm": {**slurm, **one, "SLURM_LOCALID": rank, "SLURM_NODEID": 0},
         "slurm, two nodes": {**slurm, **two, "SLURM_LOCALID": 0, "SLURM_NODEID": rank},
+        "stranger": {"LOCAL_RANK": rank},
         "lightning, two nodes": {"NODE_RANK": rank},
         "fork": {},
     }[launcher or "torchrun"]

@@ -34,10 +34,11 @@ def join_group(environment: ClusterEnvironment, parallel: Parallel, rank: int, s
     if dist.is_initialized():
         return
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
-    timeout = timedelta(seconds=parallel.timeout)
-    store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
-    _take_seat(store, rank, size)
     backend = parallel.backend or ("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    timeout, store = timedelta(seconds=parallel.timeout), None
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's agents deal ranks out themselves, anew at each restart
+        store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
+        _take_seat(store, rank, size)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
