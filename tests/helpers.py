@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 
 from zolightning import ZOConfig, ZOMixin, ZOStrategy
 from zolightning.methods.estimators import Estimator
-from zolightning.probing.block_reuse import BlockReuse
 from zolightning.probing.inspection import Examples
 from zolightning.probing.isolation import Isolation
+from zolightning.probing.reuse import Reuses
 from zolightning.probing.runner import Runner
 from zolightning.space import View
 from zolightning.types import Estimate, Key
@@ -193,8 +193,8 @@ def estimated(
     batch: Any,
     key: Key,
     examples: Examples = Examples(losses=False, repeats=False),  # noqa: B008
-    blocks: BlockReuse | None = None,
+    reuse: Reuses | None = None,
 ) -> Estimate:
     """The estimate of one micro-batch, its points run through the view."""
-    runner = Runner(view, Isolation(view.root, torch.device("cpu")), examples, blocks)
+    runner = Runner(view, Isolation(view.root, torch.device("cpu")), examples, reuse)
     return estimator.tell(key, runner.run(loss, batch, partial(estimator.ask, key)).answers)

@@ -100,7 +100,7 @@ def spsa(forward: Forward, view: View, batch: Any, reuse: BlockReuse | None, que
     """The estimate, and the operations of its matrix products."""
     torch.manual_seed(4)
     with FlopCounterMode(display=False) as flops:
-        return estimated(SPSA(1e-2, queries), view, forward, batch, Key(3, 0), blocks=reuse), flops.get_total_flops()
+        return estimated(SPSA(1e-2, queries), view, forward, batch, Key(3, 0), reuse=reuse), flops.get_total_flops()
 
 
 def view_of(model: nn.Module, select: str) -> View:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -19,7 +19,8 @@ from zolightning.engine.session import Session
 from zolightning.ledger import read, replay
 from zolightning.methods.config import ZOConfig
 from zolightning.noise import Rademacher, noise_sum, scattering
-from zolightning.space import GroupLeaf, Groups, arrange
+from zolightning.probing.allocation import grasp
+from zolightning.space import DenseLeaf, Epochs, GroupLeaf, Groups, Leaf, arrange, deal
 from zolightning.types import Key, Term
 
 
@@ -53,11 +54,27 @@ def test_a_piece_is_that_of_the_whole() -> None:
     torch.testing.assert_close(torch.cat([leaf.noise(terms, at, 100) for at in range(0, 1000, 100)]), whole, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("size", "queries"), [(1, 1), (2, 1), (30, 30), (1000, 7), (1000, 990)])
+def test_a_probe_of_one_direction_is_the_general_one_to_the_bit(size: int, queries: int, dtype: torch.dtype) -> None:
+    leaf = GroupLeaf(
+        "w", 3, nn.Parameter(torch.randn(size, dtype=dtype)), Rademacher(), queries, 0.0, queries, kept=-(-size * 99 // 100)
+    )
+    for query in {0, queries // 2, queries - 1}:
+        term = Term(Key(1, 2, query), 0.3)
+        groups = leaf.groups(term.key, 0, size)
+        assert leaf.members(term.key).sort().values.tolist() == (groups == query).nonzero().flatten().tolist()
+        out, general = torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype)
+        leaf.perturb_into(out, [term])
+        Leaf.perturb_into(leaf, general, [term])
+        assert torch.equal(out, general)
+
+
 @pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.99])
 def test_sparsity_is_the_one_asked_for(sparsity: float) -> None:
     sizes = (4096, 64, 300, 1)
     leaves = [GroupLeaf(str(i), i, nn.Parameter(torch.zeros(n)), Rademacher()) for i, n in enumerate(sizes)]
-    arrange(leaves, 1, sparsity, sizes)
+    arrange(leaves, 1, deal(round((1 - sparsity) * sum(sizes)), sizes, sizes), sizes)
     moved = sum(int(leaf.noise([Term(Key(0, 0), 1.0)], 0, leaf.parameter.numel()).count_nonzero()) for leaf in leaves)
     assert abs(1 - moved / sum(sizes) - sparsity) < 1e-3
 
@@ -68,7 +85,7 @@ def test_sparsity_is_the_one_asked_for(sparsity: float) -> None:
 def test_every_direction_moves_something(queries: int, importance: Sequence[float], sparsity: float) -> None:
     sizes = (50, 6, 1)
     leaves = [GroupLeaf(str(i), i, nn.Parameter(torch.zeros(n)), Rademacher()) for i, n in enumerate(sizes)]
-    arrange(leaves, queries, sparsity, importance)
+    arrange(leaves, queries, deal(round((1 - sparsity) * sum(sizes)), sizes, importance), importance)
     groups = torch.cat([leaf.groups(Key(0, 0), 0, leaf.parameter.numel()) for leaf in leaves])
     used = min(queries, round((1 - sparsity) * sum(sizes)))
     assert set(groups.tolist()) - {-1} == set(range(used))
@@ -88,7 +105,7 @@ def test_one_group_is_spsa_to_the_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
-def config(estimator: str, queries: int, structure: str | Groups) -> ZOConfig:
+def config(estimator: str, queries: int | Literal["weights"], structure: str | Groups) -> ZOConfig:
     return ZOConfig(
         estimator=estimator, num_queries=queries, select="all", structure=structure, normalize=False, seed=1, one_batch=False
     )
@@ -177,7 +194,100 @@ def test_gaussian_noise_is_refused() -> None:
         session.estimate(lambda batch: net(batch).sum(), torch.zeros(2, 3))
 
 
-@pytest.mark.parametrize("wrong", [{"allocate": "best"}, {"sparsity": 1.0}, {"redraw": 0}])
+@pytest.mark.parametrize("ratios", ["size", "magnitude", "grasp"])
+def test_masks_by_ratios(ratios: Literal["size", "magnitude", "grasp"]) -> None:
+    """The realised share, and a direction for each kept weight; 'magnitude' keeps what a sort of all weights gives."""
+    torch.manual_seed(0)
+    net = mlp(20, 30, 10)
+    net[0].weight.data.mul_(3)  # type: ignore[union-attr, operator]
+    before = [p.detach().clone() for p in net.parameters()]
+    session = Session(
+        net, torch.optim.SGD(net.parameters(), lr=0.0), config("coordinatewise", "weights", Groups(sparsity=0.9, ratios=ratios))
+    )
+    session.estimate(lambda batch: net(batch).square().mean(), torch.randn(16, 20))
+    session.update()
+    leaves = [leaf for leaf in session.view().leaves if isinstance(leaf, GroupLeaf)]
+    counts = [leaf.kept for leaf in leaves]
+    total = round(0.1 * sum(p.numel() for p in before))
+    assert sum(counts) == total == session.estimator.num_queries == leaves[-1].end
+    moved = [int((leaf.groups(Key(1, 0), 0, leaf.parameter.numel()) >= 0).sum()) for leaf in leaves]
+    assert moved == counts
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    if ratios == "magnitude":
+        limit = torch.cat([p.abs().flatten() for p in before]).topk(total).values[-1]
+        assert counts == [int((p.abs() >= limit).sum()) for p in before]
+
+
+def test_grasp_scores_are_those_of_the_curvature() -> None:
+    """On a quadratic, ½ Σ h w², the Hessian times the gradient is h² w: all directions together find the order of h² w²."""
+    heights = torch.tensor([1.0, 3.0, 0.1, 2.0]).double()
+    net = nn.ParameterList([nn.Parameter(torch.ones(50).double() * (1 + i)) for i in range(4)])
+
+    def loss(terms: Sequence[Term]) -> float:
+        moved = [leaf.perturbed(terms) for leaf in leaves]
+        return float(torch.stack([h * p.square().sum() / 2 for h, p in zip(heights, moved, strict=True)]).sum())
+
+    leaves = [DenseLeaf(str(i), i, p, Rademacher()) for i, p in enumerate(net)]
+    scores = [float(score.mean()) for score in grasp(loss, leaves, 1e-3)]
+    exact = [float(h * h * p[0] * p[0]) for h, p in zip(heights, net, strict=True)]
+    assert sorted(range(4), key=scores.__getitem__) == sorted(range(4), key=exact.__getitem__)
+
+
+def test_coordinatewise_is_the_derivative_of_each_weight() -> None:
+    torch.manual_seed(0)
+    net = mlp(3, 5, 2).double()
+    x = torch.randn(16, 3).double()
+    net(x).square().mean().backward()
+    exact = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+    settings = config("coordinatewise", "weights", "groups").override(eps=1e-6)
+    session = Session(net, torch.optim.SGD(net.parameters(), lr=0.0), settings)
+    estimate = session.estimate(lambda batch: net(batch).square().mean(), x)
+    assert estimate is not None
+    assert estimate.forwards == 1 + exact.numel()
+    terms = [Term(t.key, t.coefficient / exact.numel()) for t in estimate.terms]
+    found = torch.cat([leaf.gradient(terms).flatten() for leaf in session.view().leaves])
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-5)
+
+
+def test_deepzero_as_its_recipe_says(tmp_path: Path) -> None:
+    """Masks stay for five epochs of a Trainer, and the ledger holds the rule that a replay needs."""
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(32, 8), torch.randn(32, 4))
+    module = Task(mlp(8, 16, 4), lambda net, batch: (net(batch[0]) - batch[1]).square().mean())
+    start = [p.detach().clone() for p in module.parameters()]
+    strategy = ZOStrategy("deepzero", ledger=tmp_path / "ledger.zo", seed=1)
+    trainer = quiet_trainer(strategy, max_epochs=1, accumulate_grad_batches=2)
+    trainer.fit(module, DataLoader(data, batch_size=8))
+    (leaf, *_) = strategy.session.view().leaves
+    assert isinstance(leaf, GroupLeaf)
+    assert leaf.redraw == 5 * 2
+    assert leaf.queries == round(0.1 * sum(p.numel() for p in start)) == strategy.estimator.num_queries
+    trained = [p.detach().clone() for p in module.parameters()]
+    for p, before in zip(module.parameters(), start, strict=True):
+        p.data.copy_(before)
+    replay(read(tmp_path / "ledger.zo"), dict(module.named_parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(trained, module.parameters(), strict=True))
+
+
+def test_epochs_need_a_trainer() -> None:
+    net = mlp(3, 5, 2)
+    session = Session(net, torch.optim.SGD(net.parameters(), lr=1.0), config("spsa", 2, Groups(redraw=Epochs(2))))
+    with pytest.raises(ValueError, match="which a Trainer knows"):
+        session.estimate(lambda batch: net(batch).sum(), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("settings", [{"estimator": "coordinatewise"}, {"num_queries": "weights"}])
+def test_coordinates_need_groups(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="needs `structure='groups'`"):
+        ZOConfig(structure="dense", **settings)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"allocate": "best"}, {"sparsity": 1.0}, {"redraw": 0}, {"ratios": "best"}, {"reuse": -1.0}],
+)
 def test_wrong_settings(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"Groups\("):
         Groups(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must be >= 1"):
+        Epochs(0)

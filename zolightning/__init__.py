@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from .mixin import ZOMixin
     from .records.mlflow_logger import mlflow_logger
     from .records.monitor import ZOMonitor
-    from .space import Cycle, Groups, LowRank, Sparse, Structure, expose_scales
+    from .space import Cycle, Epochs, Groups, LowRank, Sparse, Structure, expose_scales
     from .strategy.ledger_io import LedgerCheckpointIO
     from .strategy.strategy import ZOStrategy
 
 __all__ = [
     "Cycle",
+    "Epochs",
     "Groups",
     "LedgerCheckpointIO",
     "LowRank",
@@ -45,6 +46,7 @@ __all__ = [
 
 _HOMES = {
     "Cycle": ".space",
+    "Epochs": ".space",
     "Groups": ".space",
     "LedgerCheckpointIO": ".strategy.ledger_io",
     "LowRank": ".space",

@@ -36,8 +36,8 @@ class Notices:
 
     def report(self, runner: Runner, ran: Ran, estimate: Estimate, eps: float) -> None:
         """What the probes of a micro-batch showed."""
-        blocks, graphs = runner.blocks, runner.graphs
-        for notice in (blocks.notice() if blocks else "", *(graphs.notices() if graphs else ())):
+        reuse, graphs = runner.reuse, runner.graphs
+        for notice in (reuse.notice() if reuse else "", *(graphs.notices() if graphs else ())):
             if notice:
                 self.inform(f"ZO: {notice}")
         if ran.refused:

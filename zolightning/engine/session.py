@@ -42,7 +42,7 @@ from .recording import Recording
 from .skips import SkipWatch
 from .step import finish, keep_best
 from .step_size import Loss, StepSizes
-from .subspace import Calibration, Setting, Subspace, compute_dtype, find_subspace, listed
+from .subspace import Calibration, Epoch, Setting, Subspace, compute_dtype, find_subspace, listed, unknown_epoch
 from .uninterrupted import uninterrupted
 from .updates import Apply, UpdateStats, apply_update, load_state, state_of
 
@@ -68,6 +68,7 @@ class Session:
             nowhere.
         apply: has a step reach the weights, those that are not in memory too.
         ranks: the processes that take each step together, as a :class:`~zolightning.parallel.Team`.
+        epoch: says how many optimizer steps an epoch has, where the method asks.
         inform: gets lines on the choices that the fit made.
         warn: gets lines on settings that the user should change.
 
@@ -89,6 +90,7 @@ class Session:
         ledger: Recording | None = None,
         apply: Apply = apply_update,
         ranks: Ranks | None = None,
+        epoch: Epoch = unknown_epoch,
         inform: Say = _log.info,
         warn: Say = warnings.warn,
     ) -> None:
@@ -109,7 +111,7 @@ class Session:
         self._ledger, self._apply_update = ledger, apply
         self.notices = Notices(inform, warn)
         self._isolation = Isolation(module, self.device)
-        self._setting = Setting(module, self.config, self.estimator, self._isolation, repeatable, muted)
+        self._setting = Setting(module, self.config, self.estimator, self._isolation, repeatable, muted, epoch)
         self._subspaces: dict[int, Subspace] = {}
         self._steppers: dict[int, Optimizer] = {}
         self._shaping_states: dict[int, State] = {}
@@ -119,6 +121,10 @@ class Session:
         self._looks: list[float] = []
         self._trials: list[Loss] = []
         self._skips = SkipWatch(self.config.max_skips)
+        if self.config.num_queries == "weights" and len(self.optimizers) > 1:
+            raise ValueError(
+                f"`num_queries='weights'` is for one optimizer, and there are {len(self.optimizers)}; give a number"
+            )
         for optimizer in self.optimizers:
             if (lr := self.config.own_lr) is not None:
                 override_lr(optimizer, schedulers, lr)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -17,13 +17,15 @@ from torch.optim import Optimizer
 from ..methods.config import ZOConfig
 from ..methods.estimators import Estimator
 from ..parallel import Ranks
-from ..probing.allocation import importances
+from ..probing.allocation import deal_out
 from ..probing.block_reuse import block_reuse
 from ..probing.cuda_graphs import Graphs
+from ..probing.feature_reuse import feature_reuse
 from ..probing.inspection import Examples, inspect_step, takes_both
 from ..probing.isolation import Isolation
 from ..probing.lockstep import Lockstep, lockstep_of
 from ..probing.rehearsal import rehearse
+from ..probing.reuse import Reuses
 from ..probing.runner import Muted, Runner, opposite
 from ..space import (
     GroupLeaf,
@@ -32,13 +34,20 @@ from ..space import (
     Select,
     Structure,
     View,
-    arrange,
     build_view,
     dominant_block,
     structure_of,
     take_turns,
 )
 from ..types import Batch, Forward, Key, SkipStep
+
+Epoch: TypeAlias = Callable[[], int]
+"""Optimizer steps of an epoch."""
+
+
+def unknown_epoch() -> int:
+    """Of a session that nobody told."""
+    raise ValueError("`Groups(redraw=Epochs(...))` needs the length of an epoch, which a Trainer knows; give a number of steps")
 
 
 @dataclass
@@ -66,6 +75,7 @@ class Setting:
         isolation: of the module.
         repeatable: whether the user's step evaluates the batch that it is given.
         muted: context in which the step logs nothing.
+        epoch: optimizer steps of an epoch, where somebody knows.
     """
 
     module: nn.Module
@@ -74,6 +84,7 @@ class Setting:
     isolation: Isolation
     repeatable: bool
     muted: Muted
+    epoch: Epoch
 
 
 class Subspace(NamedTuple):
@@ -193,8 +204,20 @@ def find_subspace(
         take_turns(setting.module, view.leaves, config.cycle)
     graphs = Graphs(view, isolation) if config.cuda_graphs else None
     lockstep = _lockstep(setting, forward, batch, view, isolation)
-    runner = Runner(view, isolation, found.examples, block_reuse(view) or None, graphs, lockstep, setting.muted)
+    reuse = _reuse(setting, _structures(config)[found.structure], forward, batch, view)
+    runner = Runner(view, isolation, found.examples, reuse, graphs, lockstep, setting.muted)
     return Subspace(optimizer, runner, trainable(optimizer), _selected(config, calibration), len(isolation.changing))
+
+
+def _reuse(setting: Setting, structure: Structure, forward: Forward, batch: Batch, view: View) -> Reuses | None:
+    """What the forwards of a step need not compute again."""
+    leaf, config = view.leaves[0], setting.config
+    if not isinstance(structure, Groups) or not isinstance(leaf, GroupLeaf):
+        return block_reuse(view) or None
+    if config.num_queries == "weights":
+        setting.estimator.num_queries = leaf.queries  # known only now
+    with setting.muted():
+        return feature_reuse(forward, batch, view, setting.isolation, 0 if config.cuda_graphs else structure.reuse * 2**20)
 
 
 def _selected(config: ZOConfig, calibration: Calibration) -> Select:
@@ -227,7 +250,7 @@ def _try(
                     view, structure = candidate, place
                     break
     if calibration.both is None:
-        paired = _asks_for_pairs(setting.estimator) and not examples.losses and repeatable
+        paired = _asks_for_pairs(setting.estimator) and not examples.losses and not view.grouped and repeatable
         with setting.muted():
             calibration.both = paired and takes_both(forward, batch, view, isolation)
     groups = structures[structure]
@@ -278,13 +301,13 @@ def _lockstep(setting: Setting, forward: Forward, batch: Batch, view: View, isol
 
 def _deal(structure: Groups, setting: Setting, forward: Forward, batch: Batch, view: View) -> None:
     """Deal the step's directions out to the leaves."""
-    leaves = [leaf for leaf in view.leaves if isinstance(leaf, GroupLeaf)]
-    importance = [float(leaf.parameter.numel()) if structure.allocate == "size" else 1.0 for leaf in leaves]
-    if structure.allocate == "gradient":
-        with setting.muted():
-            found = importances(forward, batch, view, setting.isolation, setting.estimator.eps or 1e-3)
-        importance = found if any(found) else importance
-    arrange(leaves, setting.estimator.num_queries, structure.sparsity, importance)
+    queries = None if setting.config.num_queries == "weights" else setting.estimator.num_queries
+    with setting.muted():
+        deal_out(structure, queries, forward, batch, view, setting.isolation, setting.estimator.eps or 1e-3)
+    redraw = structure.redraw if isinstance(structure.redraw, int) else structure.redraw.count * setting.epoch()
+    for leaf in view.leaves:
+        if isinstance(leaf, GroupLeaf):
+            leaf.redraw = redraw
 
 
 def _asks_for_pairs(estimator: Estimator) -> bool:

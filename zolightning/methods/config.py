@@ -11,14 +11,15 @@ import torch
 
 from .._answers import did_you_mean
 from ..noise import DISTRIBUTIONS, Distribution
-from ..space import STRUCTURES, Cycle, Scales, Select, Structure
-from .estimators import SPSA, Estimator, ForwardGradient, OneSidedSPSA, PerExampleSPSA, Population
+from ..space import STRUCTURES, Cycle, Groups, Scales, Select, Structure
+from .estimators import SPSA, Coordinatewise, Estimator, ForwardGradient, OneSidedSPSA, PerExampleSPSA, Population
 from .optimizers import OPTIMIZERS, MakeOptimizer
 from .shaping import Chain, Clip, Normalize, Ranks, Shaping, Standardize
 
 ESTIMATORS: dict[str, Callable[[float, int], Estimator]] = {
     "spsa": SPSA,
     "one_sided": OneSidedSPSA,
+    "coordinatewise": Coordinatewise,
     "population": Population,
     "forward_gradient": lambda eps, num_queries: ForwardGradient(num_queries),
     "per_example": PerExampleSPSA,
@@ -35,7 +36,8 @@ class ZOConfig:
     """A ZO method: a value composed of pieces. Named ones are in :mod:`zolightning.methods.recipes`."""
 
     estimator: str | Estimator = "per_example"
-    """'spsa' (two probes a direction, shared by the batch), 'one_sided' (one probe a direction and one without), 'population'
+    """'spsa' (two probes a direction, shared by the batch), 'one_sided' (one probe a direction and one without),
+    'coordinatewise' (likewise, eps being how far a probe moves a weight; for structure='groups'), 'population'
     (one probe a direction, compared with each other), 'forward_gradient' (exact, by forward differentiation), 'per_example'
     (a direction for each example where the module has a per-example objective, else as 'spsa'), or an
     :class:`~zolightning.methods.estimators.Estimator`."""
@@ -43,8 +45,9 @@ class ZOConfig:
     eps: float | None = None
     """Perturbation scale, > 0. None: from the dtype that the forward runs in, see :data:`EPS_BY_DTYPE`."""
 
-    num_queries: int = 1
-    """Directions per step (per example for 'per_example'), >= 1. Forward passes grow with it."""
+    num_queries: int | Literal["weights"] = 1
+    """Directions per step (per example for 'per_example'), >= 1. Forward passes grow with it. 'weights': as many as a step
+    trains weights, which makes groups of one weight each; for structure='groups'."""
 
     noise: str | Distribution = "rademacher"
     """'rademacher' (±1), 'gaussian', or a :class:`~zolightning.noise.Distribution`."""
@@ -112,6 +115,11 @@ class ZOConfig:
         one_of("estimator", self.estimator, ESTIMATORS, Estimator)
         one_of("noise", self.noise, DISTRIBUTIONS, Distribution)
         one_of("structure", self.structure, ("auto", *STRUCTURES), Structure)
+        groups = self.structure == "groups" or isinstance(self.structure, Groups)
+        if not groups and (self.num_queries == "weights" or isinstance(self.build_estimator(torch.float32), Coordinatewise)):
+            raise ValueError(
+                f"coordinate-wise estimation needs `structure='groups'` or a `Groups(...)`, got {self.structure!r}"
+            )
         one_of("optimizer", self.optimizer, ("module", *OPTIMIZERS), Callable)  # type: ignore[arg-type]
         one_of("scales", self.scales, ("frozen", "absolute", "relative"))
         if isinstance(self.select, str) and self.select.startswith("scales") and self.scales == "frozen":
@@ -148,7 +156,7 @@ class ZOConfig:
         if isinstance(self.estimator, Estimator):
             return self.estimator
         eps = EPS_BY_DTYPE[dtype] if self.eps is None else self.eps
-        return ESTIMATORS[self.estimator](eps, self.num_queries)
+        return ESTIMATORS[self.estimator](eps, 2 if self.num_queries == "weights" else self.num_queries)  # known later
 
     def build_distribution(self) -> Distribution:
         return self.noise if isinstance(self.noise, Distribution) else DISTRIBUTIONS[self.noise]()
@@ -192,9 +200,9 @@ class Overrides(TypedDict, total=False):
     """The fields of :class:`ZOConfig` as keyword arguments; its documentation says more.
 
     Args:
-        estimator: 'spsa', 'one_sided', 'population', 'forward_gradient', 'per_example', or an Estimator.
+        estimator: 'spsa', 'one_sided', 'coordinatewise', 'population', 'forward_gradient', 'per_example', or an Estimator.
         eps: Perturbation scale, > 0; null: from the dtype of the forward.
-        num_queries: Directions per step, >= 1.
+        num_queries: Directions per step, >= 1; 'weights': one for each weight that a step trains, with structure 'groups'.
         noise: 'rademacher', 'gaussian', or a Distribution.
         select: 'all', 'middle', 'first:K', 'last:K', 'blocks:I-J', 'dominant', 're:PATTERN', 'scales', 'scales:middle' and so
             on, or a function (name, parameter) -> bool.
@@ -218,7 +226,7 @@ class Overrides(TypedDict, total=False):
 
     estimator: str | Estimator
     eps: float | None
-    num_queries: int
+    num_queries: int | Literal["weights"]
     noise: str | Distribution
     select: Select
     cycle: Cycle | None

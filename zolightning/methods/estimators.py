@@ -111,13 +111,36 @@ class OneSidedSPSA(FiniteDifference):
         num_queries: q >= 1.
     """
 
+    @property
+    def unit(self) -> float:
+        """Of z, in a probe."""
+        return self.eps
+
     def ask(self, key: Key, examples: int | None = None) -> Sequence[Point]:
-        return [Shared(), *(Shared((Term(z, self.eps),)) for z in self.directions(key))]
+        return [Shared(), *(Shared((Term(z, self.unit),)) for z in self.directions(key))]
 
     def tell(self, key: Key, answers: Sequence[Answer]) -> Estimate:
         base, *others = answers
-        gs = ((answer.loss - base.loss) / self.eps for answer in others)
+        gs = ((answer.loss - base.loss) / self.unit for answer in others)
         return Estimate.of(map(Term, self.directions(key), gs), answers)
+
+
+class Coordinatewise(OneSidedSPSA):
+    r"""The finite difference of each group of weights, of which a probe moves each by :math:`\mu`; q + 1 forwards:
+
+    .. math:: \hat g = \sum_k \frac{L(\theta + \mu\, s_k) - L(\theta)}{\mu}\, s_k, \qquad s_k = \pm 1 \text{ on group } k
+
+    For :class:`~zolightning.space.Groups`, whose :math:`z_k = \sqrt q\, s_k`; a group of one weight has its derivative.
+    DeepZero, arXiv:2310.02025.
+
+    Args:
+        eps: μ > 0, of the size of a weight's own step.
+        num_queries: groups of a step, q >= 1.
+    """
+
+    @property
+    def unit(self) -> float:
+        return self.eps / math.sqrt(self.num_queries)
 
 
 class ForwardGradient(Estimator):

@@ -12,20 +12,17 @@ each of them gives that output at once. This is done only where it changes nothi
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..space import View, blocks
 from ..space.operations import Args, Kwargs
-from ..types import Operation
-
-_PLAIN = (type(None), bool, int, float, str)
+from ..types import Operation, Point
+from .reuse import comparable, copied, generators, hooked, instead, same
 
 
 class BlockReuse:
@@ -71,8 +68,7 @@ def block_reuse(view: View) -> BlockReuse:
     later = {id(m) for block in stack[first:] for m in block.modules()}
     elsewhere = {id(p) for m in root.modules() if id(m) not in later for p in m.parameters(recurse=False)}
     chosen = stack[:first]
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for block in chosen for m in block.modules())
-    if hooked or ids & elsewhere or len(set(map(id, stack))) < len(stack):
+    if hooked(chosen) or ids & elsewhere or len(set(map(id, stack))) < len(stack):
         chosen = []
     return BlockReuse(chosen, name, trained[0].device)
 
@@ -92,96 +88,42 @@ class Reuse:
         self._output: Any = None
         self._rng: list[object] = []
         self._next = 0  # the block that should be entered now
-        self._usable = False
+        self._started, self._usable = False, bool(unperturbed)
         self.reused = False
         """Whether the last forward left blocks out."""
 
     @contextmanager
-    def first(self) -> Iterator[None]:
-        """Around the forward that runs all blocks."""
-        self._next, self._usable = 0, bool(self._blocks)
-        with self._instead(self._watch):
+    def forward(self, point: Point | None) -> Iterator[None]:
+        """The first one runs all blocks."""
+        first, self._started, self.reused = not self._started, True, False
+        with instead(self._blocks, self._watch if first else self._skip) if first or self._usable else nullcontext():
             yield
-        if self._next < len(self._blocks):
-            self._usable = False
-        if not self._usable:
-            self._input = self._output = None
+        if first and (not self._usable or self._next < len(self._blocks)):
+            self._usable, self._input, self._output = False, None, None
 
-    @contextmanager
-    def later(self) -> Iterator[None]:
-        """Around any other forward."""
-        self.reused = False
-        with self._instead(self._skip if self._usable else None):
-            yield
+    @property
+    def doubtful(self) -> bool:
+        return self.reused and self.blocks.proved is None
+
+    def prove(self, equal: bool) -> None:
+        self.blocks.proved = equal
+        self._usable = equal
 
     def _watch(self, index: int, forward: Operation, args: Args, kwargs: Kwargs) -> object:
         inputs = (args, kwargs)
         if index != self._next:
             self._usable = False  # another order, or a second pass
         if self._usable and index == 0:
-            self._usable, self._rng = _comparable(inputs), self._random()
-            self._input = _copy(inputs) if self._usable else None
+            self._usable, self._rng = comparable(inputs), generators(self._device)
+            self._input = copied(inputs) if self._usable else None
         output = forward(*args, **kwargs)
         self._next += 1
         if self._usable and index == len(self._blocks) - 1:
-            self._usable = _comparable(output) and _same(self._rng, self._random())
-            self._output = _copy(output) if self._usable else None
+            self._usable = comparable(output) and same(self._rng, generators(self._device))
+            self._output = copied(output) if self._usable else None
         return output
 
     def _skip(self, index: int, forward: Operation, args: Args, kwargs: Kwargs) -> object:
         if index == 0:
-            self.reused = _same(self._input, (args, kwargs))
-        return _copy(self._output) if self.reused else forward(*args, **kwargs)
-
-    def _random(self) -> list[Any]:
-        _, numbers, position, *_ = np.random.get_state(legacy=True)
-        states = [torch.get_rng_state(), torch.from_numpy(numbers.astype(np.int64)), position, random.getstate()]  # type: ignore[union-attr]
-        return [*states, torch.cuda.get_rng_state(self._device)] if self._device.type == "cuda" else states
-
-    @contextmanager
-    def _instead(self, call: Callable[[int, Operation, Args, Kwargs], object] | None) -> Iterator[None]:
-        """Have each block's forward go through ``call``; restored whatever happens."""
-        own = [block.__dict__.get("forward") for block in self._blocks]
-
-        def through(index: int, forward: Operation) -> Operation:
-            return lambda *args, **kwargs: call(index, forward, args, kwargs)  # type: ignore[misc]
-
-        try:
-            if call is not None:
-                for i, block in enumerate(self._blocks):
-                    object.__setattr__(block, "forward", through(i, block.forward))
-            yield
-        finally:
-            for block, forward in zip(self._blocks, own, strict=True):
-                block.__dict__.pop("forward", None)
-                if forward is not None:
-                    object.__setattr__(block, "forward", forward)
-
-
-def _comparable(value: Any) -> bool:
-    if type(value) in (tuple, list):
-        return all(map(_comparable, value))
-    if type(value) is dict:
-        return all(map(_comparable, value.values()))
-    return isinstance(value, Tensor) or type(value) in _PLAIN
-
-
-def _copy(value: Any) -> Any:
-    """By value: later code may write into it."""
-    if type(value) in (tuple, list):
-        return type(value)(map(_copy, value))
-    if type(value) is dict:
-        return {k: _copy(v) for k, v in value.items()}
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-def _same(a: Any, b: Any) -> bool:
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, Tensor):
-        return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
-    if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, Mapping):
-        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    return bool(a == b)
+            self.reused = same(self._input, (args, kwargs))
+        return copied(self._output) if self.reused else forward(*args, **kwargs)

@@ -18,13 +18,13 @@ from torch import Tensor
 from ..space import Both, View
 from ..types import Answer, Batch, Candidate, Forward, PerExample, Point, Shared, SkipStep, StepOutput, Tangent
 from .batches import batch_examples, repeat_batch
-from .block_reuse import BlockReuse
 from .cuda_graphs import Graphs
 from .inspection import Examples
 from .isolation import Isolation, Probes
 from .lockstep import Lockstep
 from .loss_splitter import LossSplitter
 from .objective import example_losses, loss_of, loss_value, slope_of
+from .reuse import Reuses
 
 Ask = Callable[[int | None], Sequence[Point]]
 
@@ -42,7 +42,7 @@ class Runner:
         view: of the weights.
         isolation: of the module.
         examples: whether each example has a loss of its own, and whether the step takes a repeated batch.
-        blocks: the unperturbed first blocks, which run once a step.
+        reuse: what the forwards of a step need not compute again.
         graphs: recorded forwards, where they are asked for.
         lockstep: forwards that go through offloaded weights together.
         muted: context of every forward but the first.
@@ -51,7 +51,7 @@ class Runner:
     view: View
     isolation: Isolation
     examples: Examples
-    blocks: BlockReuse | None = None
+    reuse: Reuses | None = None
     graphs: Graphs | None = None
     lockstep: Lockstep | None = None
     muted: Muted = nullcontext
@@ -86,14 +86,14 @@ class Ran:
         forward: the user's step.
         batch: the micro-batch.
         probes: makes the forwards alike.
-        reuse: run the unperturbed first blocks once.
+        reuse: compute once what the forwards share.
     """
 
     def __init__(self, runner: Runner, forward: Forward, batch: Batch, probes: Probes, reuse: bool) -> None:
         self._runner, self._batch, self._probes = runner, batch, probes
         self._forward = forward if runner.graphs is None else lambda b: runner.graphs(forward, b)  # type: ignore[misc]
         plain = runner.graphs is None and runner.lockstep is None
-        self._reuse = runner.blocks.step() if reuse and runner.blocks and plain else None
+        self._reuse = runner.reuse.step() if reuse and runner.reuse and plain else None
         self._examples = batch_examples(batch)
         self.answers: list[Answer] = []
         self.output: StepOutput = None
@@ -185,21 +185,21 @@ class Ran:
         return losses
 
     def _run(self, batch: Batch, point: Point | None = None) -> StepOutput:
-        reuse = self._reuse
-        if self._probes.count == 0:
-            with self._probes.forward(), reuse.first() if reuse else nullcontext():
-                out = self.output = self._called(batch, point)
-            return out
-        with self._probes.forward(), self._runner.muted(), reuse.later() if reuse else nullcontext():
+        first, reuse = self._probes.count == 0, self._reuse
+        with (
+            self._probes.forward(),
+            nullcontext() if first else self._runner.muted(),
+            reuse.forward(point) if reuse else nullcontext(),
+        ):
             out = self._called(batch, point)
-        if reuse is None or not reuse.reused or reuse.blocks.proved:
+        if first:
+            self.output = out
+        if reuse is None or not reuse.doubtful:
             return out
         with self._probes.forward(), self._runner.muted():
             full = self._called(batch, point)
         a, b = loss_of(out), loss_of(full)
-        reuse.blocks.proved = torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
-        if not reuse.blocks.proved:
-            self._reuse = None
+        reuse.prove(torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b))
         return full
 
     def _called(self, batch: Batch, point: Point | None) -> StepOutput:

@@ -4,7 +4,7 @@ from .build import Scales, build_view, take_turns
 from .compute import Rounds, compute_with
 from .cycle import Cycle, Turn
 from .dominant import dominant_block
-from .group_leaf import GroupLeaf, arrange
+from .group_leaf import GroupLeaf, arrange, deal
 from .leaf import DenseLeaf, Leaf, keep_
 from .outer_leaf import LowRankLeaf, Rank1Leaf
 from .probe import Both
@@ -12,7 +12,7 @@ from .scale_leaf import AbsoluteScaleLeaf, RelativeScaleLeaf, RowScaleLeaf, Scal
 from .scales import expose_scales
 from .select import Select, blocks, select
 from .sparse_leaf import SparseLeaf
-from .structure import STRUCTURES, Dense, Groups, LowRank, Place, Rank1, Sparse, Structure, structure_of
+from .structure import STRUCTURES, Dense, Epochs, Groups, LowRank, Place, Rank1, Sparse, Structure, structure_of
 from .together import descend_
 from .view import View
 
@@ -36,6 +36,7 @@ __all__ = [
     "Cycle",
     "Dense",
     "DenseLeaf",
+    "Epochs",
     "GroupLeaf",
     "Groups",
     "Leaf",
@@ -59,6 +60,7 @@ __all__ = [
     "blocks",
     "build_view",
     "compute_with",
+    "deal",
     "descend_",
     "dominant_block",
     "expose_scales",

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
-from ..noise import Distribution, noise_sum, scattering, working_dtype
+from ..noise import Distribution, noise_sum, perturb_rows, scattering, working_dtype
 from ..types import Key, Term
 from .leaf import Leaf
+
+_order = lru_cache(maxsize=1024)(scattering)
 
 
 class GroupLeaf(Leaf):
@@ -53,15 +56,51 @@ class GroupLeaf(Leaf):
     def settings(self) -> dict[str, float]:
         return {"queries": self.queries, "begin": self.begin, "end": self.end, "kept": self.kept, "redraw": self.redraw}
 
+    @property
+    def still(self) -> bool:
+        """No direction moves it."""
+        return self.begin == self.end
+
+    def moved(self, terms: Sequence[Term]) -> bool:
+        """Whether one of these directions moves some of its weights."""
+        return any(int(self.begin) <= term.key.query < math.ceil(self.end) for term in terms)
+
     def groups(self, key: Key, start: int, length: int) -> Tensor:
         """The direction that moves each of these elements in the key's step, int64; -1: none."""
-        device, count = self.parameter.device, max(self.parameter.numel(), 1)
-        step, shift = scattering(Key(key.seed, key.step // self.redraw), self.index, count)
-        place = (torch.arange(start, start + length, device=device) * step + shift) % count
+        step, shift = self._order(key)
+        elements = torch.arange(start, start + length, device=self.parameter.device)
+        return self._direction((elements * step + shift) % max(self.parameter.numel(), 1))
+
+    def members(self, key: Key) -> Tensor:
+        """The elements that the key's direction moves, int64: as many steps as there are of them, not of weights."""
+        width, query = (self.end - self.begin) / max(self.kept, 1), key.query - self.begin
+        low, high = (0, self.kept) if self.still else (math.floor(query / width) - 2, math.ceil((query + 1) / width) + 2)
+        places = torch.arange(max(0, low), max(0, low, min(self.kept, high)), device=self.parameter.device)
+        step, shift = self._order(key)
+        inverse = pow(step, -1, self.parameter.numel()) if step > 1 else 1
+        return (places[self._direction(places) == key.query] - shift) * inverse % max(self.parameter.numel(), 1)
+
+    def _order(self, key: Key) -> tuple[int, int]:
+        return _order(Key(key.seed, key.step // self.redraw), self.index, max(self.parameter.numel(), 1))
+
+    def _direction(self, place: Tensor) -> Tensor:
         width = (self.end - self.begin) / max(self.kept, 1)
         group = (self.begin + (place.double() + 0.5) * width).floor().long()
         group = group.clamp_(int(self.begin), math.ceil(self.end) - 1)
         return group.masked_fill_(place >= self.kept, -1)
+
+    def perturb_into(self, out: Tensor, terms: Sequence[Term], first_row: int = 0) -> None:
+        weight = self.parameter.detach()
+        whole = weight.is_contiguous() and out.shape == weight.shape and weight.dtype != torch.float64  # noise is float32's
+        if len(terms) != 1 or not whole:
+            super().perturb_into(out, terms, first_row)
+            return
+        (key, coefficient), members = terms[0], self.members(terms[0].key)
+        out.copy_(weight)
+        moved = torch.empty(members.numel(), 1, dtype=out.dtype, device=out.device)
+        term = Term(key._replace(query=0), math.sqrt(self.queries) * coefficient)
+        perturb_rows(moved, weight.view(-1, 1), self.distribution, [term], self.index, members)
+        out.view(-1)[members] = moved.view(-1)
 
     def noise(self, terms: Sequence[Term], start: int, length: int) -> Tensor:
         device, dtype = self.parameter.device, working_dtype(self.parameter.dtype)
@@ -76,22 +115,25 @@ class GroupLeaf(Leaf):
         return total
 
 
-def arrange(leaves: Sequence[GroupLeaf], queries: int, sparsity: float, importance: Sequence[float]) -> None:
+def arrange(leaves: Sequence[GroupLeaf], queries: int | None, kept: Sequence[int], importance: Sequence[float]) -> None:
     """Give each leaf the weights that it trains, and its part of the directions.
 
     Args:
         leaves: all of a view.
-        queries: q of a step; no more than there are weights are used.
-        sparsity: share of all weights that a step leaves out, in [0, 1).
-        importance: of each leaf, >= 0. The kept weights, and the directions among them, are dealt out in proportion to it; no
-            leaf gets more than it has weights.
+        queries: q of a step; no more than there are kept weights are used. None: as many as these.
+        kept: weights that a step trains, of each leaf.
+        importance: of each leaf, >= 0. The directions are dealt out in proportion to it; no leaf gets more than it keeps.
     """
-    sizes = [leaf.parameter.numel() for leaf in leaves]
-    kept = _whole(_dealt(round((1 - sparsity) * sum(sizes)), sizes, importance))
+    queries = queries or sum(kept)
     parts = _dealt(min(queries, sum(kept)), kept, importance)
     ends = [_rounded(math.fsum(parts[: i + 1])) for i in range(len(parts))]
     for leaf, count, begin, end in zip(leaves, kept, [0.0, *ends], ends, strict=False):
         leaf.queries, leaf.kept, leaf.begin, leaf.end = queries, count if end > begin else 0, begin, end
+
+
+def deal(total: int, most: Sequence[int], importance: Sequence[float]) -> list[int]:
+    """Whole shares of the total in proportion to importance, none beyond its most; what is left goes by size."""
+    return _whole(_dealt(total, most, importance))
 
 
 def _dealt(total: float, most: Sequence[int], importance: Sequence[float]) -> list[float]:

@@ -16,6 +16,7 @@ from .outer_leaf import LowRankLeaf, Rank1Leaf
 from .sparse_leaf import SparseLeaf
 
 Allocate = Literal["size", "even", "gradient"]
+Ratios = Literal["directions", "size", "magnitude", "grasp"]
 
 
 class Place(NamedTuple):
@@ -103,36 +104,60 @@ class LowRank(Structure):
 
 
 @dataclass(frozen=True)
+class Epochs:
+    """A number of epochs, where a number of steps can stand too."""
+
+    count: int
+    """>= 1."""
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"`Epochs({self.count})` must be >= 1")
+
+
+@dataclass(frozen=True)
 class Groups(Structure):
     """Disjoint groups of weights, one for each of the step's ``num_queries`` directions: :class:`~zolightning.space.GroupLeaf`.
 
-    With one direction and a sparsity it is ZO-Bench's gradient sparsity, arXiv:2402.11592. The noise must be ±1.
+    With one direction and a sparsity it is ZO-Bench's gradient sparsity, arXiv:2402.11592; with a direction for each weight,
+    coordinate-wise estimation. A probe runs only the part of the model that its group reaches, see
+    :class:`~zolightning.probing.feature_reuse.FeatureReuse`. The noise must be ±1.
     """
 
     allocate: Allocate = "size"
-    """How directions, and with a sparsity the weights that a step trains, are dealt out to parameters. 'size': groups of one
-    size. 'even': as many groups for each parameter. 'gradient': in proportion to √n‖∇L‖ of its n weights, which has the
-    smallest error for the forwards; found on the first batch by probes of one parameter at a time."""
+    """How directions are dealt out to parameters. 'size': groups of one size. 'even': as many groups for each parameter.
+    'gradient': in proportion to √n‖∇L‖ of its n weights, which has the smallest error for the forwards; found on the first
+    batch by probes of one parameter at a time."""
 
     sparsity: float = 0.0
     """Share of the weights that a step leaves out, drawn at random, in [0, 1)."""
 
-    redraw: int = 1
-    """Steps after which groups and left out weights are drawn anew, >= 1."""
+    redraw: int | Epochs = 1
+    """Steps, or :class:`Epochs`, after which groups and left out weights are drawn anew, >= 1."""
+
+    ratios: Ratios = "directions"
+    """Which share of its weights each parameter keeps where there is a sparsity. 'directions': as directions are dealt out.
+    'size': the same of each. The others rank all weights, and give a parameter as many as it has among the best: 'magnitude':
+    by |θ|; 'grasp': by ZO-GraSP's scores, found on the first batch by forwards."""
+
+    reuse: float = 256.0
+    """MiB, >= 0, of outputs that a step keeps, so that a probe runs only the modules that its group reaches. 0: it runs all."""
 
     def __post_init__(self) -> None:
-        if self.allocate not in get_args(Allocate):
-            raise ValueError(f"`Groups(allocate={self.allocate!r})` is unknown; allowed: {', '.join(get_args(Allocate))}")
+        for name, allowed in (("allocate", get_args(Allocate)), ("ratios", get_args(Ratios))):
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"`Groups({name}={value!r})` is unknown; allowed: {', '.join(allowed)}")
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"`Groups(sparsity=...)` is the share left out of a step, in [0, 1), got {self.sparsity}")
-        if self.redraw < 1:
+        if isinstance(self.redraw, int) and self.redraw < 1:
             raise ValueError(f"`Groups(redraw=...)` must be >= 1, got {self.redraw}")
+        if not self.reuse >= 0:
+            raise ValueError(f"`Groups(reuse=...)` is in MiB and must be >= 0, got {self.reuse}")
 
     def leaf(self, place: Place, linear: bool, before: Mapping[str, float]) -> Leaf:
         if not isinstance(place.distribution, Rademacher):
             raise ValueError(f"groups need noise of ±1, got {place.distribution!r}; use noise='rademacher'")
-        settings: dict[str, float] = {"redraw": self.redraw} | dict(before)
-        return GroupLeaf(place.name, place.number, place.parameter, place.distribution, **settings)
+        return GroupLeaf(place.name, place.number, place.parameter, place.distribution, **before)
 
 
 STRUCTURES: dict[str, Structure] = {

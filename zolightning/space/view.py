@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..types import Key, PerExample, Point, Shared, Tangent, Term
 from .behind import hiding
+from .group_leaf import GroupLeaf
 from .leaf import Leaf, Scratch
 from .probe import Both, Probe, Unread, Watch
 from .together import Vectors
@@ -45,6 +46,8 @@ class View:
         self._scratch = Scratch(sum(leaf.parameter.numel() for leaf in leaves))
         self._vectors = Vectors(leaves)
         self._compiled_root = compiled
+        self.grouped = any(isinstance(leaf, GroupLeaf) for leaf in leaves)
+        """Some directions leave some of the leaves as they are."""
         self._active = _Active()
         self.read: set[int] = set()
         """Ids of the parameters that probes have read since somebody cleared it."""
@@ -142,6 +145,8 @@ class View:
     def probe(self, point: Point | Both, watch: Watch | None = None, side: int = 0) -> Iterator[None]:
         """:meth:`at` for the reads that function modes see, with the point's tensors on the device."""
         active = {id(leaf.parameter): leaf for leaf in self._seen if leaf.turn is None or leaf.active(point.key)}
+        if self.grouped and isinstance(point, Shared):  # an operation gets the other Parameters themselves
+            active = {key: leaf for key, leaf in active.items() if moves(leaf, point.terms)}
         outer = self._probe
         if outer is not None:
             outer.resting = True
@@ -200,7 +205,7 @@ class View:
         Compiled code is taken to read all of its own.
         """
         known = self.read | {id(leaf.parameter) for leaf in self._swapped}
-        unread = [i for i, leaf in enumerate(self.leaves) if id(leaf.parameter) not in known]
+        unread = [i for i, leaf in enumerate(self.leaves) if id(leaf.parameter) not in known and not still(leaf)]
         return tuple(i for i in unread if self.leaves[i].active(key))
 
     def buffers(self) -> list[Tensor]:
@@ -214,6 +219,16 @@ class View:
 
     def __repr__(self) -> str:
         return f"View({len(self.leaves)} leaves, {self.numel:,} weights)"
+
+
+def moves(leaf: Leaf, terms: Sequence[Term]) -> bool:
+    """Whether Σ_k c_k z_k reaches the leaf."""
+    return not isinstance(leaf, GroupLeaf) or leaf.moved(terms)
+
+
+def still(leaf: Leaf) -> bool:
+    """Whether no direction reaches the leaf."""
+    return isinstance(leaf, GroupLeaf) and leaf.still
 
 
 def compiled_regions(root: nn.Module) -> list[nn.Module]:

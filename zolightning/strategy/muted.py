@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,3 +26,15 @@ def muted(trainer: pl.Trainer) -> Iterator[None]:
         yield
     finally:
         loop._results = results
+
+
+def steps_of_epoch(trainer: pl.Trainer) -> int:
+    """Optimizer steps of an epoch.
+
+    Raises:
+        ValueError: the data has no end.
+    """
+    batches = trainer.num_training_batches
+    if not math.isfinite(batches):
+        raise ValueError("`Groups(redraw=Epochs(...))` needs data of a known length; give a number of steps")
+    return max(1, math.ceil(batches / trainer.accumulate_grad_batches))

@@ -41,7 +41,7 @@ from ._lightning import (
 from .devices import DevicesStrategy
 from .fit import Fit
 from .ledger_io import keeps_positions
-from .muted import muted
+from .muted import muted, steps_of_epoch
 from .offloading import InMemory, residency
 from .requirements import check_fit, check_layers, check_ranks
 from .run_ledger import RunLedger
@@ -210,6 +210,7 @@ class ZOStrategy(DevicesStrategy):
             ledger=ledger.pending,
             apply=self.weights.apply,
             ranks=self.team,
+            epoch=partial(steps_of_epoch, trainer),
             inform=rank_zero_info,
             warn=rank_zero_warn,
         )

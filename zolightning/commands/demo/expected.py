@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from ...data import Encoded, common_ending
@@ -46,7 +47,7 @@ class Workload:
     def _forwards(self, method: Method) -> float:
         """A step's cost for each example, in forwards of it."""
         if method.recipe is not None:
-            probes = 2.0 * RECIPES[method.recipe].override(**method.overrides).num_queries
+            probes = 2.0 * RECIPES[method.recipe].override(**method.overrides).build_estimator(torch.float32).num_queries
             return 1.0 + max(self.ending, _SHORT) * probes if method.encodes_once else probes
         if method.probe:
             return 1.0
