@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from ..methods.config import ZOConfig
 from ..methods.estimators import Estimator
 from ..methods.optimizers import is_plain_sgd, needs_closure
-from .rates import base_lr
+from .rates import base_lr, override_lr
+
+
+def take_over(
+    config: ZOConfig,
+    estimator: Estimator,
+    optimizers: Sequence[Optimizer],
+    schedulers: Iterable[LRScheduler],
+    stepper: Callable[[Optimizer], Optimizer],
+    warn: Callable[[str], None],
+) -> None:
+    """Give the optimizers the method's learning rate; refuse those that no step can go through, and report others.
+
+    Args:
+        config: the settings.
+        estimator: built from them.
+        optimizers: the module's.
+        schedulers: of their rates.
+        stepper: gives the one that applies an optimizer's steps.
+        warn: gets the reports.
+
+    Raises:
+        ValueError: see :func:`check_optimizer`; or several optimizers, where the directions of one are counted by its weights.
+    """
+    if config.num_queries == "weights" and len(optimizers) > 1:
+        raise ValueError(f"`num_queries='weights'` is for one optimizer, and there are {len(optimizers)}; give a number")
+    for optimizer in optimizers:
+        if (lr := config.own_lr) is not None:
+            override_lr(optimizer, schedulers, lr)
+        check_optimizer(config, optimizer, stepper(optimizer))
+        for line in advice(config, estimator, optimizer, stepper(optimizer)):
+            warn(line)
 
 
 def check_optimizer(config: ZOConfig, optimizer: Optimizer, stepper: Optimizer) -> None:

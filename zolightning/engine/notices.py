@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
 
 from ..probing.runner import Ran, Runner
-from ..types import Estimate
+from ..space import View
+from ..types import Estimate, Key
 from .ties import TieWatch
 
 Say: TypeAlias = Callable[[str], None]
@@ -50,3 +51,16 @@ class Notices:
             )
         if estimate.terms and (found := self._ties(estimate.ties, len(estimate.terms), eps)):
             self.once("ties", found)
+
+    def unread(self, view: View, key: Key) -> tuple[int, ...]:
+        """Places of the leaves whose turn it was and that no probe of the key's step read: they get no update."""
+        if places := view.unread(key):
+            some = listed([view.leaves[place].name for place in places])
+            line = f"ZO: no probe of step {key.step} read {some}; weights that the loss does not read get no update"
+            self.once("unread", line, self.inform)
+        return places
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first of the names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -35,14 +35,13 @@ from ..probing.objective import loss_value
 from ..probing.runner import Muted
 from ..space import View
 from ..types import Batch, Estimate, Forward, Key, Shared, SkipStep, StepRecord, Term
-from .advice import advice, check_optimizer
+from .advice import take_over
 from .notices import Notices, Say
-from .rates import override_lr
 from .recording import Recording
 from .skips import SkipWatch
 from .step import finish, keep_best
 from .step_size import Loss, StepSizes
-from .subspace import Calibration, Epoch, Setting, Subspace, compute_dtype, find_subspace, listed, unknown_epoch
+from .subspace import Calibration, Epoch, Setting, Subspace, compute_dtype, find_subspace, unknown_epoch
 from .uninterrupted import uninterrupted
 from .updates import Apply, UpdateStats, apply_update, load_state, state_of
 
@@ -121,16 +120,7 @@ class Session:
         self._looks: list[float] = []
         self._trials: list[Loss] = []
         self._skips = SkipWatch(self.config.max_skips)
-        if self.config.num_queries == "weights" and len(self.optimizers) > 1:
-            raise ValueError(
-                f"`num_queries='weights'` is for one optimizer, and there are {len(self.optimizers)}; give a number"
-            )
-        for optimizer in self.optimizers:
-            if (lr := self.config.own_lr) is not None:
-                override_lr(optimizer, schedulers, lr)
-            check_optimizer(self.config, optimizer, self.stepper(optimizer))
-            for line in advice(self.config, self.estimator, optimizer, self.stepper(optimizer)):
-                warn(line)
+        take_over(self.config, self.estimator, self.optimizers, schedulers, self.stepper, warn)
         self.ranks.begin(module, self.estimator, self.config.build_distribution(), self.config.to_dict())
 
     @torch.no_grad()
@@ -226,7 +216,7 @@ class Session:
         if found := self._skips(record):
             self.notices.once("skip", found)
         if not record.skipped:
-            record = record._replace(unread=self._unread(optimizer, record))
+            record = record._replace(unread=self.notices.unread(self.view(optimizer), Key(self.seed, record.step)))
         with uninterrupted():
             if not record.skipped:
                 self._apply(place, optimizer, record)
@@ -333,15 +323,6 @@ class Session:
                 return loss_value(forward(batch))
             except SkipStep:
                 return math.inf
-
-    def _unread(self, optimizer: Optimizer, record: StepRecord) -> tuple[int, ...]:
-        """Places of the leaves whose turn it was and that no probe read: they get no update."""
-        view = self.view(optimizer)
-        if unread := view.unread(Key(self.seed, record.step)):
-            some = listed([view.leaves[place].name for place in unread])
-            line = f"ZO: no probe of step {record.step} read {some}; weights that the loss does not read get no update"
-            self.notices.once("unread", line, self.notices.inform)
-        return unread
 
     def _apply(self, place: int, optimizer: Optimizer, record: StepRecord) -> None:
         """Into the ledger first, then into the weights."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -40,6 +40,7 @@ from ..space import (
     take_turns,
 )
 from ..types import Batch, Forward, Key, SkipStep
+from .notices import listed
 
 Epoch: TypeAlias = Callable[[], int]
 """Optimizer steps of an epoch."""
@@ -136,11 +137,6 @@ class Subspace(NamedTuple):
             f"ZO: {estimator!r}, {direction}{probes}; {leaves}, {self.view.numel:,} of "
             f"{weights:,} weights (select={self.select!r}){turns}{behind}; all other weights are frozen"
         )
-
-
-def listed(names: Sequence[str]) -> str:
-    """The first of the names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def trainable(optimizer: Optimizer) -> tuple[int, ...]:
