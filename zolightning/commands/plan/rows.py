@@ -145,7 +145,7 @@ def _with_vectors(model: nn.Module, positions: int) -> None:
 def vectors(spec: Spec) -> Need:
     """The recipe "reft" without an encoded prefix: directions of vectors for each example, in a frozen model."""
     work = Imagined(spec, partial(_with_vectors, positions=min(_POSITIONS, spec.length)))
-    forwards, copies = _forwards(work, _EACH, points=2 * REFT.num_queries)
+    forwards, copies = _forwards(work, _EACH, points=2 * REFT.build_estimator(torch.float32).num_queries)
     found = _asked(work, copies)
     return Need(found.peak, flops=forwards * found.flops)
 
