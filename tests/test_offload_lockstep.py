@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader
 from zolightning import Session, ZOConfig, ZOStrategy
 from zolightning.engine.deferred import Deferred
 from zolightning.engine.updates import apply_update
-from zolightning.offload import Offload, attach
+from zolightning.offload import Offload, OffloadError, attach
 from zolightning.types import SkipStep
 
 WIDTH, LAYERS, STEPS = 260, 6, 4
@@ -254,6 +255,34 @@ def test_an_error_or_a_skip_in_one_side_ends_both() -> None:
         with pytest.raises(RuntimeError, match="on purpose"):
             calls(side, RuntimeError("broken on purpose"))
     assert len(calls(last, SkipStep())[1]) == 2 * (STEPS - 1)
+
+
+def test_a_lock_that_one_side_holds_ends_no_run_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zolightning.probing.lockstep._PATIENCE", 3.0)
+    monkeypatch.setattr("zolightning.probing.lockstep._SLOWER", 0)
+    lock, locked = threading.Lock(), True
+
+    def loss(module: nn.Module, batch: Tensor) -> Tensor:
+        if not locked:
+            return token_loss(module, batch)
+        with lock:
+            return token_loss(module, batch)
+
+    outcome = trained(Net(), DISK, loss=loss)  # the first batch shows it: the forwards run one after another
+    assert same(outcome, trained(Net(), None, loss=loss))
+    assert passes(outcome) > 1.5
+    locked = False
+    count = 0
+
+    def later(module: nn.Module, batch: Tensor) -> Tensor:
+        nonlocal locked, count
+        count += 1
+        locked = count > 8
+        return loss(module, batch)
+
+    with pytest.raises(OffloadError, match=r"did not come to its next weight.*lockstep=1"):
+        trained(Net(), DISK, loss=later, steps=8)
+    assert not lock.locked()
 
 
 class Logged(Task):

@@ -12,8 +12,11 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any, TypeVar
 
 from .entry import Entry
+from .files import OffloadError
 
 T = TypeVar("T")
+
+_LOOKS = 10
 
 _here = threading.local()
 
@@ -30,10 +33,17 @@ class Walk:
     Args:
         places: of the entries, in the order of the module.
         stretch: makes a context that is entered whenever a call goes on, and left when it waits, by the call's number.
+        patience: seconds for which a call may run between two weights while others wait. One that holds a lock where it waits
+            would otherwise wait for ever for one that wants the lock.
     """
 
-    def __init__(self, places: Mapping[Entry, int], stretch: Callable[[int], AbstractContextManager[None]]) -> None:
-        self._places, self._stretch = places, stretch
+    def __init__(
+        self,
+        places: Mapping[Entry, int],
+        stretch: Callable[[int], AbstractContextManager[None]],
+        patience: float = threading.TIMEOUT_MAX,
+    ) -> None:
+        self._places, self._stretch, self._patience = places, stretch, patience
         self._cv = threading.Condition()
         self._wants: list[tuple[Entry, ...] | None] = []  # (): has not begun; None: has ended
         self._turn = 0
@@ -50,6 +60,7 @@ class Walk:
             threads: for all others, as many as there are.
 
         Raises:
+            OffloadError: a call did not come to its next weight.
             BaseException: that of the first call that failed; the others are abandoned where they wait.
         """
         results: list[Any] = [None] * len(calls)
@@ -74,7 +85,10 @@ class Walk:
             side(0)
         finally:
             for other in others:
-                other.result()
+                try:
+                    other.result(self._patience)
+                except TimeoutError:  # its thread cannot be ended
+                    self._failure = self._failure or self._stuck()
         if self._failure is not None:
             raise self._failure
         return results
@@ -89,11 +103,21 @@ class Walk:
 
     def _wait(self, me: int) -> None:
         with self._cv:
+            left = _LOOKS
             while self._turn != me and self._failure is None:  # whoever has the turn gives it on, however it ends
-                self._cv.wait()
+                left = _LOOKS if self._cv.wait(self._patience / _LOOKS) else left - 1  # a process that was stopped uses up one
+                if not left:
+                    self._failure = self._stuck()
+                    self._cv.notify_all()
             if self._failure is not None:
                 raise _Abandoned
         self._entered[me].enter_context(self._stretch(me))
+
+    def _stuck(self) -> OffloadError:
+        return OffloadError(
+            f"a forward in lockstep did not come to its next weight within {self._patience:.0f} s: it may wait for a lock that "
+            "another forward holds, or for another thread. Use Offload(lockstep=1), which runs forwards one after another"
+        )
 
     def _give_turn(self, me: int) -> None:
         try:

@@ -6,6 +6,7 @@ first batch has to show. Steps that keep state run one after another.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -24,6 +25,8 @@ from .rehearsal import number
 T = TypeVar("T")
 
 _FAR = 0.01
+_PATIENCE = 60.0  # seconds, at least, or so many times those of two forwards one after another:
+_SLOWER = 20
 
 
 class Lockstep:
@@ -42,6 +45,7 @@ class Lockstep:
         self._view, self._store, self._device, self._muted = view, store, device, muted
         self.sides = store.lockstep
         """Forwards that go together, at most."""
+        self._patience = _PATIENCE
         self._threads = ThreadPoolExecutor(max(1, self.sides - 1), "zolightning-lockstep")
 
     def takes(self, points: Sequence[Point]) -> bool:
@@ -72,7 +76,7 @@ class Lockstep:
         calls = [partial(call, point, side) for side, point in enumerate(points)]
         calls[1:] = map(inherited.given_to, calls[1:])
         self._store.let_go()
-        walk = Walk(self._store.places, stretch)
+        walk = Walk(self._store.places, stretch, self._patience)
         try:
             return walk.run(calls, self._threads)
         finally:
@@ -89,10 +93,11 @@ class Lockstep:
             with self._view.at(point, side=side):
                 return number(forward(batch))
 
-        alone = []
+        alone, began = [], time.monotonic()
         for point in points:
             with self._muted(), isolation.dry():
                 alone.append(loss(point))
+        self._patience = max(_PATIENCE, _SLOWER * (time.monotonic() - began))
         try:
             with isolation.dry():
                 together = self.run(loss, points, logs=False)
@@ -104,7 +109,7 @@ class Lockstep:
 
     def close(self) -> None:
         """End the threads."""
-        self._threads.shutdown()
+        self._threads.shutdown(wait=False)  # one that is stuck would be waited for
 
 
 class _Inherited:
