@@ -216,6 +216,13 @@ def test_a_write_into_the_memory_of_a_weight_is_noticed() -> None:
         module(torch.arange(8).view(2, 4))
 
 
+def test_moving_a_module_to_where_it_is_reads_nothing() -> None:
+    module, tier = net(), disk()
+    offloaded(module, tier)
+    assert module.to("cpu").to(torch.float32) is module
+    assert tier.read_bytes == 0
+
+
 def test_conversions_of_an_offloaded_module_are_refused() -> None:
     module = net()
     offloaded(module, disk())

@@ -120,10 +120,12 @@ def _agrees(model: nn.Module, batch: Batch, candidate_ids: Tensor) -> bool:
 def contiguous_states(model: Any) -> Iterator[None]:
     """Give the output embedding contiguous states.
 
-    PyTorch multiplies the last positions of more, a strided view, with a frozen matrix by copying it for each sequence.
+    PyTorch multiplies the last positions of more, a strided view, with a frozen matrix by copying it for each sequence; that
+    of a single sequence counts as contiguous, so only a copy has plain strides.
     """
+    plain = torch.contiguous_format
     head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _, args: args[0].contiguous()) if head is not None else None
+    handle = head and head.register_forward_pre_hook(lambda _, args: args[0].clone(memory_format=plain))
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ import math
 import mmap
 import os
 import struct
+import sys
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -70,9 +71,11 @@ class Extent(NamedTuple):
 def pages(nbytes: int) -> Tensor:
     """So many bytes that start on a page, given back to the system with the tensor.
 
-    Not the allocator's, which keeps freed blocks, and where direct I/O would find no page boundary.
+    Not the allocator's, which keeps freed blocks, and where direct I/O would find no page boundary. Private ones, which a limit
+    of the process's data (RLIMIT_DATA) counts.
     """
-    return torch.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=torch.uint8)
+    private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+    return torch.frombuffer(mmap.mmap(-1, max(nbytes, 1), **private), dtype=torch.uint8)
 
 
 def whole_pages(nbytes: int) -> int:

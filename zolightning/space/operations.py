@@ -26,7 +26,7 @@ _METHODS = """
     data_ptr __len__ __hash__ requires_grad_ register_hook is_inference is_pinned
 """
 _SETTERS = "grad requires_grad"  # of zero_grad() and toggle_optimizer() inside a closure
-_FUNCTIONS = "is_floating_point is_complex numel is_tensor"
+_FUNCTIONS = "_has_compatible_shallow_copy_type is_floating_point is_complex numel is_tensor"
 METADATA: frozenset[object] = frozenset(
     [getattr(_T, name).__get__ for name in str.split(_PROPERTIES) if hasattr(_T, name)]
     + [getattr(_T, name).__set__ for name in str.split(_SETTERS)]
