@@ -16,6 +16,7 @@ main thread   sum of the browser's long tasks (50 ms and more) in each interval 
 logging       time that MLflow's log_batch takes with the page open, against without: median over calls, in turns.
 sweep         the pages over a store of 1,000 runs, MLflow's own page beside them in the same browser: until all is drawn, and
               how high they are. Idle tick: the server's CPU seconds while nothing is logged.
+long          the page Curves over one run of a million points of one metric: until it is drawn.
 memory        growth of the server's resident memory beside the same writers; ticks follow each other faster than usual.
 """
 
@@ -49,7 +50,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from browser import BOARD, LAUNCHER, Server, Traffic, find_chromium, open_browser, serve, wait_drawn, wait_settled  # noqa: E402
 from dashboard_figures import Result, circumstances, quantile, spread, table  # noqa: E402
 from dashboard_store import describe, names, values  # noqa: E402
-from dashboard_sweep import sweep, wait_ticks  # noqa: E402
+from dashboard_sweep import fresh, make, sweep, wait_ticks  # noqa: E402
 from zolightning_dashboard.source import open_source  # noqa: E402
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ FAST_SERVER = (
     "import runpy, sys; runpy.run_path({launcher!r}); from zolightning_dashboard import scene, serve; "
     "scene.FAST_SECONDS = {seconds}; sys.exit(serve.main())"
 )
-PARTS = ("poll", "paint", "live", "memory", "sweep")
+PARTS = ("poll", "paint", "live", "memory", "long", "sweep")
+LONG = 1_000_000
 MIB = 2**20
 
 # notes when all charts are drawn, in milliseconds since the navigation began
@@ -229,6 +231,24 @@ def first_paint(browser: Browser, store: Path, repeats: int) -> Iterator[Result]
         yield Result(f"first paint of {charts}, cold", float(np.median(cold)), cold_limit, "s", spread(cold))
         yield Result(f"first paint of {charts}, warm", float(np.median(warm)), warm_limit, "s", spread(warm))
         yield Result(f"page complete with {charts}, warm", float(np.median(complete)), None, "s", spread(complete))
+
+
+def long_run(browser: Browser, folder: Path, repeats: int) -> Iterator[Result]:
+    """A run of a million points, cold and warm."""
+    store = make(folder / "long.db", "--runs", 1, "--points", LONG, "--metrics", 1)
+    cold: list[float] = []
+    warm: list[float] = []
+    for _ in range(repeats):
+        with serve(uri(store), folder / "server.log") as server, fresh(browser) as context:
+            for kept in (cold, warm, warm):
+                page = context.new_page()
+                page.add_init_script(PAINTED.replace("COUNT", "1"))
+                page.goto(curves(server, KEYS[:1]))
+                page.wait_for_function("window.painted", timeout=120_000)
+                kept.append(page.evaluate("window.painted") / 1000)
+                page.close()
+    yield Result(f"a run of {LONG:,} points, cold", float(np.median(cold)), 2.5, "s", spread(cold))
+    yield Result(f"a run of {LONG:,} points, warm", float(np.median(warm)), 2.5, "s", spread(warm))
 
 
 def live(browser: Browser, store: Path, seconds: float, turns: int) -> Iterator[Result]:
@@ -432,6 +452,7 @@ def main() -> None:
     parser.add_argument("--ticks", type=int, default=500, help="over which memory is measured (default 500)")
     parser.add_argument("--repeats", type=int, default=3, help="cold starts, and turns with and without the page (default 3)")
     parser.add_argument("--many", type=int, default=1000, help="runs of the store of a sweep (default 1000)")
+    parser.add_argument("--sweeps", type=Path, help="a folder that keeps the stores of the sweep for the next time")
     parser.add_argument("--only", choices=PARTS, help="measure this part only")
     parser.add_argument("--out", type=Path, help="write the figures as JSON here, and the table beside it as .md")
     args = parser.parse_args()
@@ -441,8 +462,8 @@ def main() -> None:
     load = os.getloadavg()
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store.db"
-        if args.only == "sweep":
-            pass  # it makes its own
+        if args.only in ("long", "sweep"):
+            pass  # they make their own
         elif args.store is not None:
             shutil.copy(args.store, store)
         else:
@@ -455,7 +476,8 @@ def main() -> None:
                 first_paint(browser, store, args.repeats),
                 live(browser, store, args.seconds, args.repeats),
                 memory_and_flags(browser, store, args.ticks),
-                sweep(browser, Path(folder), args.many, args.repeats),
+                long_run(browser, args.sweeps or Path(folder), args.repeats),
+                sweep(browser, args.sweeps or Path(folder), args.many, args.repeats),
             )
             for name, part in zip(PARTS, parts, strict=True):
                 if args.only not in (None, name):

@@ -50,7 +50,7 @@ def names(count: int) -> list[str]:
 
 def values(run: int, steps: NDArray[np.int64], metrics: int) -> NDArray[np.float64]:
     """What run number ``run`` logs at ``steps`` (counted from 1), shape (len(steps), metrics)."""
-    noise = np.random.default_rng([run, int(steps[0])]).normal(size=(len(steps), metrics))
+    noise = np.random.default_rng([run, int(steps[0])]).normal(size=(len(steps), max(metrics, len(NAMES))))
     backprop = run % 5 == 4
     seconds = steps * SECONDS_A_STEP / (2 if backprop else 1)
     fall = np.exp(-steps / (300.0 + 40 * run))
@@ -66,14 +66,14 @@ def values(run: int, steps: NDArray[np.int64], metrics: int) -> NDArray[np.float
         16.0 * steps,
         700.0 * steps,
         (1.0 if backprop else 2.0) * steps,
-        10 * np.abs(noise[:, 10] if metrics > 10 else noise[:, 0]),
+        10 * np.abs(noise[:, 10]),
         np.zeros(len(steps)),
     )
-    noise[:, : len(columns)] = np.column_stack(columns)[:, :metrics]
-    if run == 1 and metrics:  # one run that blew up: nan and inf must show
+    noise[:, : len(columns)] = np.column_stack(columns)
+    if run == 1:  # one run that blew up: nan and inf must show
         noise[steps >= 2000, 0] = np.nan
         noise[steps == 1999, 0] = np.inf
-    return noise
+    return noise[:, :metrics]
 
 
 def describe(client: MlflowClient, experiment: str, run: int, started: int, sweep: bool = False) -> str:

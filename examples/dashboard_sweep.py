@@ -27,11 +27,12 @@ IDLE_SERVER = (
     "import runpy, sys; runpy.run_path({launcher!r}); from zolightning_dashboard import scene, serve; "
     "scene.SLOW_SECONDS = {seconds}; sys.exit(serve.main())"
 )
-# all that a page has is drawn: its script has ended and each table and chart has a canvas
+# all that a page has is drawn: its script has ended, each table and chart has a canvas, and the runs are listed
 COMPLETE = """() => {
   const app = document.querySelector("[data-testid='stApp'][data-test-script-state='notRunning']");
   const parts = [...document.querySelectorAll("[data-testid='stDataFrame'], .zo-plot, [data-testid='stEChartsChart']")];
-  return app && document.querySelector("[data-testid='stDataFrame']") && parts.every((one) => one.querySelector("canvas"))
+  const there = app && document.querySelector("[data-testid='stDataFrame']") && document.querySelector(".zo-run");
+  return there && parts.every((one) => one.querySelector("canvas"))
     && performance.now();
 }"""
 # CPU seconds of everything that the server does with a store, without the browser's part
@@ -57,24 +58,31 @@ def sweep(browser: Browser, folder: Path, runs: int, repeats: int) -> Iterator[R
 
     Args:
         browser: Chromium.
-        folder: for the stores.
+        folder: for the stores; those that are there are used again.
         runs: of the sweep.
         repeats: cold starts.
     """
-    many, few = make(folder / "many.db", runs), make(folder / "few.db", min(FEW, runs))
+    many, few = (make(folder / f"{n}.db", "--runs", n, "--points", POINTS, "--sweep") for n in (runs, min(FEW, runs)))
     for path, (title, cold_limit, warm_limit) in PAGES.items():
-        cold, warm, heights, spent = [], [], [], []
+        cold, warm, heights, spent, busy = [], [], [], [], []
         for _ in range(repeats):
             with serve(f"sqlite:///{many}", folder / "server.log") as server, fresh(browser) as context:
                 for kept in (cold, warm, warm):
                     page, before = context.new_page(), cpu_seconds(server.pid)
+                    thread = context.new_cdp_session(page)
+                    thread.send("Performance.enable", {"timeDomain": "threadTicks"})
                     page.goto(f"{server.url}/{path}")
                     kept.append(page.wait_for_function(COMPLETE, timeout=600_000).json_value() / 1000)
                     spent.append(cpu_seconds(server.pid) - before)
+                    found = {one["name"]: one["value"] for one in thread.send("Performance.getMetrics")["metrics"]}
+                    busy.append(found["TaskDuration"])
                     heights.append(page.evaluate("document.querySelector('[data-testid=stMain]').scrollHeight"))
                     page.close()
         name = f"{title} of {runs:,} runs"
-        took = [f"the server took {np.median(some):.2f} CPU s" for some in (spent[::3], [*spent[1::3], *spent[2::3]])]
+        took = [
+            f"the server took {np.median(a):.2f} CPU s, the browser's main thread {np.median(b):.2f}"
+            for a, b in zip(*([one[::3], [*one[1::3], *one[2::3]]] for one in (spent, busy)), strict=True)
+        ]
         yield Result(f"{name}, cold", float(np.median(cold)), cold_limit, "s", f"{took[0]}; {spread(cold)}")
         yield Result(f"{name}, warm", float(np.median(warm)), warm_limit or cold_limit, "s", f"{took[1]}; {spread(warm)}")
         yield Result(f"{name}, height", max(heights), MOST_PIXELS, "px", "at 1400 px")
@@ -86,12 +94,12 @@ def sweep(browser: Browser, folder: Path, runs: int, repeats: int) -> Iterator[R
     yield theirs(browser, many, runs, repeats)
 
 
-def make(path: Path, runs: int) -> Path:
-    """A store of a sweep."""
+def make(path: Path, *options: object) -> Path:
+    """A store by dashboard_store.py with these options; the one that is there, if there is."""
+    if path.exists():
+        return path
     script = Path(__file__).with_name("dashboard_store.py")
-    subprocess.run(
-        [sys.executable, script, path, "--runs", str(runs), "--points", str(POINTS), "--sweep"], check=True, capture_output=True
-    )
+    subprocess.run([sys.executable, script, path, *map(str, options)], check=True, capture_output=True)
     return path
 
 
