@@ -15,7 +15,7 @@ from browser import PATIENCE, Server, find_chromium
 from mlflow import MlflowClient
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Locator, Page
+    from playwright.sync_api import Browser, BrowserContext, Locator, Page
 
 PAGES = ("overview", "runs", "curves", "memory", "tradeoffs", "sweep", "health", "diff", "run")
 START = 1_700_000_000_000
@@ -93,20 +93,36 @@ class Watched:
 
 
 @contextmanager
-def visit(browser: Browser, size: tuple[int, int] = (1400, 900), dark: bool = False) -> Iterator[Page]:
-    """A page in a browser without a history; whatever goes wrong on it fails the test."""
+def visitor(browser: Browser, size: tuple[int, int] = (1400, 900), dark: bool = False) -> Iterator[BrowserContext]:
+    """A browser without a history."""
     context = browser.new_context(
         viewport={"width": size[0], "height": size[1]}, color_scheme="dark" if dark else "light", accept_downloads=True
     )
     context.set_default_timeout(1000 * PATIENCE)
     try:
-        page = context.new_page()
-        watched = Watched(page)
-        yield page
-        assert page.get_by_test_id("stException").count() == 0
-        assert not watched.trouble
+        yield context
     finally:
         context.close()
+
+
+@contextmanager
+def watched(context: BrowserContext) -> Iterator[Page]:
+    """A page of this browser; whatever goes wrong on it fails the test."""
+    page = context.new_page()
+    try:
+        seen = Watched(page)
+        yield page
+        assert page.get_by_test_id("stException").count() == 0
+        assert not seen.trouble
+    finally:
+        page.close()
+
+
+@contextmanager
+def visit(browser: Browser, size: tuple[int, int] = (1400, 900), dark: bool = False) -> Iterator[Page]:
+    """A page in a browser without a history; whatever goes wrong on it fails the test."""
+    with visitor(browser, size, dark) as context, watched(context) as page:
+        yield page
 
 
 def drag(page: Page, key: str, start: float, end: float) -> None:
