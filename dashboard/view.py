@@ -48,6 +48,7 @@ class View:
         rank: the metric whose best lines are drawn where there is no room for all; "": the newest are.
         most: how many lines are drawn, 1 to 50.
         columns: of the table of runs; empty: the table's own choice.
+        sort: the column that its rows are sorted by, with "-" before it: largest first; "": the newest come first.
         pinned: ids of the runs that come first in it, or their beginnings.
         run: id of the run that its own page shows, or its beginning; "": the newest.
         parameter: what the sweep's x is; "": the page's own choice.
@@ -78,6 +79,7 @@ class View:
     rank: str = ""
     most: int = MOST_LINES
     columns: tuple[str, ...] = ()
+    sort: str = ""
     pinned: tuple[str, ...] = ()
     run: str = ""
     parameter: str = ""
@@ -169,6 +171,7 @@ def read(query: Mapping[str, Sequence[str]]) -> View:
         rank=first.get("rank", fresh.rank),
         most=min(int(most), fresh.most) if _is_count(most := first.get("most", "")) and int(most) else fresh.most,
         columns=_several(query, "columns"),
+        sort=first.get("sort", fresh.sort),
         pinned=_list(first.get("pinned")) or (),
         run=first.get("run", fresh.run),
         parameter=first.get("parameter", fresh.parameter),

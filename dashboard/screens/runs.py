@@ -37,18 +37,61 @@ def _choose_columns(scene: Scene, shown: Sequence[Run]) -> list[Column]:
     options = available(shown)
     there = {one.id for one in options}
     begin = [one for one in view.columns if one in there]
-    chosen = st.multiselect(
-        "Columns",
-        [one.id for one in options],
-        begin,
-        format_func=lambda id_: found.label if (found := column(id_)) else id_,
-        placeholder="The usual ones: differing parameters, and results",
-        key=widget("columns"),
+    with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
+        chosen = st.multiselect(
+            "Columns",
+            [one.id for one in options],
+            begin,
+            format_func=_label,
+            placeholder="The usual ones: differing parameters, and results",
+            key=widget("columns"),
+            width=560,
+        )
+        change(columns=tuple(chosen))
+        picked = [found for id_ in chosen if (found := column(id_)) is not None]
+        loss = next((key for run in shown if (key := watched(run)) is not None), None)
+        columns = picked or usual(shown, quality_key(shown, view.quality), loss)
+        _choose_order(columns)
+    return columns
+
+
+def _label(id_: str) -> str:
+    return found.label if (found := column(id_)) is not None else id_
+
+
+def _choose_order(columns: Sequence[Column]) -> None:
+    """A click on a column's head sorts too, but no key comes there, and the address does not keep it."""
+    view = current()
+    by, options = view.sort.removeprefix("-"), ["", *(one.id for one in columns)]
+    chosen = st.selectbox(
+        "Sort by",
+        options,
+        options.index(by) if by in options else 0,
+        format_func=lambda id_: _label(id_) if id_ else "the newest first",
+        key=widget("sort"),
+        width=220,
     )
-    change(columns=tuple(chosen))
-    picked = [found for id_ in chosen if (found := column(id_)) is not None]
-    loss = next((key for run in shown if (key := watched(run)) is not None), None)
-    return picked or usual(shown, quality_key(shown, view.quality), loss)
+    down = st.toggle("Largest first", view.sort.startswith("-"), key=widget("down"), disabled=not chosen)
+    change(sort=("-" if down else "") * bool(chosen) + chosen)
+
+
+def _ordered(rows: Sequence[int], cells: dict[Column, list[Cell]], sort: str) -> list[int]:
+    """The rows by a column's values, those without one last."""
+    found = next((values for one, values in cells.items() if sort and one.id == sort.removeprefix("-")), None)
+    if found is None:
+        return list(rows)
+
+    def place(row: int) -> tuple[bool, str | float]:
+        value = found[row].value
+        assert value is not None
+        return isinstance(value, str), value
+
+    known = [row for row in rows if not _is_nothing(found[row].value)]
+    return [*sorted(known, key=place, reverse=sort.startswith("-")), *(row for row in rows if _is_nothing(found[row].value))]
+
+
+def _is_nothing(value: str | float | None) -> bool:
+    return value is None or value != value
 
 
 def _draw(scene: Scene, columns: Sequence[Column]) -> None:
@@ -57,7 +100,7 @@ def _draw(scene: Scene, columns: Sequence[Column]) -> None:
     names = scene.group_names(groups, view)
     cells = read(scene, groups, columns)
     pinned = [i for i, group in enumerate(groups) if any(view.pins(run.id) for run in group)]
-    others = [i for i in range(len(groups)) if i not in set(pinned)]
+    others = _ordered([i for i in range(len(groups)) if i not in set(pinned)], cells, view.sort)
     picked: list[Run] = []
     if pinned:
         st.subheader("Pinned")
@@ -135,7 +178,7 @@ def _actions(scene: Scene, view: View, picked: Sequence[Run]) -> None:
     ids = tuple(run.id for run in picked)
     with st.container(horizontal=True, gap="small"):
         if not ids:
-            st.caption("Tick rows to pin them, to look at only these, or to take them away.")
+            st.caption("Tick rows, or press Shift and Space on them, to pin them, to look at only these, or to take them away.")
             return
         st.button(
             "Only these", help="Select only these runs, on all pages.", on_click=settle, kwargs={"runs": ids, "without": ()}
@@ -148,7 +191,7 @@ def _actions(scene: Scene, view: View, picked: Sequence[Run]) -> None:
         else:
             pinned = (*view.pinned, *(id_ for id_ in ids if not view.pins(id_)))
             st.button("Pin", help="Keep these rows above the others.", on_click=settle, kwargs={"pinned": pinned})
-        if st.button("Open", help="Show the page of the first of them."):
+        if st.button("Open its page", help="Show the page of the first of them."):
             change(run=ids[0])
             go_to("run")
 
