@@ -26,10 +26,12 @@ pytest.importorskip("streamlit", reason="the dashboard's packages are not instal
 import zolightning_dashboard
 from dashboard_stores import HOSTILE, log, make_store
 from mlflow import MlflowClient
+from streamlit import file_util
 from streamlit.testing.v1 import AppTest
 from streamlit.util import calc_hash
-from zolightning_dashboard import serve
+from zolightning_dashboard import early, serve
 from zolightning_dashboard.charts.lines import Plotter
+from zolightning_dashboard.page import SCREENS
 from zolightning_dashboard.scene import Store, look
 from zolightning_dashboard.screens import parts, tradeoffs
 from zolightning_dashboard.source import open_source
@@ -583,3 +585,13 @@ def test_trade_offs_take_seeds_together_and_mark_what_has_not_ended(ours: Path) 
     assert (zo.quality, zo.spread, zo.peak, zo.ended) == pytest.approx((81.0, math.sqrt(2), 1.1 * 2**30, True))
     assert [name for name, one in found.items() if not one.ended] == ["going on"]
     assert len(tradeoffs.results(scene, View(), "val/accuracy")) == len(scene.runs)
+
+
+def test_every_page_names_the_code_that_it_will_need() -> None:
+    assert set(early.PAGES) == {"", *SCREENS}
+    folder = Path(file_util.get_static_dir()) / "static" / "js"
+    for wanted in early.PAGES.values():
+        for part in wanted:
+            assert part == early.chunks(folder, [part])[0].partition(".")[0]  # this version of Streamlit has it
+    assert all((folder / file).is_file() for file in early.chunks(folder, ["DataFrame"]))
+    assert early.chunks(folder, ["NoSuchPart"]) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 import socket
@@ -39,6 +40,7 @@ from dashboard_page import (
     wait_until,
 )
 from dashboard_stores import log, make_store
+from PIL import Image
 from zolightning_dashboard.embed import embed
 
 if TYPE_CHECKING:
@@ -69,8 +71,20 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if zo:
             log(client, run, "zo/projected_grad", [(s, START + 100 * s, (-1.0) ** s) for s in steps])
             log(client, run, "zo/tie_rate", [(s, START + 100 * s, 0.5 * (rate == "1e-4")) for s in steps])
+        if i == 1:
+            for key, each in {
+                "speed/train_seconds": 0.5,
+                "zo/offload/wait_seconds": 0.2,
+                "zo/offload/read_bytes": 2.0**30,
+            }.items():
+                log(client, run, key, [(s, START + 100 * s, each * s) for s in (1, 50, 100)])
         if i == len(RATES) - 1:
             client.log_text(run, "the film was great", "samples/step100.txt")
+            picture = io.BytesIO()
+            Image.new("RGB", (30, 20), "red").save(picture, "PNG")
+            for file, content in {"step200.png": picture.getvalue(), "step300.png": b"\x89PNG\r\n and no more"}.items():
+                (path.parent / file).write_bytes(content)
+                client.log_artifact(run, str(path.parent / file), "samples")
             client.set_tag(run, "mlflow.note.content", "The **best** so far")
         if i:
             client.set_terminated(run, "FINISHED", end_time=START + 10_000)
@@ -271,6 +285,58 @@ def test_the_keyboard_reaches_and_operates_everything(page: Page, server: Server
         page.keyboard.press("Enter")
 
 
+def choose(page: Page, label: str, text: str) -> None:
+    """In a box of choices, by keys: what begins like the text."""
+    tab_to(page, f"(?m){label}.*INPUT")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ControlOrMeta+a")
+    page.keyboard.type(text)
+    page.get_by_role("option", name=text).first.wait_for()
+    page.keyboard.press("Enter")
+
+
+def test_tables_tabs_and_choices_by_keyboard(page: Page, server: Server, store: Path) -> None:
+    page.goto(f"{server.url}/runs?live=0")
+    wait_settled(page)
+    choose(page, "Sort by", "last train/loss")
+    page.wait_for_url(re.compile(r"sort=last\.train"))
+    tab_to(page, "Largest first|stCheckbox")
+    page.keyboard.press("Space")
+    page.wait_for_url(re.compile(r"sort=-last\.train"))
+    wait_settled(page)
+    tab_to(page, "data-grid-canvas")
+    page.keyboard.press("Shift+Space")  # the first row has the largest loss
+    page.get_by_role("button", name="Pin", exact=True).wait_for()
+    tab_to(page, "Pin BUTTON")
+    page.keyboard.press("Enter")
+    page.wait_for_url(re.compile(f"pinned={run_id(store, 'adamw 1e-2')[:10]}"))
+    wait_settled(page)
+    tab_to(page, "data-grid-canvas")
+    page.keyboard.press("Shift+Space")
+    page.get_by_role("button", name="Open its page").wait_for()
+    tab_to(page, "Open its page BUTTON")
+    page.keyboard.press("Enter")
+    page.wait_for_url(re.compile(r"/run\?.*run="))
+    wait_settled(page)
+    choose(page, "Run", "zo 1e-2")
+    page.wait_for_url(re.compile(f"run={run_id(store, 'zo 1e-2')[:10]}"))
+    choose(page, "Show", "samples/step200")
+    page.wait_for_function("[...document.querySelectorAll('[data-testid=stImage] img')].some((one) => one.naturalWidth === 30)")
+    choose(page, "Show", "samples/step300")
+    page.get_by_text("It is no picture, although its name says so.").wait_for()
+    tab_to(page, "Curves.*stTopNavLink")
+    page.keyboard.press("Enter")
+    page.wait_for_url(re.compile("/curves"))
+    wait_drawn(page)
+    wait_settled(page)
+    tab_to(page, "stTab")
+    tabs = page.get_by_role("tab")
+    page.keyboard.press("ArrowRight")
+    wait_until(lambda: tabs.nth(1).get_attribute("aria-selected") == "true", page)
+    page.keyboard.press("Home")
+    wait_until(lambda: tabs.nth(0).get_attribute("aria-selected") == "true", page)
+
+
 # ---- by axe's rules ----------------------------------------------------------------------------------------------------
 
 _AXE = """async () => {
@@ -286,19 +352,33 @@ def axe() -> str:
     return (resources.files(package) / "axe.min.js").read_text("utf-8")
 
 
-@pytest.mark.parametrize(("size", "dark"), [((1400, 900), False), ((390, 844), True)], ids=["wide, light", "narrow, dark"])
+_WIDE, _MIDDLE, _NARROW = (1400, 900), (900, 1000), (390, 844)
+
+
+@pytest.mark.parametrize(
+    ("size", "dark"),
+    [
+        pytest.param(_WIDE, False, id="wide, light"),
+        pytest.param(_NARROW, True, id="narrow, dark"),
+        pytest.param(_WIDE, True, id="wide, dark", marks=pytest.mark.slow),
+        pytest.param(_MIDDLE, False, id="middle, light", marks=pytest.mark.slow),
+        pytest.param(_MIDDLE, True, id="middle, dark", marks=pytest.mark.slow),
+        pytest.param(_NARROW, False, id="narrow, light", marks=pytest.mark.slow),
+    ],
+)
 def test_every_page_by_axe_and_by_keyboard(
-    size: tuple[int, int], dark: bool, browser: Browser, server: Server, axe: str
+    size: tuple[int, int], dark: bool, browser: Browser, server: Server, store: Path, axe: str
 ) -> None:
+    run = run_id(store, "zo 1e-2")[:10]  # has a note, a ledger and files
     found: dict[str, Any] = {}
     with visit(browser, size, dark) as page:
         for which in PAGES:
-            page.goto(address(server, which))
+            page.goto(f"{address(server, which)}?live=0&run={run}")  # what a tick replaces fades out and in
             wait_settled(page)
-            page.wait_for_timeout(1000)  # what was stale fades in
+            page.wait_for_timeout(1000)
             page.evaluate(axe)
             found[which] = page.evaluate(_AXE)
-            if not dark:
+            if size == _WIDE and not dark:
                 assert_tab_reaches_all(page, which)
     assert {which: one for which, one in found.items() if one} == {}
 
@@ -374,6 +454,17 @@ def test_rows_of_the_table_of_runs_are_pinned_and_selected(page: Page, server: S
     page.get_by_role("button", name="Unpin").click()
     page.wait_for_url(lambda url: "pinned=" not in url)
     assert len(ticked(page)) == 1
+    page.locator(".zo-pick", has_text="all").click()
+    page.wait_for_url(lambda url: "runs=" not in url)
+    wait_settled(page)
+    tick_row(page, 2)
+    page.get_by_role("button", name="Take away").click()
+    page.wait_for_url(re.compile("runs=[^&]*%2C"))
+    wait_until(lambda: len(ticked(page)) == 5, page)
+    wait_settled(page)
+    tick_row(page, 0)
+    page.get_by_role("button", name="Open its page").click()
+    page.wait_for_url(re.compile("/run.*run="))
 
 
 # ---- axes, news, frames --------------------------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ function drawRules({ u, options, board, dragged, scale }) {
   const { ctx, bbox } = u, px = devicePixelRatio;
   ctx.save();
   ctx.font = `${12 * px}px sans-serif`;
+  ctx.textBaseline = "alphabetic";
   let above = 0;
   for (const rule of options.rules) {
     const y = u.valToPos(rule.drag && dragged !== undefined ? dragged : rule.y * scale.factor, "y", true);

@@ -140,18 +140,21 @@ def _point(dot: Dot, dark: bool, labelled: bool, on_the_right: bool) -> dict[str
     point: dict[str, Any] = {
         "name": f"{name}{spread}" + ("" if dot.ended else ", not ended"),
         "value": [dot.x, dot.y],
-        "symbol": "circle" if dot.ended else "emptyCircle",
+        "symbol": "circle",
         "symbolSize": 13 if dot.front else 9,
         "itemStyle": {"color": dot.color, "opacity": 1 if dot.front else 0.6},
     }
+    if not dot.ended:
+        point["itemStyle"] = {"color": paper(dark), "borderColor": dot.color, "borderWidth": 2}
     if labelled:
         point["label"] = {
             "show": True,
             "position": "left" if on_the_right else "right",  # where there is room
+            "verticalAlign": "bottom",  # above the dashed line, which leaves to the right
             "formatter": name if len(name) <= _LABEL else name[: _LABEL - 1] + "…",
             "color": ink(dark),
             "fontSize": 11,
-            "textBorderColor": _paper(dark),  # the dashed line passes behind it
+            "textBorderColor": paper(dark),
             "textBorderWidth": 3,
         }
     return point
@@ -185,7 +188,7 @@ def frame(title: str, dark: bool) -> dict[str, Any]:
         "toolbox": {
             "right": 8,
             "top": 2,
-            "feature": {"saveAsImage": {"title": "PNG", "name": title.replace(" ", "_"), "backgroundColor": _paper(dark)}},
+            "feature": {"saveAsImage": {"title": "PNG", "name": title.replace(" ", "_"), "backgroundColor": paper(dark)}},
         },
         "animation": False,
     }
@@ -201,7 +204,8 @@ def ink(dark: bool) -> str:
     return "#e8eaf0" if dark else "#31333f"
 
 
-def _paper(dark: bool) -> str:
+def paper(dark: bool) -> str:
+    """The colour of the page behind it."""
     return "#16161a" if dark else "#ffffff"
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .still import frame, ink, literal
+from .still import frame, ink, literal, paper
 
 _WIDE = 8.0  # times from the smallest to the largest: then a scale is logarithmic
 _DECADES = 300.0
@@ -83,7 +83,7 @@ def against(x_name: str, y_name: str, trials: Sequence[Trial], dark: bool) -> di
             "textStyle": {"color": ink(dark)},
             "data": [literal(method) for method in methods],
         },
-        "grid": {"left": 30, "right": 40, "top": 44, "bottom": 56, "containLabel": True},
+        "grid": {"left": 44, "right": 40, "top": 44, "bottom": 56, "containLabel": True},
         "xAxis": {"name": literal(x_name), "nameLocation": "middle", "nameGap": 28, **_scale([one.x for one in trials])},
         "yAxis": {
             "name": literal(y_name),
@@ -117,23 +117,24 @@ def parallel(axes: Sequence[Axis], names: Sequence[str], colors: Sequence[str], 
     columns: list[list[Any]] = []
     for place, axis in enumerate(axes):
         numbers = [value for value in axis.values if isinstance(value, float)]
-        label: dict[str, Any] = {"dim": place, "name": literal(axis.name), "nameLocation": "end"}
+        upright: dict[str, Any] = {"dim": place, "name": literal(axis.name), "nameLocation": "end"}
         if len(numbers) == sum(value is not None for value in axis.values):
             kind = "log" if spans(numbers) else "value"
-            uprights.append({**label, "type": kind, "scale": True, "inverse": axis.best == "min"})
+            uprights.append({**upright, "type": kind, "scale": True, "inverse": axis.best == "min"})
             columns.append([_known(value) for value in axis.values])
         else:
             texts = list(dict.fromkeys("–" if value is None else str(value) for value in axis.values))[:_FEW_TEXTS]
-            uprights.append({**label, "type": "category", "data": [literal(one) for one in texts]})
+            uprights.append({**upright, "type": "category", "data": [literal(one) for one in texts]})
             columns.append([literal("–" if value is None else str(value)) for value in axis.values])
     rows = [
         {"name": literal(name), "value": list(values), "lineStyle": {"color": color}}
         for name, color, *values in zip(names, colors, *columns, strict=True)
     ]
+    label = {"color": ink(dark), "textBorderColor": paper(dark), "textBorderWidth": 4}  # lines pass behind it
     return {
         **frame("Each run across its parameters", dark),
         "parallel": {"left": 60, "right": 90, "top": 84, "bottom": 24},
-        "parallelAxis": [{**one, "nameTextStyle": {"color": ink(dark)}, "axisLabel": {"color": ink(dark)}} for one in uprights],
+        "parallelAxis": [{**one, "nameTextStyle": {"color": ink(dark)}, "axisLabel": label} for one in uprights],
         "series": [
             {
                 "type": "parallel",

@@ -10,6 +10,7 @@ import streamlit as st
 from .. import text, words
 from ..charts import live
 from ..charts.live import Card, Figure, cards
+from ..glossary import meaning
 from ..health import GRAD, KEYS, ORDER, WAIT_KEYS, Finding, Verdict, examine, is_zeroth_order, overall
 from ..scene import Scene
 from ..session import board, current
@@ -122,6 +123,7 @@ def _table(scene: Scene, shown: Sequence[Run], found: Mapping[str, Sequence[Find
 
 def _elsewhere(scene: Scene, shown: Sequence[Run]) -> None:
     """Ranks, clients and offload, as they logged it."""
+    shown = [run for run in shown if any(key.startswith(_ELSEWHERE) for key in run.keys)]
     keys = sorted({key for run in shown for key in run.keys if key.startswith(_ELSEWHERE)})
     if not keys:
         return
@@ -136,5 +138,9 @@ def _elsewhere(scene: Scene, shown: Sequence[Run]) -> None:
             },
         }
     )
-    config = {key: st.column_config.TextColumn(text.plain(key, 40), help="The last value.") for key in keys}
-    st.dataframe(table, hide_index=True, key="health-elsewhere", placeholder="–", column_config=config)
+    config = {
+        "run": st.column_config.TextColumn("Run", width="medium", pinned=True),
+        **{key: st.column_config.TextColumn(text.plain(key, 40), help=f"{meaning(key)} The last value.") for key in keys},
+    }
+    height = table_height(len(table))
+    st.dataframe(table, hide_index=True, key="health-elsewhere", height=height, placeholder="–", column_config=config)

@@ -114,7 +114,11 @@ def _draw(scene: Scene, keys: Sequence[str], budget: float) -> None:
     _fits(scene, runs, budget, view)
     _parts(scene, runs, budget)
     st.caption("The memory that a method would need on a model, predicted before anything runs:")
-    st.code(f"zolightning plan --model FOLDER-OR-ID --batch 8 --length 128 --device-memory {budget:.4g}", "bash")
+    st.code(
+        f"zolightning plan --model FOLDER-OR-ID --batch 8 --length 128 --device-memory {budget:.4g}",
+        language=None,
+        wrap_lines=True,
+    )
 
 
 def _parts(scene: Scene, runs: Sequence[Run], budget: float) -> None:

@@ -164,7 +164,7 @@ def _ledger(scene: Scene, run: Run) -> None:
         "--store",
         current().store,
     ]
-    st.code(shlex.join(command), "bash")
+    st.code(shlex.join(command), language=None, wrap_lines=True)
 
 
 def _files(scene: Scene, run: Run) -> None:
