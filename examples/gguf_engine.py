@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 from zolightning import ZOMixin, ZOStrategy
 from zolightning.blackbox.control_vectors import ControlVectors
 from zolightning.blackbox.engine import EngineModel
+from zolightning.blackbox.label_words import label_words
 from zolightning.blackbox.llamacpp import LlamaModel, library
 from zolightning.data import Encoded, collate, film_snippets
 from zolightning.data.model import default_gguf
@@ -69,14 +70,22 @@ class Task:
 
         self.training = encoded(texts.train[: options.steps * options.batch])
         self.held = encoded((texts.validation if options.validate else texts.test)[: options.evaluate])
-        words = [gguf.tokens("A film." + ENDING + word)[-1] for word in WORDS]
+        known = encoded(texts.train[: max(16, options.examples)])
+        prompts, labels = [one.input_ids for one in known], [one.label for one in known]
+        started = time.process_time()
+        words: list[list[int]] = [[gguf.tokens("A film." + ENDING + word)[-1]] for word in WORDS]
+        if options.examples:
+            words = label_words(gguf, prompts[: options.examples], labels[: options.examples])
         self.engine = ControlVectors(
             gguf,
-            [one.input_ids for one in self.training[:16]],
+            prompts[:16],
+            positions=options.positions,
+            layers=range(options.layers[0], options.layers[1] + 1) if options.layers else None,
             outputs=words,
             sequences=max(BATCH, options.batch),
-            positions=options.positions,
         )
+        self.chosen = time.process_time() - started  # before the first step, and counted
+        self.words = [[gguf.text([word]) for word in some] for some in words]
 
     def evaluate(self, vectors: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
         """Accuracy and loss at each of several vectors; a text is encoded once for all of them."""
@@ -109,7 +118,7 @@ def train(task: Task, options: argparse.Namespace, seed: int) -> tuple[Tensor, f
     model = EngineModel(task.engine)
     data = DataLoader(task.training, options.batch, shuffle=True, collate_fn=lambda items: collate(items, 0))
     fit(Classifier(model, options.lr, options.steps), data, options, options.steps)
-    return model.numbers["vectors"].detach(), time.process_time() - started
+    return model.numbers["vectors"].detach(), task.chosen + time.process_time() - started
 
 
 class Toy(ZOMixin, pl.LightningModule):
@@ -159,6 +168,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="texts a step")
     parser.add_argument("--queries", type=int, default=8, help="directions for each text")
     parser.add_argument("--positions", type=int, default=1, help="last positions of the prompt that are moved")
+    parser.add_argument("--examples", type=int, default=256, help="texts that label words are chosen by; 0: terrible, great")
+    parser.add_argument("--layers", type=int, nargs=2, help="first and last block with a vector; default: the middle third")
     parser.add_argument("--lr", type=float, default=4e-2, help="RMS change of the vectors a step, in sizes of hidden states")
     parser.add_argument("--eps", type=float, default=0.2, help="size of a probe, in sizes of hidden states")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -178,6 +189,7 @@ def main() -> None:
         memory([word for word in sys.argv[1:] if word != "--memory"])
         return
     task = Task(options)
+    print(f"label words: {task.words}; {task.chosen:.1f} CPU seconds for them and for the sizes of hidden states", flush=True)
     vectors, seconds = {"before": torch.zeros(1, len(task.engine.numbers["vectors"]))}, {}
     for seed in options.seeds:
         name = f"seed {seed}"
