@@ -31,7 +31,7 @@ parser.add_argument("--known", type=int, default=256, help="training texts that 
 parser.add_argument("--steps", type=int, default=40)
 parser.add_argument("--batch", type=int, default=16, help="texts a step")
 parser.add_argument("--queries", type=int, default=16, help="directions for each text")
-parser.add_argument("--lr", type=float, default=2e-2, help="RMS change of the vectors a step, in sizes of hidden states")
+parser.add_argument("--lr", type=float, default=3.5e-2, help="RMS change of the vectors a step, in sizes of hidden states")
 parser.add_argument("--eps", type=float, default=0.2, help="size of a probe, in sizes of hidden states")
 parser.add_argument("--size", type=float, default=6.5, help="RMS of the middle blocks' hidden states, 6.5 in the demo's model")
 parser.add_argument("--test", type=int, default=1000, help="texts to test on")

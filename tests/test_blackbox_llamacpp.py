@@ -264,6 +264,18 @@ def test_a_score_of_written_text_is_trained_on(gguf: LlamaModel) -> None:
 
 @pytest.mark.network
 @pytest.mark.slow
+def test_training_takes_the_memory_of_inference() -> None:
+    """Each in a process of its own, beyond their libraries: the demo's file, label words and two steps."""
+    script = Path(__file__).parents[1] / "examples" / "gguf_engine.py"
+    run = subprocess.run([sys.executable, script, "--memory"], capture_output=True, text=True, check=False)
+    if "FetchError" in run.stderr:
+        pytest.skip("the demo's model cannot be fetched")
+    assert run.returncode == 0, run.stderr
+    assert float(re.search(r"training takes ([\d.]+) ×", run.stdout)[1]) <= 1.05  # type: ignore[index]
+
+
+@pytest.mark.network
+@pytest.mark.slow
 def test_the_demos_own_file_trains(tmp_path: Path) -> None:
     """The demo's row, on 4 texts."""
     row = replace(GGUF, steps=1, batch_size=4, overrides={"num_queries": 1})

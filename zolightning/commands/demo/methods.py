@@ -136,7 +136,7 @@ GGUF = Method(
     "ZO in llama.cpp (4-bit file)",
     recipe="reft",
     overrides={"num_queries": 16, "one_batch": False},
-    lr=2e-2,
+    lr=3.5e-2,
     engine=True,
     decay=True,
 )
