@@ -69,7 +69,8 @@ def _student(counts: Numbers, sums: Numbers, squares: Numbers) -> Numbers:
     here, there = counts[:, None], (counts.sum() - counts)[:, None]
     mean, rest = sums / here, (sums.sum(0) - sums) / there
     spread = (squares / here - mean**2) + ((squares.sum(0) - squares) / there - rest**2)
-    return (mean - rest) / np.sqrt(np.maximum(spread / 2, 1e-12))
+    t: Numbers = (mean - rest) / np.sqrt(np.maximum(spread / 2, 1e-12))
+    return t
 
 
 def _best(scores: Numbers, candidates: Numbers, words: int) -> list[list[int]]:
