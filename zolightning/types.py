@@ -158,6 +158,7 @@ class StepRecord(NamedTuple):
         clipped: coefficients that the Trainer's gradient clipping or the recipe's clip changed.
         skipped: why no update was made ("" when one was): nothing finite to go by, or nothing but ties.
         unread: places of the leaves that no probe of the step read, and that get no update.
+        backprop: names of the parameters that backprop trains in the same step, whose gradients the record does not hold.
     """
 
     step: int
@@ -170,6 +171,7 @@ class StepRecord(NamedTuple):
     clipped: int
     skipped: str = ""
     unread: tuple[int, ...] = ()
+    backprop: tuple[str, ...] = ()
 
     @property
     def projected_grad(self) -> float:

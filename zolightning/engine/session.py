@@ -36,7 +36,9 @@ from ..probing.runner import Muted
 from ..space import View
 from ..types import Batch, Estimate, Forward, Key, Shared, SkipStep, StepRecord, Term
 from .advice import take_over
+from .hybrid import gradients_of
 from .notices import Notices, Say
+from .rates import base_lr
 from .recording import Recording
 from .skips import SkipWatch
 from .step import finish, keep_best
@@ -110,7 +112,6 @@ class Session:
         self._ledger, self._apply_update = ledger, apply
         self.notices = Notices(inform, warn)
         self._isolation = Isolation(module, self.device)
-        self._setting = Setting(module, self.config, self.estimator, self._isolation, repeatable, muted, epoch)
         self._subspaces: dict[int, Subspace] = {}
         self._steppers: dict[int, Optimizer] = {}
         self._shaping_states: dict[int, State] = {}
@@ -120,7 +121,10 @@ class Session:
         self._looks: list[float] = []
         self._trials: list[Loss] = []
         self._skips = SkipWatch(self.config.max_skips)
+        rates = [base_lr(group) for group in self.optimizers[0].param_groups]
         take_over(self.config, self.estimator, self.optimizers, schedulers, self.stepper, warn)
+        self._kept = gradients_of(module, self.optimizers, self.config, rates)
+        self._setting = Setting(module, self.config, self.estimator, self._isolation, repeatable, muted, epoch, self._kept)
         self.ranks.begin(module, self.estimator, self.config.build_distribution(), self.config.to_dict())
 
     @torch.no_grad()
@@ -186,6 +190,7 @@ class Session:
         optimizer = optimizer or self.optimizers[0]
         place, examples = self._place(optimizer), sum(part.examples for part in self._window)
         window = self._joined(place, optimizer)
+        self._kept.note_rates()  # the module's, before the probes' step has a size of its own
         with self._sizes.applied(place, optimizer):
             self.last_record = self._update(place, optimizer, window, clip, examples)
         return self.last_record
@@ -215,13 +220,18 @@ class Session:
         optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers look at it, and its step() may not be called
         if found := self._skips(record):
             self.notices.once("skip", found)
+        if not record.skipped and not self._kept.finite():
+            record = record._replace(skipped="non-finite gradient of backprop")
         if not record.skipped:
-            record = record._replace(unread=self.notices.unread(self.view(optimizer), Key(self.seed, record.step)))
+            unread = self.notices.unread(self.view(optimizer), Key(self.seed, record.step))
+            record = record._replace(unread=unread, backprop=tuple(self._kept.names))
         with uninterrupted():
             if not record.skipped:
                 self._apply(place, optimizer, record)
+                self._kept.step(Key(self.seed, record.step))
             elif self._ledger is not None:
                 self._ledger.skipped(record.step)
+            self._kept.forget()
             self._sizes.took(place, record)
             self.step += 1
         return record
@@ -271,6 +281,7 @@ class Session:
             "rng": rng_state(self.device),
             "calibration": asdict(self._calibration),
             "step_sizes": self._sizes.state_dict(),
+            "backprop": self._kept.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -283,6 +294,7 @@ class Session:
         self.seed, self.step = state["seed"], state["zo_step"]
         self._calibration = Calibration(**state.get("calibration", {}))
         self._sizes.load_state_dict(state.get("step_sizes"))
+        self._kept.load_state_dict(state.get("backprop", {}))
         set_rng_state(state["rng"], self.device)
 
     def follow(self, before: Session) -> None:

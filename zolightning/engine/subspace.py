@@ -40,6 +40,7 @@ from ..space import (
     take_turns,
 )
 from ..types import Batch, Forward, Key, SkipStep
+from .hybrid import Gradients
 from .notices import listed
 
 Epoch: TypeAlias = Callable[[], int]
@@ -77,6 +78,7 @@ class Setting:
         repeatable: whether the user's step evaluates the batch that it is given.
         muted: context in which the step logs nothing.
         epoch: optimizer steps of an epoch, where somebody knows.
+        kept: the parameters that backprop trains.
     """
 
     module: nn.Module
@@ -86,6 +88,7 @@ class Setting:
     repeatable: bool
     muted: Muted
     epoch: Epoch
+    kept: Gradients
 
 
 class Subspace(NamedTuple):
@@ -201,7 +204,7 @@ def find_subspace(
     graphs = Graphs(view, isolation) if config.cuda_graphs else None
     lockstep = _lockstep(setting, forward, batch, view, isolation)
     reuse = _reuse(setting, _structures(config)[found.structure], forward, batch, view)
-    runner = Runner(view, isolation, found.examples, reuse, graphs, lockstep, setting.muted)
+    runner = Runner(view, isolation, found.examples, reuse, graphs, lockstep, setting.muted, setting.kept or None)
     return Subspace(optimizer, runner, trainable(optimizer), _selected(config, calibration), len(isolation.changing))
 
 
@@ -274,7 +277,7 @@ def _build(
     config = setting.config
     view = build_view(
         setting.module,
-        [p for g in optimizer.param_groups for p in g["params"]],
+        [p for g in optimizer.param_groups for p in g["params"] if id(p) not in setting.kept.ids],
         config.build_distribution(),
         select_spec=_selected(config, calibration),
         structure=structure,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -132,7 +133,7 @@ def _advance(optimizer: Optimizer, group: dict[str, Any], members: Sequence[Leaf
         descend_(members, signed, float(group["lr"]), float(group.get("weight_decay", 0.0)), key)
     else:
         for leaf in members:
-            _step_alone(optimizer, group, leaf, terms, key)
+            step_alone(optimizer, group, leaf, partial(leaf.gradient, terms), key)
 
 
 def _project_(leaves: Sequence[Leaf]) -> tuple[int | None, int | None]:
@@ -150,7 +151,10 @@ def _project_(leaves: Sequence[Leaf]) -> tuple[int | None, int | None]:
     return negative, saturated
 
 
-def _step_alone(optimizer: Optimizer, group: dict[str, Any], leaf: Leaf, terms: Sequence[Term], key: Key) -> None:
+def step_alone(
+    optimizer: Optimizer, group: dict[str, Any], leaf: Leaf, gradient: Callable[[], Tensor] | Tensor, key: Key
+) -> None:
+    """The optimizer's step of one parameter on a gradient, low-precision weights in float32 and rounded by the key."""
     parameter = leaf.parameter
     stored = parameter.data
     wide = working_dtype(stored.dtype)
@@ -160,7 +164,7 @@ def _step_alone(optimizer: Optimizer, group: dict[str, Any], leaf: Leaf, terms: 
         if wide != stored.dtype:
             parameter.data = stored.to(wide)  # the optimizer's state for it is created, and stays, in float32
             _widen(optimizer.state.get(parameter, {}), stored.dtype)
-        parameter.grad = leaf.gradient(terms)
+        parameter.grad = (gradient if isinstance(gradient, Tensor) else gradient()).to(wide)
         with _only(optimizer, group, parameter):
             optimizer.step()
         updated = parameter.data

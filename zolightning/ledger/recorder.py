@@ -124,7 +124,7 @@ class Recorder:
         if place not in self._methods:
             self._primed[place] = "" if self._continues or is_plain_sgd(optimizer) else _primed(optimizer, leaves)
         options = Options(place, tuple(_options(group, optimizer) for group in optimizer.param_groups))
-        method = self._method(place, optimizer, leaves, options)
+        method = self._method(place, optimizer, leaves, options, record.backprop)
         if method != self._methods.get(place):
             self._writer.append(method)
             self._methods[place] = method
@@ -135,7 +135,7 @@ class Recorder:
             self._options[place] = options
         self._writer.append(Step(record.step, place, record.terms, record.lrs, record.loss, record.unread))
         self._step, self._applying = record.step + 1, True
-        self._moved.update(method.leaves)
+        self._moved.update(method.leaves, record.backprop)
 
     @property
     def mark(self) -> bytes:
@@ -196,7 +196,10 @@ class Recorder:
         finally:
             self._writer.close()
 
-    def _method(self, place: int, optimizer: Optimizer, leaves: Sequence[Leaf], options: Options) -> Method:
+    def _method(
+        self, place: int, optimizer: Optimizer, leaves: Sequence[Leaf], options: Options, backprop: Sequence[str]
+    ) -> Method:
+        hybrid = f"backprop trains {', '.join(backprop[:2])}, …, and a ledger holds no gradients" if backprop else ""
         slots = {id(p): slot for slot, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
         mine = [leaf for leaf in leaves if id(leaf.parameter) in slots]
         trained = {id(leaf.parameter) for leaf in mine if leaf.parameter.requires_grad}
@@ -209,7 +212,7 @@ class Recorder:
             leaves=kinds,
             settings={leaf.name: leaf.settings for leaf in mine if leaf.settings},
             turns={leaf.name: (*leaf.turn[:2], *astuple(leaf.turn.cycle)) for leaf in mine if leaf.turn},
-            unsupported=self._meddled or self._primed[place] or _unsupported(optimizer, mine, options),
+            unsupported=hybrid or self._meddled or self._primed[place] or _unsupported(optimizer, mine, options),
         )
 
 

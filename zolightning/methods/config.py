@@ -12,6 +12,7 @@ import torch
 from .._answers import did_you_mean
 from ..noise import DISTRIBUTIONS, Distribution
 from ..space import STRUCTURES, Cycle, Groups, Scales, Select, Structure
+from .backprop import Backprop
 from .estimators import SPSA, Coordinatewise, Estimator, ForwardGradient, OneSidedSPSA, PerExampleSPSA, Population
 from .optimizers import OPTIMIZERS, MakeOptimizer
 from .shaping import Chain, Clip, Normalize, Ranks, Shaping, Standardize
@@ -104,6 +105,10 @@ class ZOConfig:
 
     conservative: bool = False
     """Keep the best of θ, θ − lr·ĝ and θ + lr·ĝ on the step's batches, by three more forwards for each. For plain SGD."""
+
+    backprop: Select | Backprop | None = None
+    """Parameters that backprop trains in the same steps and no probe moves, as 'last:2', or a
+    :class:`~zolightning.methods.backprop.Backprop`. A replay ledger cannot rebuild such a run; checkpoints are whole."""
 
     seed: int | None = None
     """Seed of the perturbations. None: PyTorch's (``seed_everything``)."""
@@ -220,6 +225,7 @@ class Overrides(TypedDict, total=False):
         optimizer: 'module': as configure_optimizers says; 'sgd', 'momentum', 'sign', 'adam', or a function from parameter
             groups to an optimizer: instead of that, with its learning rates, weight decay and schedules.
         conservative: Keep the best of the weights, the step and the opposite step, by three more forwards.
+        backprop: Parameters that backprop trains in the same steps, as 'last:2', or a Backprop; null: none.
         seed: Seed of the perturbations; null: PyTorch's.
         max_skips: Stop after this many steps in a row without a finite projected gradient, >= 1.
     """
@@ -240,6 +246,7 @@ class Overrides(TypedDict, total=False):
     lr: float | Literal["auto", "module"] | None
     optimizer: str | MakeOptimizer
     conservative: bool
+    backprop: Select | Backprop | None
     seed: int | None
     max_skips: int
 

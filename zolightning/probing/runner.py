@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +34,16 @@ Muted = Callable[[], AbstractContextManager[Any]]
 """Makes the context of a forward that logs nothing."""
 
 
+class Keeps(Protocol):
+    """Keeps the gradients of a forward."""
+
+    def recording(self) -> AbstractContextManager[None]:
+        """Around it."""
+
+    def keep(self, out: StepOutput) -> StepOutput:
+        """Differentiate its loss; returns the output without a graph."""
+
+
 @dataclass(frozen=True)
 class Runner:
     """Has the user's step run at the points that an estimator asks for.
@@ -46,6 +56,7 @@ class Runner:
         graphs: recorded forwards, where they are asked for.
         lockstep: forwards that go through offloaded weights together.
         muted: context of every forward but the first.
+        kept: gets the gradients of the first forward.
     """
 
     view: View
@@ -55,6 +66,7 @@ class Runner:
     graphs: Graphs | None = None
     lockstep: Lockstep | None = None
     muted: Muted = nullcontext
+    kept: Keeps | None = None
 
     def run(self, forward: Forward, batch: Batch, ask: Ask) -> Ran:
         """Ask for points and answer them, in their order.
@@ -191,7 +203,7 @@ class Ran:
             nullcontext() if first else self._runner.muted(),
             reuse.forward(point) if reuse else nullcontext(),
         ):
-            out = self._called(batch, point)
+            out = self._kept(batch, point) if first and self._runner.kept else self._called(batch, point)
         if first:
             self.output = out
         if reuse is None or not reuse.doubtful:
@@ -201,6 +213,13 @@ class Ran:
         a, b = loss_of(out), loss_of(full)
         reuse.prove(torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b))
         return full
+
+    def _kept(self, batch: Batch, point: Point | None) -> StepOutput:
+        kept = self._runner.kept
+        assert kept is not None
+        with kept.recording():
+            out = self._called(batch, point)
+        return kept.keep(out)
 
     def _called(self, batch: Batch, point: Point | None) -> StepOutput:
         try:

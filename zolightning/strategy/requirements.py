@@ -47,6 +47,15 @@ def check_fit(module: nn.Module, optimizers: Sequence[Optimizer], config: ZOConf
         )
 
 
+def check_backprop(config: ZOConfig, several: bool, offloads: bool, precision: object) -> None:
+    """Refuse backprop beside the probes where nobody has tried it."""
+    where = "on several ranks" if several else "with offloaded weights" if offloads else ""
+    if not where and str(precision).startswith("16"):
+        where = "in float16, whose gradients need a scaler"
+    if config.backprop is not None and where:
+        raise MisconfigurationException(f"`backprop=...` {where} is not there; leave it out")
+
+
 def check_layers(module: nn.Module, recipe: str) -> None:
     """Refuse a recipe for layers that the module does not have."""
     if recipe == "zeroqat" and not any(isinstance(m, Rounds) for m in module.modules()):

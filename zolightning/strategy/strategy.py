@@ -43,7 +43,7 @@ from .fit import Fit
 from .ledger_io import keeps_positions
 from .muted import muted, steps_of_epoch
 from .offloading import InMemory, residency
-from .requirements import check_fit, check_layers, check_ranks
+from .requirements import check_backprop, check_fit, check_layers, check_ranks
 from .run_ledger import RunLedger
 
 
@@ -184,6 +184,7 @@ class ZOStrategy(DevicesStrategy):
         before, self._fit = self._fit, None
         super().setup(trainer)
         check_fit(self.module, self.optimizers, self.config)
+        check_backprop(self.config, self.is_distributed, self._offloads, getattr(self.precision_plugin, "precision", ""))
         self._fit = self._begin(trainer)
         if before is not None:
             self._fit.session.follow(before.session)
