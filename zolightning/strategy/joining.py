@@ -35,9 +35,12 @@ def join_group(environment: ClusterEnvironment, parallel: Parallel, rank: int, s
         return
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
     backend = parallel.backend or ("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    timeout, store = timedelta(seconds=parallel.timeout), None
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's agents deal ranks out themselves, anew at each restart
-        store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
+    timeout = timedelta(seconds=parallel.timeout)
+    store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # its agents deal ranks out, and may keep one store over restarts
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt-{attempt}", store)  # type: ignore[attr-defined]
+    else:
         _take_seat(store, rank, size)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
