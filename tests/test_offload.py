@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -241,6 +242,16 @@ def test_a_full_disk_stops_the_run_with_the_reason(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr("os.pwritev", full)
         with pytest.raises(OffloadError, match="No space left on device"):
             trained(module, store, lambda p: SGD(p, lr=1e-3), steps=2)
+
+
+def test_tensors_that_are_written_at_a_time_get_rooms_of_their_own() -> None:
+    for _ in range(5):
+        tier = disk()
+        tensors = {f"w{i}": torch.full((4096,), float(i)) for i in range(16)}
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(tier.write, tensors, tensors.values()))
+        assert all(torch.equal(tier.read(name), tensor) for name, tensor in tensors.items())
+        tier.close()
 
 
 def test_a_lost_work_file_is_noticed() -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,6 +70,7 @@ class DiskTier(Tier):
         self._kept: dict[str, int] = {}  # the same as of the last commit
         self._end = self._base_end = 0
         self._changed = False
+        self._writing = threading.Lock()  # of files and rooms
         self._tables: list[Mapping[str, Any]] = []
         self._stale: tuple[str, ...] = (_TABLE, _BEFORE)  # name bytes that the next write may go over
 
@@ -94,19 +96,21 @@ class DiskTier(Tier):
         return shaped(raw, room.shift, room.shape, room.dtype)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        self._open()
-        for stale in self._stale:
-            self._path(stale).unlink(missing_ok=True)
-        self._stale = ()
-        room = self._rooms.get(name)
-        if room is None:
-            shift = int(tensor.storage_offset()) * tensor.itemsize % PAGE if own_pages(tensor) is not None else 0
-            room = self._rooms[name] = _Room(self._end, shift, tuple(tensor.shape), tensor.dtype)
-            self._end += room.length
-        side = 1 - self._kept.get(name, 1)
+        with self._writing:  # a flush writes beside the thread that writes behind
+            self._open()
+            for stale in self._stale:
+                self._path(stale).unlink(missing_ok=True)
+            self._stale = ()
+            room = self._rooms.get(name)
+            if room is None:
+                shift = int(tensor.storage_offset()) * tensor.itemsize % PAGE if own_pages(tensor) is not None else 0
+                room = self._rooms[name] = _Room(self._end, shift, tuple(tensor.shape), tensor.dtype)
+                self._end += room.length
+            side = 1 - self._kept.get(name, 1)
         self._work[side].write(room.start, _page_image(tensor, room))
-        self.written_bytes += room.length
-        self._now[name], self._changed = side, True
+        with self._writing:
+            self.written_bytes += room.length
+            self._now[name], self._changed = side, True
 
     def keep(self, name: str, tensor: Tensor) -> None:
         self._claim()
