@@ -128,7 +128,8 @@ def test_what_is_kept_changes_no_answer(gguf: LlamaModel) -> None:
     few, many = engine(gguf, sequences=2), engine(gguf, sequences=32)
     rows = (torch.arange(14) % 3)[:, None] * torch.full((1, few.numbers["vectors"].numel()), 0.1)
     batch = batch_of(items + items)
-    many.prepare(batch)
+    assert EngineModel(many).prepare(batch) is batch  # which counts as a forward
+    assert EngineModel(engine(gguf, positions=None)).prepare(batch) is None
     many.run({"vectors": rows[:3]}, batch_of(prompts(40)[30:33]))
     ours, theirs = few.run({"vectors": rows}, batch), many.run({"vectors": rows}, batch)
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)

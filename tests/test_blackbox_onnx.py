@@ -79,6 +79,7 @@ def test_projected_gradients_are_torchs(exported: tuple[str, nn.Module, Path]) -
     *inputs, labels = batch.values()
     weights = {name: p.detach() for name, p in net.named_parameters()}
     assert all(torch.equal(weights[name], value) for name, value in model.engine.numbers.items())
+    assert model.prepare(batch) is None  # so it counts as no forward
 
     def both(offset: float, z: dict[str, Tensor]) -> tuple[float, float]:
         moved = {name: w + offset * z[name] for name, w in weights.items()}

@@ -63,9 +63,10 @@ class ControlVectors:
         self.scales = sizes(model, calibration, positions, length)[self.layers]
         self._texts = EncodedPrompts(model, positions, sequences, length, threads)
 
-    def prepare(self, batch: Mapping[str, Tensor]) -> None:
+    def prepare(self, batch: Mapping[str, Tensor]) -> bool:
         """Encode the text before the positions that are moved."""
         self._texts.encode(list(dict.fromkeys(prompts_of(batch)))[: self._texts.sequences])
+        return self.positions is not None
 
     def run(self, numbers: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
         """(B, outputs), float32: logits of the token that comes next."""

@@ -33,8 +33,12 @@ class Engine(Protocol):
     by_example: bool
     """Whether ``run`` takes a row of numbers for each example, (B, n) for a vector of n; else each in its own shape."""
 
-    def prepare(self, batch: Batch) -> None:
-        """Compute the part that does not depend on the numbers, and keep it for the calls of ``run`` on this batch."""
+    def prepare(self, batch: Batch) -> bool:
+        """Compute the part that does not depend on the numbers, and keep it for the calls of ``run`` on this batch.
+
+        Returns:
+            Whether there is such a part, which then counts as a forward pass.
+        """
 
     def run(self, numbers: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """(B, …): the model's outputs for the batch's examples at these numbers."""
@@ -72,10 +76,9 @@ class EngineModel(nn.Module):
         for key, name in self._names.items():
             self.numbers[key] = nn.Parameter(engine.numbers[name].clone())
 
-    def prepare(self, batch: Batch) -> object:
-        """The batch, when the engine has computed the part that all probes of a step share."""
-        self.engine.prepare(batch)
-        return batch
+    def prepare(self, batch: Batch) -> Batch | None:
+        """The batch, when the engine has computed the part that all probes of a step share; None: it has no such part."""
+        return batch if self.engine.prepare(batch) else None
 
     def forward(self, batch: Batch) -> Tensor:
         """The engine's outputs (B, …) at the parameters as they are read now.

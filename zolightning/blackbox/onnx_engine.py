@@ -95,8 +95,9 @@ class OnnxEngine:
         stored = {value.name for value in self._session.get_overridable_initializers()}
         self._inputs = {v.name for v in self._session.get_inputs()} - set(self.numbers) - stored
 
-    def prepare(self, batch: Mapping[str, Tensor]) -> None:
-        """Nothing: the whole graph runs in each probe."""
+    def prepare(self, batch: Mapping[str, Tensor]) -> bool:
+        """There is nothing to compute: the whole graph runs in each probe."""
+        return False
 
     def run(self, numbers: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
         """The graph's output."""
