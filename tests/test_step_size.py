@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import Resumable, Task, assert_same, batches, fit, mlp, mse, quiet_trainer, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
@@ -21,6 +21,7 @@ from zolightning.ledger import read
 from zolightning.ledger.format import Step
 from zolightning.methods.config import ZOConfig
 from zolightning.methods.recipes import DEFAULT
+from zolightning.space import Cycle
 from zolightning.types import Key, StepRecord, Term
 
 STEPS = 60
@@ -85,29 +86,77 @@ def test_the_schedule_keeps_its_shape(tmp_path: Path) -> None:
     assert task.trainer.optimizers[0].param_groups[0]["lr"] == 5.0 * 0.5**4
 
 
-def test_a_look_is_the_textbook_parabola() -> None:
-    """On a quadratic slope and curvature are exact, and the size ends at half of Newton's step along u."""
-    direction = [Term(Key(0, 0, 0), 1.0)]
-    size = StepSize(rms=1.0, size=0.02)
-    for step in range(60):
-        size.took(StepRecord(step, tuple(direction), (1.0,), 0.0, (size.size,), 2, 0, 0))
-        start, rate = 0.0, size.size  # the step began at 0, where L' = -4 and L'' = 20 against the step
+def way(size: StepSize, loss: Callable[[float], float], x: float, share: float = 1.0) -> float:
+    """Steps along one direction until the next look, and that look; the place they came to."""
+    while not size.due:
+        size.took(StepRecord(0, (Term(Key(0, 0, 0), 1.0),), (1.0,), 0.0, (share * size.size,), 2, 0, 0))
+        x -= share * size.size
+    size.choose(size.look(lambda terms: loss(x + sum(term.coefficient for term in terms))))
+    return x
 
-        def loss(terms: Any, start: float = start, rate: float = rate) -> float:
-            x = start - rate + sum(term.coefficient for term in terms)
-            return 10 * x**2 + 4 * x + 7
 
-        size.choose(size.look(loss))
-    assert size.size == pytest.approx(0.5 * 4 / 20)
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_the_first_look_is_a_search_and_later_ones_are_the_textbook_parabola(share: float) -> None:
+    """Of full steps, also where a schedule has taken shorter ones."""
+
+    def loss(x: float) -> float:
+        return 10 * (x - 1) ** 2 + 7
+
+    size = StepSize(rms=1.0, size=0.01)
+    x = way(size, lambda x: loss(-x), 0.0, share)  # downhill: the way is from 0 to -0.05
+    assert size.found
+    assert size.size == 0.01 * 16  # 5 steps of 0.16 come to 0.8, of 0.32 to 1.6
+    for _ in range(3):
+        before, begun = size.size, x
+        x = way(size, lambda x: loss(-x), x, share)
+        full = 10 * before  # where ten full steps would have been best
+        wanted = (x + share * full - -1) / full
+        assert x - begun == pytest.approx(-10 * share * before)
+        assert size.size == pytest.approx(before * min(max(wanted, 0.8), 1.25))
+
+
+def test_a_search_that_comes_to_nothing_is_repeated_twice() -> None:
+    size, seen = StepSize(rms=1.0, size=0.08), []
+    for _ in range(5):
+        way(size, lambda x: -x, 0.0)  # every step leads uphill
+        seen.append((size.size, size.searches))
+    assert [searches for _, searches in seen] == [1, 2, 3, 3, 3]
+    assert [s for s, _ in seen] == pytest.approx([0.04, 0.02, 0.01, 0.008, 0.0064])
+    for _ in range(30):
+        way(size, lambda x: -x, 0.0)
+    assert size.size == 1e-3  # of the RMS: the least
 
 
 def test_a_coarse_loss_says_nothing_and_a_broken_one_shortens() -> None:
     size = StepSize(rms=1.0, size=0.03)
-    size.took(StepRecord(0, (Term(Key(0, 0, 0), 1.0),), (1.0,), 0.0, (0.03,), 2, 0, 0))
-    size.choose(size.look(lambda _: 1.0))
-    assert size == StepSize(rms=1.0, size=0.03, steps=1, applied=0.03, terms=size.terms)
-    size.choose(size.look(lambda terms: 1.0 if terms else float("nan")))
-    assert size.size == pytest.approx(0.02)
+    way(size, lambda x: 1.0, 0.0)
+    assert (size.size, size.searches, size.found) == (0.03, 1, False)
+    way(size, lambda x: 1.0 if x == 0 else float("nan") if x < -1 else x, 0.0)  # the longest way before it breaks
+    assert size.size == pytest.approx(0.03 * 4)
+    way(size, lambda x: float("nan"), 0.0)
+    assert size.size == pytest.approx(0.03 * 4 / 1.25)
+
+
+def test_blocks_that_take_turns_are_looked_at_one_step_at_a_time() -> None:
+    """A probe is at the leaves of one step."""
+    model = nn.ModuleDict(
+        {"blocks": nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)]), "head": nn.Linear(4, 3)}
+    )
+
+    def loss(batch: Any) -> Tensor:
+        x = batch[0]
+        for block in model["blocks"]:  # type: ignore[attr-defined]
+            x = block(x)
+        return mse(model["head"], (x, batch[1]))
+
+    config = ZOConfig(estimator="spsa", structure="dense", select="all", lr="auto", seed=0, cycle=Cycle())
+    session = Session(model, SGD(model.parameters(), lr=1e-3), config)
+    for batch in learnable(12):
+        session.estimate(loss, batch)
+        session.update()
+    (size,) = session.state_dict()["step_sizes"].values()
+    assert {key[1] for key, _ in size["terms"]} == {11}
+    assert size["way"] == size["size"]
 
 
 def test_resumed_as_if_it_had_never_stopped(tmp_path: Path) -> None:
@@ -153,8 +202,8 @@ def test_looks_are_counted_and_no_more_than_said() -> None:
     for batch in learnable(45):
         session.estimate(lambda batch: mse(model, batch), batch)
         forwards.append(session.update().forwards)
-    assert [step for step, count in enumerate(forwards) if count == 5] == [*range(1, 21), 30, 40]
-    assert set(forwards) == {2, 5}
+    looks = {step: count - 2 for step, count in enumerate(forwards) if count > 2}
+    assert looks == {5: 8, 15: 3, 25: 3, 35: 3}
 
 
 def test_unknown_words_are_refused() -> None:

@@ -1,6 +1,6 @@
 """The step size that ``ZOStrategy()`` finds, beside the best learning rate of a sweep, on ten small modules.
 
-    python examples/benchmarks/step_size.py                # ten rates × three seeds × ten modules: twenty minutes on one core
+    python examples/benchmarks/step_size.py --steps 200    # ten rates × three seeds × ten modules: ten CPU minutes
     python examples/benchmarks/step_size.py --grid         # unchanged modules: five optimizers × three schedules × ten modules
     python examples/benchmarks/step_size.py --modules gru conv --seeds 5
 
@@ -32,7 +32,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 from zolightning import Session, recipes
 
 Batch = tuple[Tensor, Tensor]
-RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
+SHARES = (0.01, 0.02, 0.035, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5)
+"""Learning rates, as shares of the RMS of the trained weights."""
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "SGD 1e-1": lambda p: SGD(p, lr=1e-1),
     "SGD 1e-2": lambda p: SGD(p, lr=1e-2),
@@ -165,17 +166,17 @@ PROBLEMS: dict[str, Problem] = {
 
 
 class Run(NamedTuple):
-    """Losses on the test examples, and the rate of the last step."""
+    """Losses on the test examples, and the last step's share of the RMS of the trained weights."""
 
     before: float
     after: float
-    rate: float
+    share: float
 
 
 def train(
-    name: str, seed: int, steps: int, optimizer: Callable[[Any], Optimizer], schedule: str = "none", lr: Any = "auto"
+    name: str, seed: int, steps: int, optimizer: Callable[[Any], Optimizer], schedule: str = "none", share: float | None = None
 ) -> Run:
-    """One fit by the default recipe."""
+    """One fit by the default recipe, at a learning rate of this share of the weights' RMS; None: at the one that it finds."""
     problem = PROBLEMS[name]
     torch.manual_seed(seed)
     model, generator = problem.build(), torch.Generator().manual_seed(100 + seed)
@@ -194,7 +195,9 @@ def train(
     before = tested()
     steppers = optimizer(model.parameters())
     scheduler = SCHEDULES[schedule](steppers, steps)
-    config = recipes.DEFAULT.override(seed=seed, lr=lr)
+    trained = Session(model, steppers).subspace(loss, held_out).view.leaves
+    rms = float(torch.cat([leaf.parameter.detach().flatten() for leaf in trained]).square().mean().sqrt())
+    config = recipes.DEFAULT.override(seed=seed, lr="auto" if share is None else share * rms)
     session = Session(
         model, steppers, config, schedulers=[scheduler] if scheduler else [], inform=lambda _: None, warn=lambda _: None
     )
@@ -205,10 +208,10 @@ def train(
             if scheduler is not None:
                 scheduler.step()
     except RuntimeError as error:  # twenty steps without a finite loss: the rate was too large by far
-        if lr == "auto":
+        if share is None:
             raise
-        logging.getLogger(__name__).info("%s, lr %g: %s", name, lr, error)
-    last = session.last_record.lrs[0] if session.last_record else math.nan
+        logging.getLogger(__name__).info("%s, %g of the RMS: %s", name, share, error)
+    last = session.last_record.lrs[0] / rms if session.last_record else math.nan
     after = tested()
     return Run(before, after if math.isfinite(after) else math.inf, last)
 
@@ -218,14 +221,14 @@ def sweep(names: Sequence[str], seeds: int, steps: int, schedule: str) -> Iterat
     plain = OPTIMIZERS["SGD 1e-1"]
     for name in names:
         found = [train(name, seed, steps, plain, schedule) for seed in range(seeds)]
-        runs = {lr: [train(name, seed, steps, plain, schedule, lr).after for seed in range(seeds)] for lr in RATES}
-        losses = {lr: fmean(ends) for lr, ends in runs.items()}
+        runs = {share: [train(name, seed, steps, plain, schedule, share).after for seed in range(seeds)] for share in SHARES}
+        losses = {share: fmean(ends) for share, ends in runs.items()}
         best = min(losses, key=losses.__getitem__)
         auto = fmean(run.after for run in found)
         yield {
-            "module": name, "before": fmean(run.before for run in found), "auto": auto, "best": losses[best], "lr": best,
-            "ratio": auto / losses[best], "last rate": fmean(run.rate for run in found),
-            "auto runs": [run.after for run in found], "sweep": {str(lr): ends for lr, ends in runs.items()},
+            "module": name, "before": fmean(run.before for run in found), "auto": auto, "best": losses[best], "share": best,
+            "ratio": auto / losses[best], "last": fmean(run.share for run in found),
+            "auto runs": [run.after for run in found], "sweep": {str(share): ends for share, ends in runs.items()},
         }  # fmt: skip
 
 
@@ -260,12 +263,12 @@ def main() -> None:
         above = sum(row["after"] > row["before"] for row in rows)
         print(f"{above} of {len(rows)} runs end above the loss that they began with")
     else:
-        print("module        start  found   best of sweep (its lr)  found ÷ best  last step  CPU s")
+        print("module        start  found   best of sweep (lr ÷ RMS)  found ÷ best  last step ÷ RMS  CPU s")
         for row in sweep(args.modules, args.seeds, args.steps, args.schedule):
             rows.append(row)
             print(
-                f"{row['module']:12} {row['before']:6.3f} {row['auto']:6.3f}  {row['best']:6.3f} ({row['lr']:g})".ljust(54)
-                + f"{row['ratio']:6.2f}      {row['last rate']:.1e}  {time.process_time():5.0f}",
+                f"{row['module']:12} {row['before']:6.3f} {row['auto']:6.3f}  {row['best']:6.3f} ({row['share']:g})".ljust(54)
+                + f"{row['ratio']:6.2f}      {row['last']:.3f}  {time.process_time():5.0f}",
                 flush=True,
             )
         print(f"within 10 % of the best: {sum(row['ratio'] <= 1.1 for row in rows)} of {len(rows)}")

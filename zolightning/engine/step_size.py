@@ -16,11 +16,12 @@ from ..types import Key, StepRecord, Term
 from .rates import base_lr
 
 START = 1e-2  # of the RMS of the trained weights; it trains SmolLM2 on the demo's task
-_BOUNDS = (3e-3, 1e-1)  # likewise; no more than ten times the start
-_EVERY, _FIRST, _LEAST = 10, 20, 5  # a look at every tenth step, at each of the first ones; looks before the first change
-_BETA, _CHANGE = 0.9, 1.5  # of the running means; most that a look changes
-_SHARE = 0.5  # of Newton's step, whose slope and curvature are uncertain
-_FAINT = 0.05  # share of a schedule's height below which steps are too short to look at
+_BOUNDS = (1e-3, 1.0)  # likewise
+_SEARCH = (0.0, *(2.0**k for k in range(7)))  # multiples of a way; random weights want up to half their RMS a step
+_LOOK = (0.0, 1.0, 2.0)
+_FIRST, _EVERY = 5, 10  # steps of the way that is searched, and of those that are looked at
+_TRIES = 3  # searches, where the first ones come to nothing
+_CHANGE = 1.25  # most that a look changes: the slope over a few random steps is uncertain
 
 Decide = Callable[[Callable[[], dict[str, Any] | None]], dict[str, Any] | None]
 Loss = Callable[[Sequence[Term]], float]
@@ -31,29 +32,38 @@ Loss = Callable[[Sequence[Term]], float]
 class StepSize:
     r"""The RMS change per weight and step of one optimizer.
 
-    It begins at :data:`START` times the RMS of the trained weights. Some steps are looked at again by the batch that comes
-    next, which their direction u (of RMS 1) was not made from, so that the noise of a batch counts as noise. With a the
-    size that was applied and θ the weights after it:
+    It begins at :data:`START` times the RMS of the trained weights. Every few steps, the way D that they took from θ is looked
+    at by the batch that comes next, which D was not made from, so that the noise of a batch counts as noise:
 
-    .. math:: s = \frac{L(\theta + 2au) - L(\theta)}{2a}, \qquad \kappa = \frac{L(\theta + 2au) - 2 L(\theta + au) +
-              L(\theta)}{a^2}, \qquad \eta \leftarrow \tfrac12\,\frac{\bar s}{\bar\kappa}
+    .. math:: \ell(m) = L(\theta + m D)
 
-    The curvature along a random direction holds what a step loses to being random, so :math:`s/\kappa` is the best size of
-    a random step on a quadratic, Nesterov & Spokoiny 2017, and falls by itself where a run has come to the noise. Everything
-    is a number of this class, so that a checkpoint holds it; the ledger holds the rates that came of it.
+    The slopes and the curvatures of random steps add up, so that on a quadratic m times the way is where steps of m times the
+    size would have come to; their best size is Nesterov & Spokoiny's, 2017. The first look is a search: the size is multiplied
+    by the best m of 1, 2, 4, …, 64. Each later one follows a parabola, a bit at a time, and the size falls by itself where a
+    run has come to the noise:
+
+    .. math:: m^* = 1 + \frac{\ell(0) - \ell(2)}{2\,(\ell(0) - 2 \ell(1) + \ell(2))}, \qquad
+              \eta \leftarrow \eta \min(\max(m^*, \tfrac45), \tfrac54)
+
+    Everything is a number of this class, so that a checkpoint holds it; the ledger holds the rates that came of it.
     """
 
     rms: float
     """Of the trained weights, before training."""
     size: float
-    slope: float = 0.0
-    curvature: float = 0.0
-    looks: int = 0
+    searches: int = 0
+    found: bool = False
+    """A search found a longer step to be better."""
+    alone: bool = False
+    """Blocks take turns: a way is that of one step, since a probe is at the leaves of one step."""
     steps: int = 0
+    """Taken since the last look."""
+    way: float = 0.0
+    """Their sizes, added up."""
     applied: float = 0.0
-    """RMS change of the last step; 0: there was none."""
+    """Likewise, as a schedule left them."""
     terms: list[tuple[tuple[int, ...], float]] = field(default_factory=list)
-    """Of the last step's direction."""
+    """-D, at full size."""
 
     @classmethod
     def at(cls, leaves: Sequence[Leaf]) -> StepSize | None:
@@ -63,39 +73,55 @@ class StepSize:
         return cls(rms, START * rms) if rms > 0 else None
 
     @property
+    def searching(self) -> bool:
+        return not self.found and self.searches < _TRIES
+
+    @property
     def due(self) -> bool:
-        """Whether the last step is to be looked at."""
-        return self.applied > _FAINT * self.size and (self.steps <= _FIRST or self.steps % _EVERY == 0)
+        """Whether the last steps are to be looked at."""
+        return self.applied > 0 and self.steps >= (_FIRST if self.searching else _EVERY)
 
     def look(self, loss: Loss) -> list[float]:
-        """The losses after, before and beyond the last step."""
-        return [loss(self._direction(k * self.applied) if k else []) for k in (0, 1, 2)]
+        """The losses at multiples of the way over the last steps."""
+        here = self.applied / self.way
+        return [loss(self._back(here - m)) for m in (_SEARCH if self.searching else _LOOK)]
 
     def choose(self, losses: Sequence[float]) -> None:
         """Choose the size by what :meth:`look` saw."""
-        a, (after, before, beyond) = self.applied, losses
-        if after == before == beyond:  # a coarse objective, which says nothing here
+        searched, self.steps = self.searching, 0
+        self.searches += searched
+        if len(set(losses)) == 1:  # a coarse objective, which says nothing here
             return
-        if not all(map(math.isfinite, losses)):
-            self.size = max(self.size / _CHANGE, _BOUNDS[0] * self.rms)
-            return
-        self.looks += 1
-        self.slope += (1 - _BETA) * ((beyond - after) / (2 * a) - self.slope)
-        self.curvature += (1 - _BETA) * ((beyond - 2 * before + after) / a**2 - self.curvature)
-        if self.looks >= _LEAST:
-            beyond_bounds = math.inf if self.slope > 0 else 0.0
-            wanted = _SHARE * self.slope / self.curvature if self.curvature > 0 else beyond_bounds
-            wanted = min(max(wanted, self.size / _CHANGE), self.size * _CHANGE)
-            self.size = min(max(wanted, _BOUNDS[0] * self.rms), _BOUNDS[1] * self.rms)
+        if searched:
+            best = _SEARCH[min(range(len(losses)), key=lambda i: losses[i] if math.isfinite(losses[i]) else math.inf)]
+            self.found = best > 1
+            self.size *= best or 0.5
+        else:
+            self.size *= min(max(_lowest(*losses), 1 / _CHANGE), _CHANGE)
+        self.size = min(max(self.size, _BOUNDS[0] * self.rms), _BOUNDS[1] * self.rms)
 
     def took(self, record: StepRecord) -> None:
         """Note a step."""
-        self.steps += 1
-        self.applied = 0.0 if record.skipped else record.lrs[0]
-        self.terms = [(tuple(term.key), term.coefficient) for term in record.terms]
+        if self.steps == 0 or self.alone:
+            self.way, self.applied, self.terms = 0.0, 0.0, []
+        if not record.skipped:
+            self.steps += 1
+            self.way += self.size
+            self.applied += record.lrs[0]
+            self.terms += [(tuple(term.key), self.size * term.coefficient) for term in record.terms]
 
-    def _direction(self, scale: float) -> list[Term]:
-        return [Term(Key(*key), scale * coefficient) for key, coefficient in self.terms]
+    def _back(self, share: float) -> list[Term]:
+        if abs(share) < 1e-9:  # but for rounding, where the weights are
+            return []
+        return [Term(Key(*key), share * coefficient) for key, coefficient in self.terms]
+
+
+def _lowest(before: float, now: float, beyond: float) -> float:
+    """Where the parabola through the losses at 0, 1 and 2 is lowest."""
+    curvature = before - 2 * now + beyond
+    if not math.isfinite(curvature):
+        return 0.0
+    return 1 + (before - beyond) / (2 * curvature) if curvature > 0 else math.inf if beyond < before else 0.0
 
 
 class StepSizes:
@@ -128,7 +154,8 @@ class StepSizes:
                     f"the loss; of the module's learning rate, {base:g}, only its schedule's shape counts (lr='module' takes "
                     "it as it is, lr=... sets another)"
                 )
-        size = self._found[place]
+        if (size := self._found[place]) is not None:
+            size.alone = any(leaf.turn is not None for leaf in leaves)
         upwards = any(group.get("maximize") for group in optimizer.param_groups)
         return size.look(loss) if size is not None and size.due and not upwards else []
 

@@ -6,7 +6,7 @@ import struct
 from enum import IntFlag
 from typing import NamedTuple
 
-_HEAD = struct.Struct("<IIHHIQQ")
+_HEAD = struct.Struct("<IIBBHIQQ")
 
 
 class Flag(IntFlag):
@@ -16,8 +16,6 @@ class Flag(IntFlag):
     """The coefficients are of directions that examples have for themselves."""
     ANEW = 2
     """The subspace is to be found anew."""
-    LOOKED = 4
-    """Three losses come first."""
 
 
 class Message(NamedTuple):
@@ -32,7 +30,7 @@ class Message(NamedTuple):
         flags: see :class:`Flag`.
         sizes: examples with directions of their own in each micro-batch, where its points were spread; 0: none.
         loss: mean over the window.
-        looks: losses before, at and beyond the last step, or none.
+        looks: losses along the way over the last steps, or none.
         values: coefficients; or the answers, where the points were spread.
     """
 
@@ -50,17 +48,18 @@ class Message(NamedTuple):
     def pack(self) -> bytes:
         spread = bool(self.sizes)
         last = self.batch if spread else struct.unpack("<Q", struct.pack("<d", self.loss))[0]
-        head = _HEAD.pack(self.step, self.examples, self.flags, len(self.sizes), self.forwards, self.digest, last)
+        head = _HEAD.pack(
+            self.step, self.examples, self.flags, len(self.looks), len(self.sizes), self.forwards, self.digest, last
+        )
         numbers = (*self.looks, *self.values)
         return head + struct.pack(f"<{len(self.sizes)}I{len(numbers)}d", *self.sizes, *numbers)
 
     @classmethod
     def unpack(cls, data: bytes) -> Message:
-        step, examples, flags, micro, forwards, digest, last = _HEAD.unpack_from(data)
+        step, examples, flags, looks, micro, forwards, digest, last = _HEAD.unpack_from(data)
         at = _HEAD.size + 4 * micro
         sizes = struct.unpack_from(f"<{micro}I", data, _HEAD.size)
         numbers = struct.unpack_from(f"<{(len(data) - at) // 8}d", data, at)
-        looks = 3 * bool(flags & Flag.LOOKED)
         loss = float("nan") if micro else struct.unpack("<d", struct.pack("<Q", last))[0]
         batch = last if micro else 0
         return cls(step, examples, forwards, digest, batch, Flag(flags), sizes, loss, numbers[:looks], numbers[looks:])

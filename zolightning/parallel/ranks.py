@@ -63,7 +63,7 @@ class Joint(NamedTuple):
 
     Args:
         estimate: of all of them.
-        looks: the mean losses before, at and beyond the last step, where they were looked at.
+        looks: the mean losses along the way over the last steps, where it was looked at.
         standing: that holds on all of them, where theirs differed.
     """
 

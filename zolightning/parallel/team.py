@@ -172,7 +172,8 @@ class Team:
                 examples.append(of_group[0].examples)
         estimate = joined(estimates, examples)._replace(forwards=sum(message.forwards for message in messages))
         seen = [(float(message.examples or 1), message.looks) for message in messages if message.looks]
-        return Joint(estimate, [mean([(n, each[i]) for n, each in seen]) for i in range(3)] if seen else (), agreed)
+        looked = [mean([(n, each[i]) for n, each in seen]) for i in range(len(seen[0][1]))] if seen else ()
+        return Joint(estimate, looked, agreed)
 
     def means(self, values: Sequence[float], examples: int) -> list[float]:
         """One more exchange."""
@@ -183,7 +184,7 @@ class Team:
 
     def _message(self, key: Key, parts: Sequence[Part], looks: Sequence[float], standing: Standing) -> Message:
         local, shares = merge([part.estimate for part in parts]), [part for part in parts if isinstance(part, Share)]
-        flags = Flag.ANEW * (standing.place in self._wishes) | Flag.LOOKED * bool(looks)
+        flags = Flag.ANEW * (standing.place in self._wishes)
         flags |= Flag.OWN * any(part.own for part in shares)
         spread = self.layout.members > 1
         values = [v for part in shares for answer in part.answers for v in _numbers(answer)] if spread else local.coefficients

@@ -31,6 +31,11 @@ class OuterLeaf(Leaf, ABC):
     def noise(self, terms: Sequence[Term], start: int, length: int) -> Tensor:
         return outer_run(*self.products(terms), start, length)
 
+    def linear(self, x: Tensor, bias: Tensor | None, terms: Sequence[Term], scratch: Scratch) -> Tensor:
+        out = F.linear(x, self.parameter, bias)
+        left, right = self.products(terms)
+        return out.add_(F.linear(F.linear(x, right.to(x.dtype)), left.T.to(x.dtype)))
+
     def gradient(self, terms: Sequence[Term]) -> Tensor:
         return outer_sum(*self.products(terms)).view(self.parameter.shape)
 
@@ -65,10 +70,12 @@ class Rank1Leaf(OuterLeaf, PerExampleLeaf):
         return z[:, : self._height] * coefficients, z[:, self._height :].contiguous()
 
     def linear(self, x: Tensor, bias: Tensor | None, terms: Sequence[Term], scratch: Scratch) -> Tensor:
+        if len(terms) > 1:
+            return super().linear(x, bias, terms, scratch)
+        ((key, coefficient),) = terms
         out = F.linear(x, self.parameter, bias)
         flat_x, flat_out = x.reshape(1, -1, x.shape[-1]), out.view(1, -1, out.shape[-1])
-        for key, coefficient in terms:
-            self._add_rank1(flat_out, flat_x, key, integers([key.query], out.device), floats([coefficient], out.device))
+        self._add_rank1(flat_out, flat_x, key, integers([key.query], out.device), floats([coefficient], out.device))
         return out
 
     def compute_each(
@@ -124,11 +131,6 @@ class LowRankLeaf(OuterLeaf):
             right.append(v)
         dtype = working_dtype(self.parameter.dtype)
         return torch.cat(left).to(dtype), torch.cat(right).to(dtype)
-
-    def linear(self, x: Tensor, bias: Tensor | None, terms: Sequence[Term], scratch: Scratch) -> Tensor:
-        out = F.linear(x, self.parameter, bias)
-        left, right = self.products(terms)
-        return out.add_(F.linear(F.linear(x, right.to(x.dtype)), left.T.to(x.dtype)))
 
     def rows(self, indices: Tensor, terms: Sequence[Term]) -> Tensor:
         weight = self.parameter.detach()
