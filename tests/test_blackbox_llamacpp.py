@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,13 +23,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gguf import GGUFReader
-from tiny_gguf import BLOCKS, WIDTH, WORDS, tiny_llama, write_gguf
+from tiny_gguf import BLOCKS, BYTES, WIDTH, WORDS, tiny_llama, write_gguf
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from zolightning import ZOMixin, ZOStrategy
 from zolightning.blackbox.control_vectors import ControlVectors, WrittenAnswers, export_control_vectors
 from zolightning.blackbox.engine import EngineError, EngineModel
+from zolightning.blackbox.label_words import label_words
 from zolightning.blackbox.llamacpp import LlamaContext, LlamaModel, library
 from zolightning.commands.demo.methods import GGUF
 from zolightning.commands.demo.run import Task, run
@@ -60,6 +64,55 @@ def batch_of(items: list[list[int]]) -> dict[str, Tensor]:
 
 def engine(gguf: LlamaModel, **options: Any) -> ControlVectors:
     return ControlVectors(gguf, prompts(), **{"length": 16, "outputs": [3, 9], **options})
+
+
+def test_label_words_are_those_that_tell_labels_apart_in_torch_too(gguf: LlamaModel) -> None:
+    """By Welch's t of log-probabilities, computed here from the logits of PyTorch."""
+    items = prompts(24)
+    labels = [item[-1] % 3 for item in items]
+    found = label_words(gguf, items, labels, words=3, likely=40)
+    with torch.no_grad():
+        chances = torch.stack([tiny_llama()(torch.tensor([item])).logits[0, -1] for item in items]).log_softmax(1).double()
+    candidates = set(chances.mean(0).topk(42).indices.tolist())
+    taken = {token for some in found for token in some}
+    assert [len(some) for some in found] == [3, 3, 3] and len(taken) == 9 and taken <= candidates
+    for label, some in enumerate(found):
+        here = torch.tensor(labels) == label
+        groups = chances[here], chances[~here]
+        spread = sum(group.var(0, correction=0) for group in groups) / 2
+        t = (groups[0].mean(0) - groups[1].mean(0)) / spread.sqrt()
+        assert t[some[0]] >= t[some[1]] - 0.05 >= t[some[2]] - 0.1
+        rest = [t[token] for token in chances.mean(0).topk(38).indices.tolist() if token not in taken]
+        assert t[some[-1]] > max(rest) - 0.05
+    assert label_words(gguf, items, labels, words=3, likely=40) == found
+    for options, message in (
+        ({"labels": labels[:-1]}, "got 23 labels"), ({"labels": [0] * 24}, r"of each kind \[24\]"),
+        ({"labels": [5, *labels[1:]]}, "twice or more"), ({"words": 0}, "cannot choose 0 tokens"),
+        ({"words": 14}, "cannot choose 14 tokens for each of 3 labels out of 40"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            label_words(gguf, items, **{"labels": labels, "words": 3, "likely": 40, **options})
+
+
+def test_outputs_can_be_means_of_words(gguf: LlamaModel) -> None:
+    one, mean, items = engine(gguf, outputs=[3, 9, 5]), engine(gguf, outputs=[[3, 9], 5]), prompts()
+    rows = {"vectors": 0.3 * torch.randn(len(items), one.numbers["vectors"].numel())}
+    three = one.run(rows, batch_of(items))
+    expected = torch.stack((three[:, :2].mean(1), three[:, 2]), 1)
+    torch.testing.assert_close(mean.run(rows, batch_of(items)), expected)
+
+
+def test_the_script_without_torch_trains(tmp_path: Path) -> None:
+    """It ends with an error if PyTorch is in its process."""
+    model = write_gguf(tiny_llama(BYTES), tmp_path / "tiny.gguf")
+    table = tmp_path / "texts.csv"
+    table.write_text("text,label\n" + "".join(f'"{word}, I say",{n % 2}\n' for n, word in enumerate(["bad", "good"] * 4)))
+    script = Path(__file__).parents[1] / "examples" / "gguf_without_torch.py"
+    options = ["--batch", "4", "--queries", "1", "--steps", "2"]
+    run = subprocess.run([sys.executable, script, model, table, table, *options], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"after 2 steps of 4 texts: [\d.]+ %", run.stdout)
+    assert float(re.search(r"memory of the whole process: (\d+) MiB", run.stdout)[1]) < 256  # type: ignore[index]
 
 
 @contextmanager
@@ -212,6 +265,18 @@ def test_a_score_of_written_text_is_trained_on(gguf: LlamaModel) -> None:
 
 @pytest.mark.network
 @pytest.mark.slow
+def test_training_takes_the_memory_of_inference() -> None:
+    """Each in a process of its own, beyond their libraries: the demo's file, label words and two steps."""
+    script = Path(__file__).parents[1] / "examples" / "gguf_engine.py"
+    run = subprocess.run([sys.executable, script, "--memory"], capture_output=True, text=True, check=False)
+    if "FetchError" in run.stderr:
+        pytest.skip("the demo's model cannot be fetched")
+    assert run.returncode == 0, run.stderr
+    assert float(re.search(r"training takes ([\d.]+) ×", run.stdout)[1]) <= 1.05  # type: ignore[index]
+
+
+@pytest.mark.network
+@pytest.mark.slow
 def test_the_demos_own_file_trains(tmp_path: Path) -> None:
     """The demo's row, on 4 texts."""
     row = replace(GGUF, steps=1, batch_size=4, overrides={"num_queries": 1})
@@ -289,3 +354,5 @@ def test_bad_input_is_refused_and_nothing_is_lost(gguf: LlamaModel, tmp_path: Pa
     copy.write_bytes(gguf.path.read_bytes()[:-4] + b"\0\0\0\1")
     with pytest.raises(ValueError, match="load the model that they belong to"):
         EngineModel(engine(LlamaModel(copy))).load_state_dict(state)
+    with pytest.raises(ValueError, match="load the model that they belong to"):  # equal shapes, other blocks
+        EngineModel(engine(gguf, positions=2, layers=[2, 3])).load_state_dict(state)

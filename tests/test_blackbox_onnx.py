@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader
 
 from zolightning import ZOMixin, ZOStrategy
+from zolightning.blackbox.box import BlackBox
 from zolightning.blackbox.engine import EngineError, EngineModel
 from zolightning.blackbox.onnx_engine import OnnxEngine, initializers_to_inputs
 from zolightning.ledger import read, replay
@@ -94,6 +95,23 @@ def test_projected_gradients_are_torchs(exported: tuple[str, nn.Module, Path]) -
         pairs.append((a_up - a_down, b_up - b_down))
     assert torch.corrcoef(torch.tensor(pairs, dtype=torch.float64).T)[0, 1] >= 0.99
     torch.testing.assert_close(model(batch), net(*inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_an_engine_can_stand_behind_trained_layers(exported: tuple[str, nn.Module, Path]) -> None:
+    """As a black box, whose backward pass asks ONNX Runtime: the gradient is autograd's."""
+    kind, net, path = exported
+    if kind == "text":
+        pytest.skip("word numbers have no gradient")
+    engine, batch = engine_of(net, path), example(kind, 3)
+    box = BlackBox(lambda rows: engine.run(dict(engine.numbers), {"image": rows}), estimator="cge", mu=1e-3)
+    found = []
+    for model in (box, net):
+        image = batch["image"].clone().requires_grad_()
+        F.cross_entropy(model(image), batch["labels"]).backward()
+        assert image.grad is not None
+        found.append(image.grad.flatten())
+    assert F.cosine_similarity(*found, 0) > 0.99
+    assert box.queries == 3 * (1 + 64)
 
 
 class Task(ZOMixin, pl.LightningModule):

@@ -5,24 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from gguf import GGUFWriter
+from gguf import GGUFWriter, TokenType
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-WORDS, WIDTH, BLOCKS, HEADS = 61, 64, 4, 2
+WORDS, BYTES, WIDTH, BLOCKS, HEADS = 61, 259, 64, 4, 2
 
 
-def tiny_llama() -> LlamaForCausalLM:
+def tiny_llama(words: int = WORDS) -> LlamaForCausalLM:
     torch.manual_seed(3)
     config = LlamaConfig(
-        vocab_size=WORDS, hidden_size=WIDTH, intermediate_size=96, num_hidden_layers=BLOCKS, num_attention_heads=HEADS,
+        vocab_size=words, hidden_size=WIDTH, intermediate_size=96, num_hidden_layers=BLOCKS, num_attention_heads=HEADS,
         num_key_value_heads=HEADS, max_position_embeddings=64, initializer_range=0.3, tie_word_embeddings=False,
     )  # fmt: skip
     return LlamaForCausalLM(config).float().eval()
 
 
 def write_gguf(model: LlamaForCausalLM, path: Path) -> Path:
-    """As llama.cpp reads it: the rotated halves of queries and keys lie interleaved."""
+    """As llama.cpp reads it: the rotated halves of queries and keys lie interleaved. A model of 259 words reads bytes."""
     writer = GGUFWriter(path, "llama")
     config = model.config
     writer.add_context_length(config.max_position_embeddings)
@@ -33,8 +33,14 @@ def write_gguf(model: LlamaForCausalLM, path: Path) -> Path:
     writer.add_head_count_kv(HEADS)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(WIDTH // HEADS)
-    writer.add_vocab_size(WORDS)
-    writer.add_tokenizer_model("no_vocab")
+    writer.add_vocab_size(config.vocab_size)
+    if config.vocab_size == BYTES:
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256))])
+        writer.add_token_scores([0.0] * BYTES)
+        writer.add_token_types([TokenType.UNKNOWN, *[TokenType.CONTROL] * 2, *[TokenType.BYTE] * 256])
+    else:
+        writer.add_tokenizer_model("no_vocab")
 
     def interleaved(weight: Tensor) -> Tensor:
         return weight.reshape(HEADS, 2, -1, WIDTH).transpose(1, 2).reshape(weight.shape)

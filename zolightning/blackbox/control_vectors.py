@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class ControlVectors:
         calibration: token ids of some prompts, whose hidden states have the RMS s_l.
         positions: W >= 1; None moves all positions, as llama.cpp's own tools do, and encodes the whole prompt in each probe.
         layers: blocks, from 1 on; None: the middle third.
-        outputs: token ids whose logits are given; None: all.
+        outputs: token ids whose logits are given, or of a list of ids their mean; None: all tokens.
         sequences: prompts whose keys and values are kept, >= 1.
         length: tokens of the longest prompt, >= 1.
         threads: of llama.cpp.
@@ -46,7 +47,7 @@ class ControlVectors:
         *,
         positions: int | None = 1,
         layers: Sequence[int] | None = None,
-        outputs: Sequence[int] | None = None,
+        outputs: Sequence[int | Sequence[int]] | None = None,
         sequences: int = 32,
         length: int = 128,
         threads: int = 1,
@@ -57,8 +58,10 @@ class ControlVectors:
             raise ValueError(f"`ControlVectors(layers=...)` must be in 1 … {model.blocks - 1}, got {self.layers}")
         if not calibration:
             raise ValueError("`ControlVectors(calibration=...)` needs at least one prompt, which tells the vectors' scale")
-        self.model, self.positions, self.outputs = model, positions, outputs
-        self.identity = model.identity
+        self.model, self.positions = model, positions
+        self.outputs = None if outputs is None else [[one] if isinstance(one, int) else [*one] for one in outputs]
+        settings = repr((self.layers, positions, [[*prompt] for prompt in calibration]))
+        self.identity = f"{model.identity}, control vectors {hashlib.sha256(settings.encode()).hexdigest()[:16]}"
         self.numbers = {"vectors": torch.zeros(len(self.layers) * model.width)}
         self.scales = sizes(model, calibration, positions, length)[self.layers]
         self._texts = EncodedPrompts(model, positions, sequences, length, threads)
@@ -70,9 +73,10 @@ class ControlVectors:
 
     def run(self, numbers: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
         """(B, outputs), float32: logits of the token that comes next."""
-        wanted = slice(None) if self.outputs is None else [*self.outputs]
-        # at once: the logits of a whole vocabulary, for each example of all probes, would be most of a step's memory
-        return torch.from_numpy(np.concatenate([self._texts.logits(*each)[:, wanted] for each in self._each(numbers, batch)]))
+        # chosen at once: the logits of a whole vocabulary, for each example of all probes, would be most of a step's memory
+        return torch.from_numpy(
+            np.concatenate([self._chosen(self._texts.logits(*each)) for each in self._each(numbers, batch)])
+        )
 
     def answers(self, numbers: Mapping[str, Tensor], batch: Mapping[str, Tensor], tokens: int) -> list[list[int]]:
         """The model's text behind each prompt, as token ids: always the likeliest one, at most ``tokens``.
@@ -88,6 +92,9 @@ class ControlVectors:
         rows = np.zeros((self.model.blocks - 1, self.model.width), np.float32)
         rows[np.array(self.layers) - 1] = vectors.reshape(len(self.layers), -1) * self.scales[:, None]
         return rows
+
+    def _chosen(self, logits: Rows) -> Rows:
+        return logits if self.outputs is None else np.stack([logits[:, ids].mean(1) for ids in self.outputs], 1)
 
     def _each(
         self, numbers: Mapping[str, Tensor], batch: Mapping[str, Tensor]

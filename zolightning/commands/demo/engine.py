@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ...blackbox.control_vectors import ControlVectors
 from ...blackbox.engine import EngineModel
+from ...blackbox.label_words import label_words
 from ...blackbox.llamacpp import LlamaModel, library
 from ...data import Encoded, PromptTemplate, Splits
 from ...data.model import default_gguf
@@ -14,6 +15,8 @@ from ...records.memory import rss
 from ...types import Batch
 from .methods import Method
 from .module import MakeOptimizer, PromptClassifier, PromptData
+
+KNOWN = 256  # training texts by which label words are chosen
 
 
 class EngineClassifier(PromptClassifier):
@@ -64,9 +67,11 @@ def build_engine(
         return [Encoded(gguf.tokens(prompt.render(example.text))[-max_length:], example.label) for example in part]
 
     train, validation, test = map(encoded, texts[:3])
-    words = [gguf.tokens(prompt.render("A film.") + word)[-1] for word in prompt.verbalizers]
-    calibration = [example.input_ids for example in train[:16]]
-    vectors = ControlVectors(gguf, calibration, outputs=words, sequences=32, length=max_length)
+    prompts, labels = [example.input_ids for example in train[:KNOWN]], [example.label for example in train[:KNOWN]]
+    words = [[gguf.tokens(prompt.render("A film.") + word)[-1]] for word in prompt.verbalizers]
+    if all(labels.count(label) > 1 for label in range(len(words))):
+        words = label_words(gguf, prompts, labels)
+    vectors = ControlVectors(gguf, prompts[:16], outputs=words, sequences=32, length=max_length)
     data = PromptData(train, validation, test, 0, method.batch_size, seed)
     decay = method.steps if method.decay else 0
     return EngineClassifier(EngineModel(vectors), method.make_optimizer(), decay, rss() - held), data

@@ -135,7 +135,8 @@ GGUF = Method(
     "gguf",
     "ZO in llama.cpp (4-bit file)",
     recipe="reft",
-    overrides={"num_queries": 8, "one_batch": False},
+    overrides={"num_queries": 16, "one_batch": False},
+    lr=3.5e-2,
     engine=True,
     decay=True,
 )
@@ -187,7 +188,7 @@ PROFILES = {
         validations=3,
     ),
     "full": Profile(
-        _methods(zo=200, reft=200, gguf=60, other_zo=100, backprop=40, batch_size=32, seeds=3),
+        _methods(zo=200, reft=200, gguf=40, other_zo=100, backprop=40, batch_size=32, seeds=3),
         validation=200,
         test=1000,
         validations=5,
