@@ -90,11 +90,12 @@ class Gradients:
     def note_rates(self) -> None:
         """Learning rate of each group for the next step, by the schedule as it stands."""
         groups = self._optimizer.param_groups
+        self._factors += self._factors[-1:] * (len(groups) - len(self._factors))  # a callback may have added some
         self._rates = [float(group["lr"]) * factor for group, factor in zip(groups, self._factors, strict=True)]
 
     def step(self, key: Key) -> None:
         """One step of the module's optimizer on the mean gradient; parameters without one stay."""
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True) if self else ():
             before = group["lr"]
             group["lr"] = rate
             try:
