@@ -19,7 +19,7 @@ from torchmetrics.functional.text.rouge import rouge_score
 from torchmetrics.text import BLEUScore
 
 from zolightning import ZOConfig, ZOStrategy
-from zolightning.engine.ties import TieWatch
+from zolightning.engine.notices import TieWatch
 from zolightning.objectives import (
     MetricLoss,
     chrf,

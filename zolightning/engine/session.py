@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,18 +37,15 @@ from ..space import View
 from ..types import Batch, Estimate, Forward, Key, Shared, SkipStep, StepRecord, Term
 from .advice import take_over
 from .hybrid import gradients_of
-from .notices import Notices, Say
+from .notices import Notices, Say, SkipWatch
 from .rates import base_lr
 from .recording import Recording
-from .skips import SkipWatch
-from .step import finish, keep_best
+from .step import Clip, finish, keep_best
 from .step_size import Loss, StepSizes
 from .subspace import Calibration, Epoch, Setting, Subspace, compute_dtype, find_subspace, unknown_epoch
 from .uninterrupted import uninterrupted
 from .updates import Apply, UpdateStats, apply_update, load_state, state_of
 
-Clip: TypeAlias = Callable[[Sequence[float]], Sequence[float]]
-"""The projected gradients → as many clipped ones."""
 _SEEDS = 1 << 64
 _log = logging.getLogger("zolightning")
 
@@ -113,7 +110,8 @@ class Session:
         self.notices = Notices(inform, warn)
         self._isolation = Isolation(module, self.device)
         self._subspaces: dict[int, Subspace] = {}
-        self._steppers: dict[int, Optimizer] = {}
+        make = self.config.make_optimizer
+        self._steppers = {id(o): o if make is None else in_place_of(o, make) for o in self.optimizers}
         self._shaping_states: dict[int, State] = {}
         self._calibration = Calibration()
         self._sizes = StepSizes(self.config.finds_lr, inform, self.ranks.decide)
@@ -150,7 +148,7 @@ class Session:
             None when ``forward`` returned None: the micro-batch is skipped.
         """
         optimizer = optimizer or self.optimizers[0]
-        key = Key(self.seed, self.step, sum(part.taken for part in self._window))
+        place, key = self._place(optimizer), Key(self.seed, self.step, sum(part.taken for part in self._window))
         part = self.ranks.part(self.estimator, key, len(self._window), batch)
         try:
             looks, prepared = 0, None if prepare is None else self._prepared(prepare, forward, batch, optimizer)
@@ -158,7 +156,7 @@ class Session:
             space = self.subspace(forward, batch, optimizer)
             space.runner.view.check()
             if not self._window:
-                trial, place = partial(self._trial, forward, batch, space), self._place(optimizer)
+                trial = partial(self._trial, forward, batch, space)
                 self._looks = self._sizes.look(place, optimizer, space.runner.view.leaves, trial)
                 looks = len(self._looks)
                 space.runner.view.read.clear()
@@ -192,14 +190,37 @@ class Session:
         window = self._joined(place, optimizer)
         self._kept.note_rates()  # the module's, before the probes' step has a size of its own
         with self._sizes.applied(place, optimizer):
-            self.last_record = self._update(place, optimizer, window, clip, examples)
-        return self.last_record
+            trials, self._trials = self._trials, []
+            state = self._shaping_states.get(place) or self.shaping.init()
+            record, self._shaping_states[place] = finish(window, clip, self.shaping, state, optimizer, self.step)
+            if self.config.conservative and not record.skipped:
+                record = keep_best(record, partial(self._tried, trials, examples), len(trials) * self.ranks.size)
+            self.last_stats = UpdateStats()
+            optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers look at it, and its step() may not be called
+            if found := self._skips(record):
+                self.notices.once("skip", found)
+            if not record.skipped and not self._kept.finite():
+                record = record._replace(skipped="non-finite gradient of backprop")
+            if not record.skipped:
+                unread = self.notices.unread(self.view(optimizer), Key(self.seed, record.step))
+                record = record._replace(unread=unread, backprop=tuple(self._kept.names))
+            with uninterrupted():
+                if not record.skipped:
+                    self._apply(place, optimizer, record)
+                    self._kept.step(Key(self.seed, record.step))
+                elif self._ledger is not None:
+                    self._ledger.skipped(record.step)
+                self._kept.forget()
+                self._sizes.took(place, record)
+                self.step += 1
+        self.last_record = record
+        return record
 
     def _joined(self, place: int, optimizer: Optimizer) -> Estimate:
         """What all ranks found since the last update."""
         parts, looks, self._window, self._looks = self._window, self._looks, [], []
         space = self._subspaces.get(id(optimizer))
-        standing = partial(Standing.of, self.step, place, optimizer, space and space.view, self.module)
+        standing = partial(Standing.of, self.step, place, optimizer, space and space.runner.view, self.module)
         joint = self.ranks.join(Key(self.seed, self.step), parts, looks, standing)
         self._sizes.choose(place, joint.looks)
         if joint.standing is not None:
@@ -208,33 +229,6 @@ class Session:
             view = self.view(optimizer)
             view.read.update(id(view.leaves[place].parameter) for place in joint.standing.read)
         return joint.estimate
-
-    def _update(self, place: int, optimizer: Optimizer, window: Estimate, clip: Clip | None, examples: int) -> StepRecord:
-        trials, self._trials = self._trials, []
-        clipped = window.coefficients if clip is None else clip(window.coefficients)
-        state = self._shaping_states.get(place) or self.shaping.init()
-        record, self._shaping_states[place] = finish(window, clipped, self.shaping, state, optimizer, self.step)
-        if self.config.conservative and not record.skipped:
-            record = keep_best(record, partial(self._tried, trials, examples), len(trials) * self.ranks.size)
-        self.last_stats = UpdateStats()
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers look at it, and its step() may not be called
-        if found := self._skips(record):
-            self.notices.once("skip", found)
-        if not record.skipped and not self._kept.finite():
-            record = record._replace(skipped="non-finite gradient of backprop")
-        if not record.skipped:
-            unread = self.notices.unread(self.view(optimizer), Key(self.seed, record.step))
-            record = record._replace(unread=unread, backprop=tuple(self._kept.names))
-        with uninterrupted():
-            if not record.skipped:
-                self._apply(place, optimizer, record)
-                self._kept.step(Key(self.seed, record.step))
-            elif self._ledger is not None:
-                self._ledger.skipped(record.step)
-            self._kept.forget()
-            self._sizes.took(place, record)
-            self.step += 1
-        return record
 
     def _place(self, optimizer: Optimizer) -> int:
         return [id(o) for o in self.optimizers].index(id(optimizer))
@@ -263,13 +257,10 @@ class Session:
 
     def stepper(self, optimizer: Optimizer) -> Optimizer:
         """The optimizer that applies the steps of ``optimizer``: itself, or the settings' in its place."""
-        make = self.config.make_optimizer
-        if make is None:
-            return optimizer
-        if id(optimizer) not in self._steppers:
-            self._steppers[id(optimizer)] = in_place_of(optimizer, make)
-        follow(self._steppers[id(optimizer)], optimizer)
-        return self._steppers[id(optimizer)]
+        stepper = self._steppers[id(optimizer)]
+        if stepper is not optimizer:
+            follow(stepper, optimizer)
+        return stepper
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next step depends on in addition to weights and optimizers, in types that a safe checkpoint holds."""

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 from torch.optim import Optimizer
 
 from ..methods.shaping import Shaping, State
 from ..types import Estimate, StepRecord, Term
 
+Clip: TypeAlias = Callable[[Sequence[float]], Sequence[float]]
+"""The projected gradients → as many clipped ones."""
+
 
 def finish(
-    estimate: Estimate, clipped: Sequence[float], shaping: Shaping, state: State, optimizer: Optimizer, step: int
+    estimate: Estimate, clip: Clip | None, shaping: Shaping, state: State, optimizer: Optimizer, step: int
 ) -> tuple[StepRecord, State]:
-    """Shape the projected gradients and divide by their number: the record whose terms the optimizer applies.
+    """Clip and shape the projected gradients and divide by their number: the record whose terms the optimizer applies.
 
     Args:
         estimate: the window's.
-        clipped: its coefficients after the Trainer's gradient clipping.
+        clip: the Trainer's gradient clipping.
         shaping: the recipe's.
         state: the shaping's state before this step.
         optimizer: for its learning rates.
         step: optimizer steps taken so far.
     """
-    raw = estimate.coefficients
+    raw, loss = estimate.coefficients, estimate.loss
+    clipped = raw if clip is None else clip(raw)
     skipped = ""
     if not raw:
         skipped = "training_step returned None"
@@ -44,7 +49,7 @@ def finish(
         step=step,
         terms=terms,
         raw=raw,
-        loss=estimate.loss,
+        loss=loss,
         lrs=tuple(float(g["lr"]) for g in optimizer.param_groups),
         forwards=estimate.forwards,
         ties=estimate.ties,

@@ -18,6 +18,7 @@ from ..methods.config import ZOConfig
 from ..methods.estimators import Estimator
 from ..parallel import Ranks
 from ..probing.allocation import deal_out
+from ..probing.batches import batch_examples
 from ..probing.block_reuse import block_reuse
 from ..probing.cuda_graphs import Graphs
 from ..probing.feature_reuse import feature_reuse
@@ -114,7 +115,8 @@ class Subspace(NamedTuple):
         """
         examples, changing = self.runner.examples, len(self.runner.isolation.changing)
         alike = changing == self.state or not (examples.repeats or examples.both or self.runner.lockstep)
-        return alike and self.trainable == trainable(self.optimizer) and examples.hold(batch)
+        known = examples.shown or (batch_examples(batch) or 0) < 2
+        return alike and known and self.trainable == trainable(self.optimizer)
 
     def release(self) -> None:
         """Give the probes' memory back."""

@@ -128,9 +128,9 @@ def _members(optimizer: Optimizer, by_parameter: Mapping[int, Leaf]) -> Iterator
 def _advance(optimizer: Optimizer, group: dict[str, Any], members: Sequence[Leaf], terms: Sequence[Term], key: Key) -> None:
     """The optimizer's step of some leaves of a group."""
     if is_plain_sgd(optimizer):
-        sign = -1.0 if group.get("maximize") else 1.0
-        signed = [Term(t.key, sign * t.coefficient) for t in terms]
-        descend_(members, signed, float(group["lr"]), float(group.get("weight_decay", 0.0)), key)
+        if group.get("maximize"):
+            terms = [Term(t.key, -t.coefficient) for t in terms]
+        descend_(members, terms, float(group["lr"]), float(group.get("weight_decay", 0.0)), key)
     else:
         for leaf in members:
             step_alone(optimizer, group, leaf, partial(leaf.gradient, terms), key)

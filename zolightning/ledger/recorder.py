@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,6 +78,7 @@ class Recorder:
         self._names = {id(p): name for name, p in self._parameters.items()}
         self._methods: dict[int, Method] = {}
         self._options: dict[int, Options] = {}
+        self._described: dict[int, tuple[object, Method]] = {}  # the facts that a method says, and the method
         self._primed: dict[int, str] = {}
         self._unsupported = self._meddled = ""
         self._step = step
@@ -199,7 +200,16 @@ class Recorder:
     def _method(
         self, place: int, optimizer: Optimizer, leaves: Sequence[Leaf], options: Options, backprop: Sequence[str]
     ) -> Method:
+        trained = [[(id(p), p.requires_grad) for p in g["params"]] for g in optimizer.param_groups]
+        facts = (optimizer, tuple(leaves), trained, self._meddled)
+        if place not in self._described or self._described[place][0] != facts:
+            self._described[place] = facts, self._describe(place, optimizer, leaves)
+        method = self._described[place][1]
         hybrid = f"backprop trains {', '.join(backprop[:2])}, …, and a ledger holds no gradients" if backprop else ""
+        reason = hybrid or method.unsupported or _unplain(optimizer, options)
+        return replace(method, unsupported=reason) if reason else method
+
+    def _describe(self, place: int, optimizer: Optimizer, leaves: Sequence[Leaf]) -> Method:
         slots = {id(p): slot for slot, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
         mine = [leaf for leaf in leaves if id(leaf.parameter) in slots]
         trained = {id(leaf.parameter) for leaf in mine if leaf.parameter.requires_grad}
@@ -212,7 +222,7 @@ class Recorder:
             leaves=kinds,
             settings={leaf.name: leaf.settings for leaf in mine if leaf.settings},
             turns={leaf.name: (*leaf.turn[:2], *astuple(leaf.turn.cycle)) for leaf in mine if leaf.turn},
-            unsupported=hybrid or self._meddled or self._primed[place] or _unsupported(optimizer, mine, options),
+            unsupported=self._meddled or self._primed[place] or _unsupported(optimizer, mine),
         )
 
 
@@ -246,7 +256,8 @@ def _continued(position: Position, now: str, seed: int, keep_base: bool) -> Ledg
     return None
 
 
-def _unsupported(optimizer: Optimizer, leaves: Sequence[Leaf], options: Options) -> str:
+def _unsupported(optimizer: Optimizer, leaves: Sequence[Leaf]) -> str:
+    """Why a replay does not know how to take the steps; "" when it does."""
     kind = type(optimizer)
     if optimizer_type(kind.__name__) is not kind:
         return f"{kind.__module__}.{kind.__qualname__} is not one of torch.optim's optimizers"
@@ -255,6 +266,11 @@ def _unsupported(optimizer: Optimizer, leaves: Sequence[Leaf], options: Options)
             return f"{type(leaf.distribution).__qualname__} is not one of zolightning's distributions"
         if type(leaf) not in _KINDS:
             return f"{type(leaf).__qualname__} is not one of zolightning's leaves"
+    return ""
+
+
+def _unplain(optimizer: Optimizer, options: Options) -> str:
+    """The setting that a ledger cannot hold; "" when there is none."""
     for group, values in zip(optimizer.param_groups, options.groups, strict=True):
         if isinstance(group["lr"], torch.Tensor) and not is_plain_sgd(optimizer):  # another arithmetic than a number's
             return "the optimizer's lr is a Tensor; give it as a number"

@@ -95,7 +95,7 @@ class SPSA(FiniteDifference):
 
     def tell(self, key: Key, answers: Sequence[Answer]) -> Estimate:
         pairs = zip(answers[::2], answers[1::2], strict=True)
-        gs = ((plus.loss - minus.loss) / (2 * self.eps) for plus, minus in pairs)
+        gs = [(plus.loss - minus.loss) / (2 * self.eps) for plus, minus in pairs]
         return Estimate.of(map(Term, self.directions(key), gs), answers)
 
 
@@ -121,7 +121,7 @@ class OneSidedSPSA(FiniteDifference):
 
     def tell(self, key: Key, answers: Sequence[Answer]) -> Estimate:
         base, *others = answers
-        gs = ((answer.loss - base.loss) / self.unit for answer in others)
+        gs = [(answer.loss - base.loss) / self.unit for answer in others]
         return Estimate.of(map(Term, self.directions(key), gs), answers)
 
 
@@ -221,4 +221,4 @@ class PerExampleSPSA(SPSA):
             return super().tell(key, answers)
         plus, minus = torch.cat(losses).chunk(2)
         gs = ((plus - minus) / (2 * self.eps)).tolist()
-        return Estimate.of((Term(key._replace(query=key.query + i), g) for i, g in enumerate(gs)), answers)
+        return Estimate.of([Term(key._replace(query=key.query + i), g) for i, g in enumerate(gs)], answers)

@@ -46,12 +46,11 @@ class Backend(ABC):
     def perturb(self, out: Tensor, source: Tensor, kind: int, terms: Sequence[Term], leaf: int, start: int) -> None:
         """out = source + Σ_k c_k z_k, rounded to nearest."""
 
+    @abstractmethod
     def perturb_all(
         self, outs: Sequence[Tensor], sources: Sequence[Tensor], kind: int, terms: Sequence[Term], leaves: Sequence[int]
     ) -> None:
-        """:meth:`perturb` of whole leaves of one dtype: in one go where it is calls that cost."""
-        for out, source, leaf in zip(outs, sources, leaves, strict=True):
-            self.perturb(out, source, kind, terms, leaf, 0)
+        """:meth:`perturb` of whole leaves of one dtype."""
 
     @abstractmethod
     def perturb_both(self, plus: Tensor, minus: Tensor, source: Tensor, kind: int, term: Term, leaf: int, start: int) -> None:
@@ -71,13 +70,12 @@ class Backend(ABC):
     ) -> None:
         """target −= lr · (Σ_k c_k z_k + weight_decay · target), stored as :meth:`stochastic_round_` does."""
 
+    @abstractmethod
     def sgd_all_(
         self, targets: Sequence[Tensor], kind: int, terms: Sequence[Term], leaves: Sequence[int],
         lr: float, weight_decay: float, key: Key,
     ) -> None:  # fmt: skip
-        """:meth:`sgd_` of whole leaves of one dtype: in one go where it is calls that cost."""
-        for target, leaf in zip(targets, leaves, strict=True):
-            self.sgd_(target, kind, terms, leaf, 0, lr, weight_decay, key)
+        """:meth:`sgd_` of whole leaves of one dtype."""
 
     @abstractmethod
     def outer_sum(self, a: Tensor, b: Tensor) -> Tensor:

@@ -207,12 +207,12 @@ def sgd_all_(
         key: names the rounding bits.
     """
     for backend, places in _together(targets, kind=dist.native):
-        if backend is None or dist.native is None or not backend.updates(targets[places[0]].dtype):
-            for i in places:
-                sgd_(targets[i], dist, terms, leaves[i], 0, lr, weight_decay, key)
+        some, numbers = [targets[i] for i in places], [leaves[i] for i in places]
+        if backend is None or dist.native is None or not backend.updates(some[0].dtype):
+            for target, leaf in zip(some, numbers, strict=True):
+                sgd_(target, dist, terms, leaf, 0, lr, weight_decay, key)
         else:
-            some = [targets[i] for i in places]
-            backend.sgd_all_(some, dist.native, terms, [leaves[i] for i in places], lr, weight_decay, key)
+            backend.sgd_all_(some, dist.native, terms, numbers, lr, weight_decay, key)
 
 
 def outer_sum(a: Tensor, b: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -58,6 +59,9 @@ _SIGNATURES = {
 }
 
 
+Directions: TypeAlias = tuple[int, "ctypes.Array[_Term]", int]  # kind, terms, count
+
+
 class NativeBackend(Backend):
     """The functions of native.cpp on contiguous tensors in main memory.
 
@@ -95,29 +99,35 @@ class NativeBackend(Backend):
         out = torch.empty(starts.numel(), length, dtype=torch.float32)  # the default dtype is the user's
         pointer = None if queries is None else queries.data_ptr()
         self._c.zol_noise(
-            *_noise(kind, terms, leaf), starts.data_ptr(), pointer, *out.shape, out.data_ptr(), torch.get_num_threads()
+            *_directions(kind, terms), leaf, starts.data_ptr(), pointer, *out.shape, out.data_ptr(), torch.get_num_threads()
         )
         return out
 
     def perturb(self, out: Tensor, source: Tensor, kind: int, terms: Sequence[Term], leaf: int, start: int) -> None:
-        self._perturb(out, source, kind, terms, leaf, start, None, 1, source.numel())
+        self._perturb(out, source, _directions(kind, terms), leaf, start, None, 1, source.numel())
+
+    def perturb_all(
+        self, outs: Sequence[Tensor], sources: Sequence[Tensor], kind: int, terms: Sequence[Term], leaves: Sequence[int]
+    ) -> None:
+        directions = _directions(kind, terms)
+        for out, source, leaf in zip(outs, sources, leaves, strict=True):
+            self._perturb(out, source, directions, leaf, 0, None, 1, source.numel())
 
     def perturb_both(self, plus: Tensor, minus: Tensor, source: Tensor, kind: int, term: Term, leaf: int, start: int) -> None:
         data = (DTYPES[source.dtype], source.data_ptr(), DTYPES[plus.dtype], plus.data_ptr(), minus.data_ptr())
-        self._c.zol_perturb_both(*_noise(kind, [term], leaf), start, source.numel(), *data, torch.get_num_threads())
+        self._c.zol_perturb_both(*_directions(kind, [term]), leaf, start, source.numel(), *data, torch.get_num_threads())
         _touch(plus)
         _touch(minus)
 
     def perturb_rows(self, out: Tensor, source: Tensor, kind: int, terms: Sequence[Term], leaf: int, rows: Tensor) -> None:
         rows = rows.to(torch.int64).contiguous()
-        self._perturb(out, source, kind, terms, leaf, 0, rows.data_ptr(), rows.numel(), source.shape[1])
+        self._perturb(out, source, _directions(kind, terms), leaf, 0, rows.data_ptr(), rows.numel(), source.shape[1])
 
     def _perturb(
         self,
         out: Tensor,
         source: Tensor,
-        kind: int,
-        terms: Sequence[Term],
+        directions: Directions,
         leaf: int,
         start: int,
         rows: int | None,
@@ -125,7 +135,7 @@ class NativeBackend(Backend):
         width: int,
     ) -> None:
         data = (DTYPES[source.dtype], source.data_ptr(), DTYPES[out.dtype], out.data_ptr())
-        self._c.zol_perturb(*_noise(kind, terms, leaf), start, rows, count, width, *data, torch.get_num_threads())
+        self._c.zol_perturb(*directions, leaf, start, rows, count, width, *data, torch.get_num_threads())
         _touch(out)
 
     def stochastic_round_(self, target: Tensor, value: Tensor, key: Key, leaf: int, start: int) -> None:
@@ -175,11 +185,7 @@ class NativeBackend(Backend):
         return total.value
 
 
-def _noise(kind: int, terms: Sequence[Term], leaf: int) -> tuple[int, ctypes.Array[_Term], int, int]:
-    return *_directions(kind, terms), leaf
-
-
-def _directions(kind: int, terms: Sequence[Term]) -> tuple[int, ctypes.Array[_Term], int]:
+def _directions(kind: int, terms: Sequence[Term]) -> Directions:
     distinct = all(coefficient for _, coefficient in terms)  # 0.0 and -0.0 would be one to a cache
     return kind, (_array if distinct else _array.__wrapped__)(tuple(terms)), len(terms)
 

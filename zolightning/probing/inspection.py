@@ -37,15 +37,10 @@ class Examples(NamedTuple):
     both: bool = False
     shown: bool = True
 
-    def hold(self, batch: Batch) -> bool:
-        """Whether they are shown, or the batch cannot show more."""
-        return self.shown or (batch_examples(batch) or 0) < 2
-
     def of(self, batch: Batch) -> tuple[int | None, bool]:
-        """How many examples with losses of their own the batch holds, or None, and whether it may be repeated."""
-        size = batch_numel(batch)
-        both = self.both and size <= _SMALL
-        return batch_examples(batch) if self.losses or both else None, both or (self.repeats and size <= _LARGE)
+        """How many examples the batch holds, or None, and whether it may be repeated for them."""
+        count, size = batch_examples(batch), batch_numel(batch)
+        return count, (self.both and size <= _SMALL) or (self.repeats and size <= _LARGE)
 
 
 def inspect_step(forward: Forward, batch: Batch, view: View, isolation: Isolation, repeatable: bool) -> Examples:

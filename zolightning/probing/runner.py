@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..space import Both, View
 from ..types import Answer, Batch, Candidate, Forward, PerExample, Point, Shared, SkipStep, StepOutput, Tangent
-from .batches import batch_examples, repeat_batch
+from .batches import repeat_batch
 from .cuda_graphs import Graphs
 from .inspection import Examples
 from .isolation import Isolation, Probes
@@ -83,7 +83,7 @@ class Runner:
         points = ask((count or None) if self.examples.losses and self.view.per_example else None)
         several = count if repeats else None
         with self.isolation.step() as probes:
-            ran = Ran(self, forward, batch, probes, reuse=not repeats)
+            ran = Ran(self, forward, batch, count, probes, reuse=not repeats)
             for group in together(points) if several else [points]:
                 if not (several and len(group) > 1 and not ran.refused and ran.in_one_batch(group, several)):
                     ran.each(group)
@@ -97,27 +97,23 @@ class Ran:
         runner: whose they are.
         forward: the user's step.
         batch: the micro-batch.
+        examples: that it holds, where they are known.
         probes: makes the forwards alike.
         reuse: compute once what the forwards share.
     """
 
-    def __init__(self, runner: Runner, forward: Forward, batch: Batch, probes: Probes, reuse: bool) -> None:
-        self._runner, self._batch, self._probes = runner, batch, probes
+    def __init__(
+        self, runner: Runner, forward: Forward, batch: Batch, examples: int | None, probes: Probes, reuse: bool
+    ) -> None:
+        self._runner, self._batch, self._examples, self._probes = runner, batch, examples, probes
         self._forward = forward if runner.graphs is None else lambda b: runner.graphs(forward, b)  # type: ignore[misc]
         plain = runner.graphs is None and runner.lockstep is None
         self._reuse = runner.reuse.step() if reuse and runner.reuse and plain else None
-        self._examples = batch_examples(batch)
         self.answers: list[Answer] = []
         self.output: StepOutput = None
         """Of the first forward, whose logs count."""
         self.refused = ""
         """A line that says why the step did not take the repeated batch."""
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """Of the first output's loss, when it is a tensor."""
-        loss = loss_of(self.output)
-        return loss.dtype if isinstance(loss, Tensor) else None
 
     def each(self, points: Sequence[Point]) -> None:
         """A forward at each point, some of them together where they can be."""
@@ -133,7 +129,7 @@ class Ran:
 
         def answer(point: Point, side: int) -> Answer:
             def run(batch: Batch, point: Point | None) -> StepOutput:
-                out = outputs[side] = self._called(batch, point)
+                out = outputs[side] = self._forward(batch)
                 return out
 
             return self._answer(point, run, side)
@@ -160,11 +156,11 @@ class Ran:
             losses = self._losses(point, self._batch, point.queries.numel(), run, side)
             return Answer(losses.mean().item(), losses)
         with self._runner.view.at(point, side=side):
+            if isinstance(point, Tangent):
+                out = _differentiated(run, self._batch, point)
+                return Answer(loss_value(out, self._examples), slope=slope_of(out))
             out = run(self._batch, point)
-            slope = slope_of(out) if isinstance(point, Tangent) else None  # which ends with the probe
-        if isinstance(out, Candidate):
-            return Answer(math.nan, candidate=out)
-        return Answer(loss_value(out, self._examples), slope=slope)
+        return Answer(math.nan, candidate=out) if isinstance(out, Candidate) else Answer(loss_value(out, self._examples))
 
     def in_one_batch(self, group: Sequence[Point], count: int) -> bool:
         """One forward of the batch, repeated for each point; False where the step does not take it."""
@@ -203,33 +199,31 @@ class Ran:
             nullcontext() if first else self._runner.muted(),
             reuse.forward(point) if reuse else nullcontext(),
         ):
-            out = self._kept(batch, point) if first and self._runner.kept else self._called(batch, point)
+            out = self._kept(batch) if first and self._runner.kept else self._forward(batch)
         if first:
             self.output = out
         if reuse is None or not reuse.doubtful:
             return out
         with self._probes.forward(), self._runner.muted():
-            full = self._called(batch, point)
+            full = self._forward(batch)
         a, b = loss_of(out), loss_of(full)
         reuse.prove(torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b))
         return full
 
-    def _kept(self, batch: Batch, point: Point | None) -> StepOutput:
+    def _kept(self, batch: Batch) -> StepOutput:
         kept = self._runner.kept
         assert kept is not None
         with kept.recording():
-            out = self._called(batch, point)
+            out = self._forward(batch)
         return kept.keep(out)
 
-    def _called(self, batch: Batch, point: Point | None) -> StepOutput:
-        try:
-            return self._forward(batch)
-        except NotImplementedError as error:
-            if not isinstance(point, Tangent):
-                raise
-            raise NotImplementedError(
-                f"a forward gradient needs a forward derivative of every operation; use estimator='spsa'. {error}"
-            ) from error
+def _differentiated(run: Run, batch: Batch, point: Tangent) -> StepOutput:
+    try:
+        return run(batch, point)
+    except NotImplementedError as error:
+        raise NotImplementedError(
+            f"a forward gradient needs a forward derivative of every operation; use estimator='spsa'. {error}"
+        ) from error
 
 
 def together(points: Sequence[Point]) -> Iterator[Sequence[Point]]:

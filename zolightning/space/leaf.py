@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +13,6 @@ from torch import Tensor, nn
 
 from ..noise import (
     Distribution,
-    floats,
-    integers,
     noise_sum,
     perturb,
     perturb_both,
@@ -26,8 +23,7 @@ from ..noise import (
     stochastic_round_,
     working_dtype,
 )
-from ..types import Key, PerExampleError, Term
-from .compute import Compute
+from ..types import Key, Term
 from .cycle import Turn
 
 HEAD_BLOCK = 1 << 21  # elements of a weight built at once: a vocabulary-sized head goes through in row blocks
@@ -57,15 +53,14 @@ class Scratch:
             views = self._views[form] = self.buffer[:size].view(dtype).view(copies, rows, columns).unbind()
         return views
 
-    def row_blocks(self, weight: Tensor, copies: int = 1) -> Iterator[tuple[int, int]]:
+    def row_blocks(self, weight: Tensor, copies: int = 1) -> list[tuple[int, int]]:
         """(first row, rows) of the blocks that a weight is built in, ``copies`` of them at once."""
         count, columns = weight.shape
         elements = max(HEAD_BLOCK, self._trained // 64 if weight.is_cuda else 0) // copies
         step = count if count * columns <= elements else max(1, elements // columns)
         if 128 < step < count:  # a GPU's products of other widths than multiples of a few numbers take twice as long
             step -= step % 128
-        for row in range(0, count, step):
-            yield row, min(step, count - row)
+        return [(0, count)] if step == count else [(row, min(step, count - row)) for row in range(0, count, step)]
 
     def release(self) -> None:
         self.buffer = torch.empty(0, dtype=torch.uint8)
@@ -89,15 +84,13 @@ class Leaf(ABC):
         distribution: of z's coordinates.
     """
 
+    floor: float | None = None
+    """The smallest value that an update leaves; None: any may be."""
+
     def __init__(self, name: str, index: int, parameter: nn.Parameter, distribution: Distribution) -> None:
         self.name, self.index, self.parameter, self.distribution = name, index, parameter, distribution
         self.turn: Turn | None = None
         """Which steps it takes part in; None: all."""
-
-    @property
-    def floor(self) -> float | None:
-        """The smallest value that an update leaves; None: any may be."""
-        return None
 
     @abstractmethod
     def noise(self, terms: Sequence[Term], start: int, length: int) -> Tensor:
@@ -253,55 +246,6 @@ class DenseLeaf(Leaf):
         out = torch.empty(rows.numel(), weight.shape[1], dtype=weight.dtype, device=weight.device)
         perturb_rows(out, weight, self.distribution, terms, self.index, rows)
         return out.view(*indices.shape, weight.shape[1])
-
-
-class PerExampleLeaf(Leaf, ABC):
-    """A leaf whose perturbation can act on activations, so that every example of a batch can have a direction of its own."""
-
-    @property
-    def per_example(self) -> bool:
-        return True
-
-    @abstractmethod
-    def compute_each(
-        self, x: Tensor, compute: Compute, bias: Tensor | None, key: Key, queries: Tensor, offsets: Tensor
-    ) -> Tensor:
-        """``compute(W, x)`` with example n of ``x`` seeing W + offsets[n] · z of query queries[n].
-
-        Args:
-            x: (N, …, in), or (N·T, …, in) where an example holds T rows one after another: its flattened tokens, its options.
-            compute: a linear layer, given its weight and input.
-            bias: added by it.
-            key: names the directions but for their queries.
-            queries: (N,), int64.
-            offsets: (N,), float32.
-
-        Raises:
-            PerExampleError: ``x`` does not hold the examples along dimension 0.
-        """
-
-    def by_example(self, x: Tensor, count: int) -> Tensor:
-        """(N, T, in)."""
-        if x.dim() < 2 or x.shape[0] % count:
-            raise PerExampleError(
-                f"per-example directions need the inputs of {self.name!r} to hold the {count} examples along dimension 0, "
-                f"got shape {tuple(x.shape)}; use ZOStrategy(estimator='spsa') for this model"
-            )
-        return x.reshape(count, -1, x.shape[-1])
-
-    def coordinates(self, key: Key, queries: Tensor, length: int) -> Tensor:
-        """The first coordinates of z, (n, length) in float32, for each of n queries of the key's step."""
-        return sample(self.distribution, key, self.index, torch.zeros_like(queries), length, queries)
-
-    def drawn(self, terms: Sequence[Term], length: int) -> tuple[Tensor, Tensor]:
-        """The first coordinates of each term's z, (n, length), and the coefficients, (n, 1), in the working dtype."""
-        device, dtype = self.parameter.device, working_dtype(self.parameter.dtype)
-        parts = []
-        for _, group in groupby((term.key for term in terms), lambda key: key[:2]):  # all queries of a step in one go
-            keys = list(group)
-            parts.append(self.coordinates(keys[0], integers([key.query for key in keys], device), length))
-        drawn = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return drawn.to(dtype), floats([term.coefficient for term in terms], device, dtype)[:, None]
 
 
 def keep_(now: Tensor, before: Tensor, fixed: Tensor) -> None:

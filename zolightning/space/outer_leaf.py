@@ -1,19 +1,69 @@
-"""Matrices perturbed by sums of outer products, which act on activations and are never built in a forward."""
+"""Perturbations that act on activations and are never built in a forward: sums of outer products, and others like them."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..noise import Distribution, floats, integers, outer_run, outer_sgd_, outer_sum, sample, working_dtype
-from ..types import Key, Term
+from ..types import Key, PerExampleError, Term
 from .compute import Compute
-from .leaf import Leaf, PerExampleLeaf, Scratch
+from .leaf import Leaf, Scratch
+
+
+class PerExampleLeaf(Leaf, ABC):
+    """A leaf whose perturbation can act on activations, so that every example of a batch can have a direction of its own."""
+
+    @property
+    def per_example(self) -> bool:
+        return True
+
+    @abstractmethod
+    def compute_each(
+        self, x: Tensor, compute: Compute, bias: Tensor | None, key: Key, queries: Tensor, offsets: Tensor
+    ) -> Tensor:
+        """``compute(W, x)`` with example n of ``x`` seeing W + offsets[n] · z of query queries[n].
+
+        Args:
+            x: (N, …, in), or (N·T, …, in) where an example holds T rows one after another: its flattened tokens, its options.
+            compute: a linear layer, given its weight and input.
+            bias: added by it.
+            key: names the directions but for their queries.
+            queries: (N,), int64.
+            offsets: (N,), float32.
+
+        Raises:
+            PerExampleError: ``x`` does not hold the examples along dimension 0.
+        """
+
+    def by_example(self, x: Tensor, count: int) -> Tensor:
+        """(N, T, in)."""
+        if x.dim() < 2 or x.shape[0] % count:
+            raise PerExampleError(
+                f"per-example directions need the inputs of {self.name!r} to hold the {count} examples along dimension 0, "
+                f"got shape {tuple(x.shape)}; use ZOStrategy(estimator='spsa') for this model"
+            )
+        return x.reshape(count, -1, x.shape[-1])
+
+    def coordinates(self, key: Key, queries: Tensor, length: int) -> Tensor:
+        """The first coordinates of z, (n, length) in float32, for each of n queries of the key's step."""
+        return sample(self.distribution, key, self.index, torch.zeros_like(queries), length, queries)
+
+    def drawn(self, terms: Sequence[Term], length: int) -> tuple[Tensor, Tensor]:
+        """The first coordinates of each term's z, (n, length), and the coefficients, (n, 1), in the working dtype."""
+        device, dtype = self.parameter.device, working_dtype(self.parameter.dtype)
+        parts = []
+        for _, group in groupby((term.key for term in terms), lambda key: key[:2]):  # all queries of a step in one go
+            keys = list(group)
+            parts.append(self.coordinates(keys[0], integers([key.query for key in keys], device), length))
+        drawn = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return drawn.to(dtype), floats([term.coefficient for term in terms], device, dtype)[:, None]
 
 
 class OuterLeaf(Leaf, ABC):

@@ -18,9 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 from ..types import Key, Operation, PerExample, PerExampleError, Point, Shared, Tangent, Term
 from .compute import Compute, compute_with
-from .leaf import DenseLeaf, Leaf, PerExampleLeaf, Scratch
+from .leaf import DenseLeaf, Leaf, Scratch
 from .linked import DIFFERENTIATES, linked
 from .operations import METADATA, Args, Kwargs, Types, write_targets
+from .outer_leaf import PerExampleLeaf
 from .together import Vectors
 
 

@@ -12,16 +12,15 @@ from torch import Tensor
 from ..noise import noise_sum, outer_sum, working_dtype
 from ..types import Key, Term
 from .compute import Compute
-from .leaf import Leaf, PerExampleLeaf
+from .leaf import Leaf
+from .outer_leaf import PerExampleLeaf
 from .scales import FLOOR
 
 
 class ScaleLeaf(Leaf, ABC):
     """Scales Δ with z of their shape. Updates end at :data:`~zolightning.space.scales.FLOOR`."""
 
-    @property
-    def floor(self) -> float:
-        return FLOOR
+    floor = FLOOR
 
 
 class AbsoluteScaleLeaf(ScaleLeaf):

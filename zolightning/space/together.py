@@ -32,10 +32,10 @@ class Vectors:
         leaves = [leaf for leaf in self._leaves if id(leaf.parameter) in active]
         if not leaves:
             return {}
-        outs = [self._buffer(leaf.parameter, side) for leaf in leaves]
+        outs = {id(leaf.parameter): self._buffer(leaf.parameter, side) for leaf in leaves}
         stored = [leaf.parameter.detach() for leaf in leaves]
-        perturb_all(outs, stored, leaves[0].distribution, terms, [leaf.index for leaf in leaves])
-        return {id(leaf.parameter): out for leaf, out in zip(leaves, outs, strict=True)}
+        perturb_all(list(outs.values()), stored, leaves[0].distribution, terms, [leaf.index for leaf in leaves])
+        return outs
 
     @property
     def buffers(self) -> list[Tensor]:
