@@ -43,7 +43,7 @@ def named(size: float) -> str:
 
 
 def parts(runs: Sequence[Run], source: Reads) -> dict[str, list[float]]:
-    """What the runs' peaks are for, in GiB: the parts that they logged, and what the peak has beyond them as ``other``.
+    """The parts of the runs' peaks, in GiB: those that they logged, and the rest of the peak as ``other``.
 
     Args:
         runs: each has a peak.

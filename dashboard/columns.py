@@ -17,7 +17,7 @@ from .words import GIB, is_bytes, is_share
 
 FACTS = {"status": "Status", "step": "Step", "seconds": "Seconds", "started": "Started", "method": "Method"}
 KINDS = {"params": "", "tags": "tag ", "last": "last ", "best": "best "}
-"""How a column says what it is of."""
+"""The words by which a column names its kind."""
 _MOST_PARAMS = 5
 _SEVERAL = "…"
 
@@ -25,7 +25,7 @@ Value = str | float | None
 
 
 class Column(NamedTuple):
-    """What a column shows.
+    """The content of a column.
 
     Args:
         kind: a key of :data:`KINDS`; "": a key of :data:`FACTS`.
@@ -77,7 +77,7 @@ def available(runs: Sequence[Run]) -> list[Column]:
 
 
 def usual(runs: Sequence[Run], quality: str | None, loss: str | None) -> list[Column]:
-    """The columns of somebody who has not chosen any: how it went, what differs, what came of it."""
+    """The columns of somebody who has not chosen any: status, differing parameters, results."""
     found = [Column("", "status")]
     found += [Column("best", quality)] if quality else []
     found += [Column("last", loss)] if loss else []
@@ -93,7 +93,7 @@ def read(scene: Scene, groups: Sequence[Sequence[Run]], columns: Sequence[Column
     Args:
         scene: the store.
         groups: each has a run.
-        columns: what to show.
+        columns: the shown ones.
     """
     runs = [run for group in groups for run in group]
     scene.read(runs, [one.name for one in columns if one.kind == "best"])

@@ -22,7 +22,7 @@ class File(NamedTuple):
     """A kind of file.
 
     Args:
-        name: what it is saved as.
+        name: of the saved file.
         mime: its media type.
         make: writes it, given the store, the view and the store's address as it may be shown.
     """
@@ -55,13 +55,13 @@ def link(file: File, view: View) -> str | None:
 
     Args:
         file: which.
-        view: what is shown.
+        view: of the page.
     """
     return f"./zo/{file.name}?{urlencode(write(view), doseq=True)}" if _served else None
 
 
 def routes(store: str, allowed: Callable[[Request], bool]) -> list[Route]:
-    """What the server answers to these links.
+    """The server's answers to these links.
 
     Args:
         store: MLflow tracking URI.

@@ -45,7 +45,7 @@ PAGES: Mapping[str, Sequence[str]] = {
 
 
 def routes(store: str) -> list[Route]:
-    """What the server answers beside Streamlit.
+    """The server's answers in addition to Streamlit's.
 
     Args:
         store: MLflow tracking URI.

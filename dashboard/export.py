@@ -1,4 +1,4 @@
-"""What is shown, as a table for other programs."""
+"""The shown data, as a table for other programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs taken together by what they were set to."""
+"""Runs taken together by their settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the server tells browsers about every page: who may frame it, and what it may load."""
+"""The headers of every page: who may frame it, and the sources that it may load from."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ GRAD, TIES, CLIPS = "zo/projected_grad", "zo/tie_rate", "zo/clip_rate"
 SKIPPED, LOST, MOVED = "zo/skipped_steps", "zo/lost_update_share", "zo/update_rms"
 NEGATIVE, SATURATED = "zo/negative_scales", "zo/saturated_scales"
 KEYS = (GRAD, TIES, CLIPS, SKIPPED, LOST, MOVED, NEGATIVE, SATURATED)
-"""Metrics that :func:`examine` looks at, besides the loss."""
+"""Metrics that :func:`examine` looks at, in addition to the loss."""
 
 _FEW = 8  # points from which nothing is concluded
 _GROWN = 3.0  # times

@@ -11,7 +11,7 @@ SHORT = 10
 
 
 def match(store: str, view: View) -> dict[str, object]:
-    """What the list shows while the user types.
+    """The entries of the list while the user types.
 
     Args:
         store: MLflow tracking URI.

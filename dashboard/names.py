@@ -1,4 +1,4 @@
-"""One name for a run on all pages, in legends, tooltips and the report: it does not depend on what else is selected."""
+"""One name for a run on all pages, in legends, tooltips and the report: it does not depend on the other selected runs."""
 
 from __future__ import annotations
 

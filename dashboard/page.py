@@ -74,5 +74,5 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser("dashboard/app.py")
-    parser.add_argument("--store", default=DEFAULT_STORE, help="MLflow tracking URI (default: %(default)s)")
+    parser.add_argument("--store", default=DEFAULT_STORE, help="The MLflow tracking URI of the store. Default: %(default)s.")
     return parser.parse_args()

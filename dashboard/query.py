@@ -30,7 +30,7 @@ States = Mapping[str, str]
 """How each run is doing, by its id: ``live``, ``finished``, ``killed``, …"""
 
 FACTS = ("name", "id", "status", "method", "seconds", "started", "step")
-"""What can be asked of every run, besides its parameters, tags and metrics."""
+"""Properties of every run that a filter can name, in addition to its parameters, tags and metrics."""
 
 _TERM = re.compile(
     r"""(?P<no>-)?(?:
@@ -58,7 +58,7 @@ Read = Callable[[Run], "str | float | None"]
 
 
 class QueryError(ValueError):
-    """The text makes no sense: says which part, and what to write instead."""
+    """The text makes no sense: says which part, and gives a form that works."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Term:
 
     Args:
         no: the runs that it does not fit.
-        key: what is asked for; "": the words of a run.
+        key: the name; "": the words of a run.
         op: how it is compared; "": the words contain it, ``~``: they match it.
         value: with what.
     """
@@ -226,7 +226,7 @@ def _fact(run: Run, name: str, states: States) -> str | float | None:
 
 
 def number(value: str | float) -> float | None:
-    """What the text stands for, with its unit; None: it is no number."""
+    """The number that the text stands for, with its unit; None: it is no number."""
     if isinstance(value, (int, float)):
         return float(value)
     found = _NUMBER.fullmatch(value.strip())

@@ -1,4 +1,4 @@
-"""What a page is drawn from: the store, the runs that are looked at, and how each is doing."""
+"""The data that a page is drawn from: the store, the runs that are looked at, and how each is doing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Store:
-    """A source, and what is kept of its drawings and of each run's figures; one for all sessions of the server."""
+    """A source, and the kept parts of its drawings and of each run's figures; one for all sessions of the server."""
 
     source: MetricSource
     plotter: Plotter
@@ -44,7 +44,7 @@ class Store:
     looks: dict[tuple[str, ...], Scene] = field(default_factory=dict)
 
     def of_run(self, run: Run, what: Hashable, make: Callable[[], T]) -> T:
-        """Something that depends on one run and its points alone: made anew when these change.
+        """Something that depends on one run and its points only: made anew when these change.
 
         Args:
             run: which.
@@ -86,7 +86,7 @@ class Scene:
     _once: Memo[Any] = field(default_factory=lambda: Memo(_ONCE), compare=False)
 
     def once(self, what: Hashable, make: Callable[[], T]) -> T:
-        """Something that depends on this look at the store and on ``what`` alone: the ticks that see the same share it."""
+        """Something that depends on this look at the store and on ``what`` only: the ticks that see the same share it."""
         found: T = self._once.get(what, make)
         return found
 
@@ -103,7 +103,7 @@ class Scene:
 
     @cached_property
     def spent(self) -> Spent:
-        """What the runs had taken and given by some point."""
+        """The costs and results of the runs up to some point."""
         return Spent(self.store.source, self.store.of_run)
 
     @cached_property

@@ -48,14 +48,14 @@ def is_loopback(host: str) -> bool:
 
 def address_options(parser: argparse.ArgumentParser, port: int) -> None:
     """Add ``--port``, with this default, and ``--host``."""
-    parser.add_argument("--port", type=int, default=port, help="port to listen on (default: %(default)s)")
-    parser.add_argument("--host", default=LOOPBACK, help="address to listen on (default: %(default)s, this machine only)")
+    parser.add_argument("--port", type=int, default=port, help="The port to listen on. Default: %(default)s.")
+    parser.add_argument("--host", default=LOOPBACK, help="The address to listen on. Default: %(default)s, this machine only.")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and serve until interrupted; returns the exit code."""
     parser = argparse.ArgumentParser("dashboard", description="Watch and compare the runs of an MLflow store, live.")
-    parser.add_argument("--store", default=DEFAULT_STORE, help="MLflow tracking URI (default: %(default)s)")
+    parser.add_argument("--store", default=DEFAULT_STORE, help="The MLflow tracking URI of the store. Default: %(default)s.")
     address_options(parser, DEFAULT_PORT)
     given = parser.parse_args(arguments)
     try:

@@ -22,7 +22,7 @@ _COLORED = {"run": "run", "method": "method"}
 
 
 def sidebar(scene: Scene, shown_store: str) -> View:
-    """Draw it; returns the view with what was chosen.
+    """Draw it; returns the view with the user's choices.
 
     Args:
         scene: the store.

@@ -138,7 +138,7 @@ def test_bad_settings_are_refused() -> None:
     box = BlackBox(net(), 5, "cge")
     with pytest.raises(ValueError, match="takes one query a coordinate, 12, got 5"):
         box(torch.randn(2, 12, requires_grad=True)).sum().backward()
-    with pytest.raises(ValueError, match="no examples at all"):
+    with pytest.raises(ValueError, match="the batch holds no examples"):
         box(torch.zeros(0, 12))
 
 

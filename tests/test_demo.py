@@ -224,7 +224,7 @@ def test_the_row_in_llama_cpp_is_left_out_where_it_cannot_run(
 ) -> None:
     methods = PROFILES["quick"].methods
     assert possible(methods, "some/model", named=False) == [m for m in methods if m.name != "gguf"]
-    assert "without the row 'gguf': it trains inside the GGUF file" in capsys.readouterr().out
+    assert "the row 'gguf' is left out: it trains inside the GGUF file" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"the method 'gguf' cannot run: .* --model is some/model"):
         possible(select_methods(PROFILES["quick"], "gguf"), "some/model", named=True)
     monkeypatch.setitem(sys.modules, "llama_cpp", None)  # as if it were not installed

@@ -389,7 +389,9 @@ def test_a_file_that_is_touched_is_told_once(touch: Any, what: str, tmp_path: Pa
         for _ in range(3):
             writer.sync()
         writer.close()
-    assert told(caught) == [f"the ledger {writer.path} {what} while the run writes to it; what is there now lacks its steps"]
+    assert told(caught) == [
+        f"the ledger {writer.path} {what} while the run writes to it; the file that is there now lacks its steps"
+    ]
     assert writer.trouble == what
 
 

@@ -231,7 +231,7 @@ def test_bad_input_is_refused(task: Task) -> None:
         with pytest.raises(ValueError, match=rf"`target` must be an accuracy in .* \(default, reft, .*, got '{target}'"):
             sweep(forwards=1, target=target, task=task)
     assert not Path(task.out).exists()
-    with pytest.raises(ValueError, match="give the budget of a run: one of `seconds` and `forwards`"):
+    with pytest.raises(ValueError, match="a run needs one budget; give `seconds` or `forwards`"):
         sweep(task=task)
     for names in (["adamw", "spsa"], "adamw, spsa"):
         assert [entry.method.name for entry in choose(None, names)] == ["spsa", "adamw"]

@@ -16,7 +16,7 @@ VERBS = {
     "sweep": ("commands.sweep.main:sweep", "Compare methods and learning rates over seeds at equal budgets."),
     "plan": ("commands.plan.main:plan", "Say which methods fit a machine, before anything is downloaded or run."),
     "dash": ("commands.dash:dash", "Watch and compare runs live in the browser."),
-    "rank": ("commands.rank:rank", "Rank what a training shows, by mouse or keyboard, in the browser."),
+    "rank": ("commands.rank:rank", "Rank the candidates that a training shows, by mouse or keyboard, in the browser."),
     "bench": ("commands.bench.main:Bench", "Measure time and memory of a ZO step, two forwards, MeZO and backprop."),
     "replay": ("commands.replay:replay_run", "Rebuild a run's weights at any step from its ledger."),
     "send-pending": ("commands.send:send", "Send metrics that a run could not send."),

@@ -41,7 +41,7 @@ _ROUND = 32  # buckets are added by so many, so that old points stay where they 
 
 
 class Member(NamedTuple):
-    """A line: a run, or the runs that differ in their seed alone. Its id and its colour are the oldest one's."""
+    """A line: a run, or the runs that differ in their seed only. Its id and its colour are the oldest one's."""
 
     runs: tuple[Run, ...]
     live: bool

@@ -14,7 +14,7 @@ PARTS = {
     "scratch": ("#742fb9", "#9d86d6"),
     "other": ("#8a8f98", "#7b808a"),
 }
-"""What memory is for, and its colour on a light and on a dark page."""
+"""The uses of memory, and the colour of each on a light and on a dark page."""
 
 _LABEL, _MOST_LABELS = 28, 12
 _MANY, _COLUMNS, _LINES = 200, 160, 80  # thirds of a dot across and up a chart
@@ -76,7 +76,7 @@ def stacked_memory(
         }
     most = max((sum(column) for column in zip(*parts.values(), strict=True)), default=0.0)
     return {
-        **frame("What the peak is for", dark),
+        **frame("Parts of the peak", dark),
         "legend": {"bottom": 0, "textStyle": {"color": ink(dark)}},
         "grid": {"left": 8, "right": 24, "top": 48, "bottom": 56, "containLabel": True},
         "xAxis": {"type": "value", "name": unit, "nameLocation": "middle", "nameGap": 26, "max": _above(max(most, budget))},

@@ -1,1 +1,1 @@
-"""A page on which a person ranks what a training shows: ``python -m zolightning_dashboard.ranking FOLDER``."""
+"""A page on which a person ranks the candidates of a training: ``python -m zolightning_dashboard.ranking FOLDER``."""

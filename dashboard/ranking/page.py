@@ -1,4 +1,4 @@
-"""One run of the ranking page's script: what is asked now, or that nothing is."""
+"""One run of the ranking page's script: the question of now, or a line that there is none."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def main(folder: Path) -> None:
 
 
 def _state(folder: Path) -> tuple[str, Round | None, bool]:
-    """(what to say in its place, what is asked, whether a training runs): what the page is made of."""
+    """The contents of the page: (a line in place of a question, the question, whether a training runs)."""
     try:
         asked = question(folder)
     except RoundError as error:
@@ -70,7 +70,7 @@ def _draw(folder: Path, words: str, asked: Round | None, alive: bool) -> None:
         key = f"zo-rank-{asked.id}"
         _component()(key=key, data=data, on_said_change=lambda: _said(folder, asked, key))
     if not alive:
-        st.info("The training does not run now. What you rank is kept; start it again, and it goes on from there.")
+        st.info("The training does not run now. Your rankings are kept; start it again, and it goes on from there.")
 
 
 def _said(folder: Path, asked: Round, key: str) -> None:

@@ -1,6 +1,6 @@
 """The folder between a training that asks and a person who ranks. Nothing of Streamlit, and nothing of the training's package.
 
-``question.json`` is what the training asks now; ``rankings/<id>.json`` what was answered, written once; ``stop`` says that the
+``question.json`` is the training's question of now; ``rankings/<id>.json`` its answer, written once; ``stop`` says that the
 person has had enough. The training holds ``training.lock`` while it runs.
 """
 
@@ -27,7 +27,7 @@ class RoundError(ValueError):
 
 @dataclass(frozen=True)
 class Round:
-    """What a training asks.
+    """A question of a training.
 
     Args:
         id: of the cards' content, so that the same cards are the same question after a restart.
@@ -35,7 +35,7 @@ class Round:
         round: counted from 1.
         top: how many are to be told apart.
         cards: each {"text": …} or {"picture": a PNG in base 64}.
-        words: what the training says beside it.
+        words: of the training, shown with it.
     """
 
     id: str
@@ -47,7 +47,7 @@ class Round:
 
 
 def question(folder: Path) -> Round | None:
-    """What is asked now, answered or not; None before a training has asked anything.
+    """The question of now, answered or not; None before a training has asked anything.
 
     Raises:
         RoundError: the file is damaged, or of another version.
@@ -93,7 +93,7 @@ def answer(folder: Path, asked: Round, groups: Sequence[Sequence[int]], by: str)
 
     Args:
         folder: the training's.
-        asked: what was ranked.
+        asked: the question.
         groups: numbers of cards, the best first, equal ones together.
         by: whose page it was.
 

@@ -15,8 +15,8 @@ DEFAULT_PORT = 8502
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and serve until interrupted; returns the exit code."""
-    parser = argparse.ArgumentParser("rank", description="Rank what a training shows, by mouse or keyboard.")
-    parser.add_argument("folder", type=Path, help="the folder in which the training asks")
+    parser = argparse.ArgumentParser("rank", description="Rank the candidates that a training shows, by mouse or keyboard.")
+    parser.add_argument("folder", type=Path, help="The folder in which the training asks.")
     address_options(parser, DEFAULT_PORT)
     given = parser.parse_args(arguments)
     try:

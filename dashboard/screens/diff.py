@@ -1,4 +1,4 @@
-"""Run diff: what was set differently, beside what came of it."""
+"""Run diff: the settings that differ, and the results."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def render(scene: Scene) -> None:
 def _draw(scene: Scene, runs: Sequence[Run], key: str | None) -> None:
     if key is not None:
         feed(scene, [key])
-    st.subheader("What came of it")
+    st.subheader("Results")
     _table(scene, _outcomes(scene, runs), runs, "outcomes", "Figure")
 
 

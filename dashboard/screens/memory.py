@@ -139,7 +139,7 @@ def _parts(scene: Scene, runs: Sequence[Run], budget: float) -> None:
         stacked_memory(names, scaled, budget * GIB / size, unit_name, is_dark()),
         height=120 + 30 * len(bars),
         key="memory-parts",
-        alt="Bars of what each run's peak memory is for",
+        alt="Bars of the parts of each run's peak memory",
     )
 
 

@@ -106,7 +106,7 @@ def _choose_quality(shown: Sequence[Run], available: Sequence[str]) -> str:
         format_func=lambda one: text.plain(one, 60),
         key=widget("quality"),
         width=260,
-        help="What says how good a model is. A run's best value counts.",
+        help="The measure of how good a model is. A run's best value counts.",
     )
     if key != default:
         change(quality=key, target=None)

@@ -1,4 +1,4 @@
-"""What the dashboard reads, wherever it is stored: experiments, runs, and points of metrics."""
+"""The data that the dashboard reads, wherever it is stored: experiments, runs, and points of metrics."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ class DatabaseSource(TableSource):
         return new
 
     def _add_new(self, store: sa.Connection, names: Sequence[Name]) -> set[str]:
-        """Add to these metrics what was logged lately; returns the runs for which there was something."""
+        """Add the newest points to these metrics; returns the runs for which there was something."""
         begun = {name: _newest(self._buffers[name].series) - _OVERLAP_MS for name in names if len(self._buffers[name])}
         if not begun:
             return set()

@@ -149,7 +149,7 @@ class RestSource(MetricSource):
                 return rows
 
     def _catch_up(self, name: Name) -> None:
-        """Fetch what came at the last known step or behind it."""
+        """Fetch the points at the last known step or behind it."""
         buffer = self._buffers[name]
         start = int(buffer.series.step[-1]) if len(buffer) else 0
         query = {
@@ -175,7 +175,7 @@ class RestSource(MetricSource):
         return [*ended, running[self._turn % len(running)]]
 
     def _find_late(self, name: Name) -> bool:
-        """Fetch what was logged after the newest point known, whatever its step; whether there was any.
+        """Fetch the points logged after the newest one known, at any step; whether there was any.
 
         The newest known point must be where it is expected in the order of time, else others came before it.
         """

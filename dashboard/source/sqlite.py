@@ -55,7 +55,7 @@ class _Layout(NamedTuple):
 
 
 class _News(NamedTuple):
-    """What one poll found.
+    """The findings of one poll.
 
     Args:
         layout: of the tables now.

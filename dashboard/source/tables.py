@@ -1,4 +1,4 @@
-"""MLflow's tables as every database has them: what is read of them, and the runs that they describe."""
+"""MLflow's tables as every database has them: the columns that are read, and the runs that they describe."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COLUMNS = {
     "latest_metrics": {"run_uuid", "key", "step", "timestamp", "value", "is_nan"},
     "metrics": {"run_uuid", "key", "step", "timestamp", "value", "is_nan"},
 }
-"""What is read of MLflow's tables."""
+"""The columns that are read of MLflow's tables."""
 
 EXPERIMENTS = (
     "SELECT experiment_id, name FROM experiments WHERE lifecycle_stage = 'active' ORDER BY creation_time, experiment_id"
@@ -63,7 +63,7 @@ class Described(NamedTuple):
 
 
 def check_tables(where: object, found: Mapping[str, Collection[str]]) -> None:
-    """Refuse what is no store of MLflow.
+    """Refuse a database that is no store of MLflow.
 
     Args:
         where: the store, as it may be shown.

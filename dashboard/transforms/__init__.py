@@ -1,4 +1,4 @@
-"""From logged points to what a chart or a table shows. Pure functions of arrays: nothing is read, kept or drawn."""
+"""From logged points to the content of a chart or a table. Pure functions of arrays: nothing is read, kept or drawn."""
 
 from __future__ import annotations
 

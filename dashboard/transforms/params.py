@@ -9,7 +9,7 @@ from ..source.base import Run
 
 _SEEDS = frozenset({"seed", "zo/seed", "random_seed", "seed_everything"})
 TASK = ("model", "model_name", "data", "dataset", "task")
-"""Parameters or tags that say what is learned."""
+"""Parameters or tags that name the task."""
 _TOTALS = ("max_steps", "trainer/max_steps", "total_steps", "num_steps", "steps", "num_training_steps", "zo.max_steps")
 _GROUPED_BY = ("zo.method", "zo.recipe", *TASK, "budget", *_TOTALS)
 _SAME_LENGTH = 1.1
@@ -85,7 +85,7 @@ def seed_groups(runs: Sequence[Run]) -> list[list[Run]]:
     that has not ended belongs to the shortest of these that it may still come to.
 
     Args:
-        runs: in the order in which the groups come. A run that logged no parameters stays alone.
+        runs: in the order in which the groups come. A run that logged no parameters is a group of its own.
     """
     groups: dict[object, list[Run]] = {}
     for run in runs:

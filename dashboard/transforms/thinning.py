@@ -1,4 +1,4 @@
-"""No more points than the screen has room for, without losing a peak, and marks for what has no place on the y axis."""
+"""No more points than the screen has room for, without losing a peak, and marks for values that have no place on the y axis."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def grid(curves: Sequence[Curve], buckets: int, zoom: tuple[float, float] | None
 
 
 def thin(curves: Sequence[Curve], to: Grid) -> list[Curve]:
-    """What each line shows inside the grid: the logged points where they fit, else the extremes of each bucket.
+    """The points of each line inside the grid: the logged points where they fit, else the extremes of each bucket.
 
     A line of at most ``buckets`` points in the range keeps them as they are; where the lines of that kind have too many
     different x between them, they are thinned too. A thinned line keeps the first, smallest, largest and last finite value

@@ -1,4 +1,4 @@
-"""What a result costs: runs that no other beats in both of two quantities, and how far it was to a target."""
+"""The costs of a result: runs that no other beats in both of two quantities, and how far it was to a target."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def first_reaching(curve: Curve, target: float, better: Goal) -> float | None:
     """x of the first logged point that is at the target or better; None when none is. Nothing is interpolated.
 
     Args:
-        curve: the metric over what is counted: seconds, forward passes, peak memory.
+        curve: the metric over a cost: seconds, forward passes, peak memory.
         target: the value to reach.
         better: which way the metric is better.
     """

@@ -104,7 +104,7 @@ def idle(made: Sequence[Intervention]) -> Iterator[None]:
 
 @contextmanager
 def at_prompts(model: nn.Module) -> Iterator[None]:
-    """For one call of ``model.generate``: they move the end of the prompts, and leave the tokens of the answers alone."""
+    """For one call of ``model.generate``: they move the end of the prompts, and do not touch the tokens of the answers."""
     made = interventions(model)
     with ExitStack() as stack:
 

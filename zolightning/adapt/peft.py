@@ -108,7 +108,7 @@ class _VirtualTokens(nn.Module, ABC):
         kwargs = {**dict(zip(("input_ids",), args, strict=False)), **kwargs}
         ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
         if ids is None or len(args) > 1:
-            raise ValueError("virtual tokens need the model to be called with input_ids, and all else by name")
+            raise ValueError("virtual tokens need the model to be called with input_ids; give every other argument by name")
         mask = kwargs.get("attention_mask")
         if mask is None:
             mask = ids.new_ones(len(ids), ids.shape[1] + (0 if cache is None else max(0, cache.get_seq_length() - self.count)))

@@ -53,14 +53,14 @@ class BlackBox(nn.Module):
     :class:`~zolightning.ZOStrategy`, it answers and asks nothing more.
 
     Args:
-        predict: (B, …) → (B, k) scores, a function of each row alone: a function, a served model (:class:`Served`), an engine.
+        predict: (B, …) → (B, k) scores, a function of each row only: a function, a served model (:class:`Served`), an engine.
         queries: q, directions for each example, >= 1; None: as many as z has numbers.
         estimator: 'rge': random directions on the unit sphere, c = d/q. 'groups': ±1 on q groups of coordinates that are drawn
             anew each time, c = 1; the estimates add up. 'cge': the coordinates, which takes q = d.
         mu: length of a step along a coordinate, or a unit direction, > 0.
         batch_size: rows in one request at most, >= 1.
         budget: queries in all at most, >= 0; None: any number.
-        cache_size: answers that are remembered, >= 0: what is asked twice is not sent again.
+        cache_size: answers that are remembered, >= 0: a question that comes twice is not sent again.
         seed: of the directions.
 
     Raises:
@@ -111,7 +111,7 @@ class BlackBox(nn.Module):
         """(B, k): the answers, as they are."""
         rows = rows.detach()
         if not len(rows):
-            raise ValueError("a black box was asked about no examples at all")
+            raise ValueError("the batch holds no examples; a black box needs at least one")
         if not self.cache_size:
             self._allow(len(rows))
             return torch.cat([self._request(some) for some in torch.split(rows, self.batch_size)])

@@ -20,7 +20,7 @@ class EngineError(RuntimeError):
 class Engine(Protocol):
     """A model that something else than PyTorch runs. A new engine is a class with these five.
 
-    Its outputs are a function of the numbers and the batch alone: what it keeps between calls only saves time.
+    Its outputs are a function of the numbers and the batch only: state between calls only saves time.
     """
 
     identity: str

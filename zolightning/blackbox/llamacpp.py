@@ -69,7 +69,7 @@ class LlamaModel:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise FileNotFoundError(f"there is no GGUF file {self.path}")
+            raise FileNotFoundError(f"there is no GGUF file {self.path}; give the path of one")
         lib = library()
         parameters = lib.llama_model_default_params()
         parameters.n_gpu_layers = 0

@@ -27,7 +27,7 @@ def initializers_to_inputs(model: ModelProto, names: Sequence[str]) -> dict[str,
         names: of float initializers.
 
     Returns:
-        name → what the graph stored.
+        name → the values that the graph stored.
 
     Raises:
         ValueError: a name that no initializer of the graph has, or one that holds no floats.
@@ -54,7 +54,7 @@ def initializers_to_inputs(model: ModelProto, names: Sequence[str]) -> dict[str,
 class OnnxEngine:
     """A graph whose trained tensors are inputs, run by ONNX Runtime.
 
-    A batch is a mapping with the graph's other inputs by name; what else it holds, such as labels, is left alone.
+    A batch is a mapping with the graph's other inputs by name; other entries, such as labels, are ignored.
 
     Args:
         model: a file, or a model.

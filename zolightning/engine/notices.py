@@ -1,4 +1,4 @@
-"""What a fit says of its steps: what its probes showed, each topic once, and whether it still steps."""
+"""The lines that a fit logs about its steps, each topic once: findings of the probes, ties, skipped steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Say: TypeAlias = Callable[[str], None]
 
 
 class Notices:
-    """Remembers what was said.
+    """Remembers the topics that were logged.
 
     Args:
         inform: gets lines on the choices that the fit made.
@@ -38,7 +38,7 @@ class Notices:
             (say or self.warn)(message)
 
     def report(self, runner: Runner, ran: Ran, estimate: Estimate, eps: float) -> None:
-        """What the probes of a micro-batch showed."""
+        """Log the findings of a micro-batch's probes."""
         reuse, graphs = runner.reuse, runner.graphs
         for notice in (reuse.notice() if reuse else "", *(graphs.notices() if graphs else ())):
             if notice:

@@ -150,13 +150,13 @@ def trainable(optimizer: Optimizer) -> tuple[int, ...]:
 
 
 class Findings(NamedTuple):
-    """What trying the step on the first batch showed: what one rank of several finds holds for all.
+    """The findings from trying the step on the first batch: those of one rank hold for all.
 
     Args:
         structure: of the leaves: its place among :func:`_structures`.
-        examples: what the step can say of them.
+        examples: whether they have losses of their own, and may be repeated.
         behind: names of the leaves that are read behind the probes' backs.
-        calibration: what was measured.
+        calibration: the measurements.
     """
 
     structure: int

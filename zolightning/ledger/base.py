@@ -22,7 +22,7 @@ def base_path(folder: Path, fingerprint: str) -> Path:
 
 
 def save_base(folder: Path, fingerprint: str, parameters: Mapping[str, Tensor]) -> Path:
-    """Write the weights, once, and bring them to the disk; a file that is there already is left alone.
+    """Write the weights, once, and bring them to the disk; a file that is there already stays as it is.
 
     Raises:
         OSError: it cannot be written.

@@ -110,7 +110,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of the parameter groups, beside the learning rates, in the steps that follow."""
+    """Settings of the parameter groups, except the learning rates, in the steps that follow."""
 
     optimizer: int
     groups: tuple[dict[str, object], ...]
@@ -194,7 +194,7 @@ def decode(data: bytes, start: int, end: int, seed: int) -> Record:
     """The intact record in ``data[start:end]``.
 
     Raises:
-        LedgerError: what the checksum covers is no such record.
+        LedgerError: the bytes that the checksum covers are no such record.
     """
     _, code = HEAD.unpack_from(data, start)
     payload, kind = data[start + HEAD.size : end - DIGEST], _KINDS[code]

@@ -24,7 +24,7 @@ class PendingLedger:
         keep_base: have the base's weights beside the ledger.
         optional: go on without a ledger, with a warning, where it cannot be written.
         warn: gets that warning.
-        inform: gets what a replay will need, where that is not beside the ledger.
+        inform: gets a line on files that a replay will need and that are not in the ledger's folder.
     """
 
     def __init__(

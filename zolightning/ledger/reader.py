@@ -84,7 +84,7 @@ def read(path: str | Path) -> Ledger:
     ledger = Ledger(path, header, data, spans[1:], torn=len(data) - spans[-1][1])
     if ledger.torn and resumes(data, ledger.end):
         damage = (
-            f"the record at byte {ledger.end} of {path} was altered or overwritten; what comes before it is intact: ask "
+            f"the record at byte {ledger.end} of {path} was altered or overwritten; the records before it are intact: ask "
             f"for step {ledger.last} or less"
         )
         return Ledger(path, header, data, spans[1:], damage=damage)
@@ -100,7 +100,7 @@ def locate(folders: Iterable[Path], name: str, digest: bytes) -> Ledger:
         digest: of the last record wanted.
 
     Raises:
-        LedgerError: none has it; with what each held.
+        LedgerError: none has it; the message lists the content of each.
     """
     problems = []
     for folder in dict.fromkeys(folder.absolute() for folder in folders):

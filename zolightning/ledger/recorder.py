@@ -26,7 +26,7 @@ from .replay import describe
 from .writer import Claim, LedgerWriter
 
 CHECK_EVERY = 256
-"""Steps between fingerprints of the weights, from the first step on: code that changes them beside shows early."""
+"""Steps between fingerprints of the weights, from the first step on: other code that changes them shows early."""
 
 _KINDS = {leaf_type: kind for kind, leaf_type in LEAVES.items()}
 
@@ -289,7 +289,7 @@ def _primed(optimizer: Optimizer, leaves: Sequence[Leaf]) -> str:
 
 
 def _options(group: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """The settings that a step reads, beside the learning rate."""
+    """The settings that a step reads, except the learning rate."""
     names = ("momentum", "weight_decay", "maximize") if is_plain_sgd(optimizer) else optimizer.defaults
     return {name: group[name] for name in names if name in group and name != "lr"}
 

@@ -116,7 +116,7 @@ class LedgerWriter:
             self._hold(str(error))
         displaced = self._find_displaced()
         if displaced and not self._displaced:
-            _warn(f"the ledger {self.path} {displaced} while the run writes to it; what is there now lacks its steps")
+            _warn(f"the ledger {self.path} {displaced} while the run writes to it; the file that is there now lacks its steps")
         self._displaced = displaced
 
     @property

@@ -68,8 +68,8 @@ class ZOConfig:
     hold nearly all selected weights, else 'dense'."""
 
     scales: Scales = "frozen"
-    """Scales Δ of quantised layers. 'absolute': trained, probed at Δ + eps·z. 'relative': at Δ(1 + eps·z). 'frozen': as
-    they are, with what else is trainable trained."""
+    """Scales Δ of quantised layers. 'absolute': trained, probed at Δ + eps·z. 'relative': at Δ(1 + eps·z). 'frozen': they
+    stay as they are, and other trainable weights are trained."""
 
     one_batch: bool = True
     """Run both probes in one batch of twice the size, where the module gives its losses by ``zo_objective`` and the batch is
@@ -78,9 +78,9 @@ class ZOConfig:
 
     cuda_graphs: bool = False
     """Record the forwards of ``zo_objective`` as CUDA graphs, one for each shape of batch, so that a small model on a GPU no
-    longer waits for Python. What the forward does in Python (logging, counting, reading anything but the batch) happens for the
-    first batches of a shape alone. Forwards that cannot be recorded, or whose replay gives other bits, run as they are, and the
-    log says why."""
+    longer waits for Python. Python code of the forward (logging, counting, reading anything but the batch) runs for
+    the first batches of a shape only. Forwards that cannot be recorded, or whose replay gives other bits, run as they are, and
+    the log says why."""
 
     normalize: bool | Literal["std", "rank"] = True
     """Divide g by its running RMS, so that lr is the RMS change per weight and step. 'std': by its standard deviation over

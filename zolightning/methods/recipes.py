@@ -13,7 +13,7 @@ only the shape of its schedule counts; ``lr="module"`` takes it as it is.
 """
 
 SPSA = ZOConfig(estimator="spsa", structure="dense")
-"""Dense two-point SPSA with ±1 noise on the middle blocks, normalised steps: what :data:`DEFAULT` comes to where
+"""Dense two-point SPSA with ±1 noise on the middle blocks, normalised steps: :data:`DEFAULT` becomes this where
 examples have no losses of their own."""
 
 MEZO = ZOConfig(
@@ -41,7 +41,7 @@ or 1e-3."""
 SPARSE_MEZO = MEZO.override(structure=Sparse(0.75))
 """Sparse-MeZO, Liu et al. 2024, arXiv:2402.15751: MeZO on only the weights with |θ| ≤ h, h a quantile of each parameter.
 
-Sparsity 0.75 or 0.8, by task: the share left as it is. eps and lr are MeZO's; the paper tunes larger ones too.
+Sparsity 0.75 or 0.8, by task: the share of weights that is not trained. eps and lr are MeZO's; the paper tunes larger ones too.
 """
 
 LOZO = MEZO.override(structure=LowRank(rank=1, hold=100))

@@ -136,7 +136,7 @@ def perturb_rows(out: Tensor, source: Tensor, dist: Distribution, terms: Sequenc
 def stochastic_round_(target: Tensor, value: Tensor, key: Key, leaf: int, start: int) -> None:
     """Store ``value`` so that its expectation is kept: up or down with odds given by the distance to each neighbour.
 
-    What the target's type can hold is stored as it is; beyond its largest finite number the value is rounded to
+    Values that the target's type can hold are stored as they are; beyond its largest finite number the value is rounded to
     nearest. The odds are exact, but for float16 below 2**-14, where they are within 2**-17.
 
     Args:

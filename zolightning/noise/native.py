@@ -223,7 +223,7 @@ def load(verify: Callable[[NativeBackend], str], extra_flags: Sequence[str] = ()
     """The native library, from the cache if it is there, built if not.
 
     Args:
-        verify: says what is wrong with a library, or nothing.
+        verify: names the fault of a library; "": there is none.
         extra_flags: for the compiler, behind ours.
 
     Raises:

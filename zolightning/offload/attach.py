@@ -21,7 +21,7 @@ from .tiers import HostTier, Tier
 def attach(module: nn.Module, options: Offload, device: torch.device, folder: Path) -> Store:
     """Move the module's matrices to where the options say; those of :func:`from_pretrained` are there already.
 
-    Vectors and what else has at most 65,536 weights stay in memory.
+    Vectors and other parameters of at most 65,536 weights stay in memory.
 
     Args:
         module: not on its device yet: its matrices never all are.

@@ -42,7 +42,7 @@ class _Room(NamedTuple):
 class DiskTier(Tier):
     """Reads weights where they are, and writes their updates to files of its own.
 
-    A tensor has room in two work files. The one that holds it as of the last :meth:`commit` is left alone until the next:
+    A tensor has room in two work files. The one that holds it as of the last :meth:`commit` is not touched until the next:
     a process that dies at any moment leaves the weights of its last checkpoint whole.
 
     Args:

@@ -59,7 +59,7 @@ class Entry:
     state: dict[str, str] = field(default_factory=dict)
     """The optimizer's state: its name → its name in the tier."""
     plain: State = field(default_factory=dict)
-    """Of it what is no tensor."""
+    """Entries of it that are no tensors."""
     state_bytes: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 

@@ -16,7 +16,7 @@ class Memory:
     """Slots by entry. Whoever calls holds the store's lock.
 
     Args:
-        forecast: told of what was read ahead in vain.
+        forecast: told of entries that were read ahead in vain.
     """
 
     def __init__(self, forecast: Forecast) -> None:

@@ -27,13 +27,13 @@ _CPU = torch.device("cpu")
 def from_pretrained(model_class: Any, source: str | Path, *, dtype: torch.dtype | None = None, **config: Any) -> Any:
     """A model as ``model_class.from_pretrained(source)`` makes it, but its matrices stay in the files that hold them.
 
-    The files are only read. What has at most 65,536 weights, buffers, and parameters that the files lack are in memory.
+    The files are only read. Parameters of at most 65,536 weights, buffers, and parameters that the files lack are in memory.
 
     Args:
         model_class: an Auto class of transformers (``AutoModelForCausalLM``), or a model's own.
         source: a folder with ``config.json`` and safetensors files, or a name that the hub knows.
         dtype: of the weights in memory and in training; None: as stored.
-        **config: what the configuration is to say otherwise.
+        **config: changes of the configuration.
 
     Raises:
         OffloadError: the files do not fit the model, are damaged, or store weights in a form that is not streamed.

@@ -24,7 +24,7 @@ _T = torch.Tensor
 class StoredParameter(nn.Parameter):
     """A Parameter whose weights are an entry of a store.
 
-    It is made by :func:`bind`. What does not read weights (shape, dtype, gradient) it answers itself; every other operation
+    It is made by :func:`bind`. Questions that read no weights (shape, dtype, gradient) it answers itself; every other operation
     gets the weights as a plain tensor, which may be dropped when the thread reads another one. Writing into them is refused.
     """
 
@@ -59,7 +59,7 @@ def bind(parameter: nn.Parameter, entry: Entry, store: Store) -> None:
     """Make the Parameter, in place, one whose weights are the store's; its own are dropped.
 
     Raises:
-        OffloadError: something besides Python refers to it, a graph of autograd for one.
+        OffloadError: something other than Python refers to it, a graph of autograd for one.
     """
     hollow = torch.full((), _nothing(entry.dtype), dtype=entry.dtype, device=entry.device).expand(entry.shape)
     stored = _T._make_subclass(StoredParameter, hollow, parameter.requires_grad)
@@ -157,4 +157,5 @@ _ANSWERS: dict[object, Operation] = {
     _T.data.__set__: _set_data,  # type: ignore[attr-defined]
     _T.data.__get__: lambda parameter: parameter.store.hold([parameter.entry])[0].detach(),  # type: ignore[attr-defined]
 }
-"""What a stored Parameter answers by itself. ``data`` shares its version with the store's tensor: a write into it shows."""
+"""The questions that a stored Parameter answers by itself. ``data`` shares its version with the store's tensor: a write into it
+shows."""

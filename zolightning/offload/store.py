@@ -170,7 +170,7 @@ class Store:
             self._workers.start(self._writer.write_behind, *([self._read_ahead] if self.prefetch else []))
 
     def stop(self) -> None:
-        """Let the threads end, and what is in memory go. Reads still work, one at a time; nothing is written any more."""
+        """Let the threads end, and the entries in memory go. Reads still work, one at a time; nothing is written any more."""
         self._workers.stop()
         self._writer.forget()
         self.empty()
@@ -198,7 +198,7 @@ class Store:
                     self._memory.forecast.wasted(entry)
 
     def _next_ahead(self) -> Entry | None:
-        """What to read now, with room made for it: the nearest that is missing, if it fits beside those before it."""
+        """The entry to read now, with room made for it: the nearest that is missing, if it fits with those before it."""
         if self._urgent:
             return None
         ahead = list(self._memory.forecast.ahead(self.prefetch))

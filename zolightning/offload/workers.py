@@ -52,7 +52,7 @@ class Workers:
         """Until something changes; an OffloadError where nothing can any more. The caller holds the condition."""
         if not self.changed.wait(30.0) and self.running and not all(thread.is_alive() for thread in self._threads):
             raise OffloadError(
-                "a thread that reads or writes offloaded weights has ended without a word; the ledger has all steps: "
+                "a thread that reads or writes offloaded weights has ended without an error; the ledger has all steps: "
                 "resume from the last checkpoint"
             )
 

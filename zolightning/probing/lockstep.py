@@ -56,7 +56,7 @@ class Lockstep:
         """``call`` of each point and its side, which probes there.
 
         Args:
-            call: what to run; it gives the side to the view.
+            call: runs a forward; it gives the side to the view.
             points: at most :attr:`sides`.
             logs: whether the first call logs; the others never do.
         """

@@ -17,7 +17,7 @@ _BINARY = (F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
 
 
 class LossSplitter:
-    r"""A probe's :class:`~zolightning.space.probe.Watch` for loss functions that average: it keeps what they average over.
+    r"""A probe's :class:`~zolightning.space.probe.Watch` for loss functions that average: it keeps the terms of the mean.
 
     The mean of :math:`n` elements (of those whose target is not ignored) is the mean over examples of
 

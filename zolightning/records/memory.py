@@ -60,8 +60,8 @@ def _give_back() -> None:
 class MemoryMeter:
     """Peak memory of training: the allocator's on CUDA, elsewhere this process's resident memory.
 
-    Resident memory counts the interpreter and its libraries too. They are what was resident at the start beyond the
-    module's own weights, and are subtracted, so that the figure stands beside an allocator's. What was freed before, as the
+    Resident memory counts the interpreter and its libraries too. They are the memory that was resident at the start beyond
+    the module's own weights, and are subtracted, so that the figure compares with an allocator's. Memory freed before, as the
     weights of a model that has been quantised, is given back first: training would live in it unseen.
 
     Args:

@@ -38,7 +38,7 @@ def mlflow_logger(
 ) -> MLFlowLogger:
     """A Lightning logger on an MLflow store that neither blocks nor ends training, whatever happens to the store.
 
-    What is logged is sent once a second by a thread. While the store is away it waits in a file and is sent, with its own times
+    A thread sends the entries once a second. While the store is away they wait in a file and are sent, with their own times
     and in order, when the store is back; the end of a run waits half a minute for that, see :class:`.outbox.Outbox`. For a
     server, MLflow's requests in this process are repeated once and take 30 s at most, unless the variables
     ``MLFLOW_HTTP_REQUEST_MAX_RETRIES``, ``MLFLOW_HTTP_REQUEST_TIMEOUT`` and ``MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER`` say
@@ -50,8 +50,8 @@ def mlflow_logger(
         experiment: groups runs that are compared.
         store: an SQLite file ``sqlite:///path`` (write-ahead log, so that readers never block training) or a server's URL.
         tags: searchable labels of the run.
-        folder: the Trainer's ``default_root_dir``. While the store is away, what waits is kept where Lightning keeps the run's
-            checkpoints, ``<folder>/<experiment id>/<run id>/pending-metrics-<run id>.jsonl``.
+        folder: the Trainer's ``default_root_dir``. While the store is away, the waiting entries are kept where Lightning
+            keeps the run's checkpoints, ``<folder>/<experiment id>/<run id>/pending-metrics-<run id>.jsonl``.
 
     Raises:
         ConnectionError: the store cannot be reached now.
@@ -111,7 +111,7 @@ def prepare_store(store: str) -> None:
 class BufferedMLFlowLogger(MLFlowLogger):
     """Lightning's logger with everything that it logs sent through an outbox; :func:`mlflow_logger` explains it.
 
-    ``experiment`` is MLflow's own client: what is called on it is sent at once and may raise.
+    ``experiment`` is MLflow's own client: its calls are sent at once and may raise.
     """
 
     def __init__(

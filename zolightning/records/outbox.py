@@ -36,8 +36,8 @@ class Outbox:
     Own thread and synchronous calls rather than MLflow's asynchronous queue: that one drops a batch that fails, keeps no order
     between its ten workers, and joins them without limit at exit.
 
-    While the store is away, entries move to a file, so that they take no memory and outlive the process; what is sent twice is
-    stored once, as MLflow keeps one of equal (key, time, step, value) rows. The user is told when trouble begins and when it is
+    While the store is away, entries move to a file, so that they take no memory and outlive the process; an entry that is sent twice
+    is stored once, as MLflow keeps one of equal (key, time, step, value) rows. The user is told when trouble begins and when it is
     over.
 
     Args:
@@ -103,11 +103,17 @@ class Outbox:
         if self._gave_up:
             return
         self._away = self._gave_up = True
-        left = f"is in {self._file.path}: send it later with `zolightning.records.outbox.send_pending(path, store)`."
+        left = f"are in {self._file.path}: send them later with `zolightning.records.outbox.send_pending(path, store)`."
         if unwritten:
             left = f"will be lost with this process ({unwritten})."
         files = "".join(f" {path} is not uploaded." for path in self._artifacts.values())
-        log.warning("%s did not take all that this run logged within %g s. What is left %s%s", self._store(), WAIT, left, files)
+        log.warning(
+            "%s did not take all that this run logged within %g s. The entries that are left %s%s",
+            self._store(),
+            WAIT,
+            left,
+            files,
+        )
 
     def _put(self, entry: Entry) -> None:
         with self._changed:
@@ -187,7 +193,7 @@ class Outbox:
                 self._away = True
                 place = f"in memory ({unwritten})" if unwritten else f"in {self._file.path}"
                 text = (
-                    "%s does not take what this run logs: %s. Training goes on; what is logged waits %s until MLflow is back."
+                    "%s does not take the entries of this run: %s. Training goes on; new entries wait %s until MLflow is back."
                 )
                 log.warning(text, self._store(), _short(error), place)
 
@@ -228,8 +234,8 @@ def deliver(client: MlflowClient, run_id: str, entries: Sequence[Entry]) -> list
         entries: may have been stored before.
 
     Returns:
-        what MLflow refuses for what it is, such as a setting that already has another value, with the reason: one text for
-        each entry of which something was refused. All else is stored.
+        the entries that MLflow refuses for good, such as a setting that already has another value, with the reason: one text
+        for each entry of which something was refused. All else is stored.
 
     Raises:
         Exception: the store is away, or the run is gone; some of the entries may be stored.

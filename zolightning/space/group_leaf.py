@@ -137,7 +137,7 @@ def deal(total: int, most: Sequence[int], importance: Sequence[float]) -> list[i
 
 
 def _dealt(total: float, most: Sequence[int], importance: Sequence[float]) -> list[float]:
-    """Shares of the total in proportion to importance, none beyond its most; what is left goes by size."""
+    """Shares of the total in proportion to importance, none beyond its most; the rest goes by size."""
     given, left = [0.0] * len(most), float(total)
     for measure in (importance, most):
         open_ = [i for i, weight in enumerate(measure) if weight > 0 and given[i] == 0]

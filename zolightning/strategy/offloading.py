@@ -116,11 +116,11 @@ class Offloading(InMemory):
         self.store.flush()
 
     def load(self, checkpoint: Mapping[str, Any], path: str, strict: bool) -> None:
-        """Bring the module to a checkpoint: to what it holds, and to what its position in the ledger leads to.
+        """Bring the module to a checkpoint: to the weights that it holds, and to those at its position in the ledger.
 
         Raises:
             OffloadError: it holds whole weights, which are not streamed in.
-            LedgerError: the ledger is not to be had, or the module's weights are not those that the run started from.
+            LedgerError: the ledger cannot be found, or the module's weights are not those that the run started from.
         """
         state, module, away = checkpoint["state_dict"], self._module, set(self.away)
         if whole := sorted(away & state.keys()):

@@ -61,7 +61,7 @@ class Method:
     """Takes a backward pass: its FLOPs are its own, and its memory may be too much."""
 
     state: float = 0.0
-    """Memory beside the weights that it needs at the very least, in units of the weights: gradients, optimizer state."""
+    """Least memory that it needs in addition to the weights, in units of the weights: gradients, optimizer state."""
 
     plain: bool = False
     """Runs on weights stored in the compute dtype, also where the others have fp32 masters."""

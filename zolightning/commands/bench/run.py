@@ -40,7 +40,7 @@ def run(
         say: told about progress.
 
     Returns:
-        what the figures depend on, and the rows.
+        the facts that the figures depend on, and the rows.
     """
     torch.set_num_threads(spec.threads)
     peaks = _memory(spec, names, say) if memory else {}

@@ -86,7 +86,7 @@ class Demo(Comparison):
 
 
 def possible(methods: Sequence[Method], model: str | None, named: bool) -> list[Method]:
-    """The methods that can run here; what is left out is said, or an error where it was asked for by name.
+    """The methods that can run here; a method that is left out is logged, and is an error where it was asked for by name.
 
     Raises:
         ImportError, ValueError: llama.cpp is not there; or a model other than the demo's.
@@ -95,7 +95,7 @@ def possible(methods: Sequence[Method], model: str | None, named: bool) -> list[
     if why and named:
         raise (ValueError if model is not None else ImportError)(f"the method 'gguf' cannot run: {why}")
     if why:
-        say(f"without the row 'gguf': {why}")
+        say(f"the row 'gguf' is left out: {why}")
     return [method for method in methods if not (method.engine and why)]
 
 
@@ -130,7 +130,8 @@ def prepare(task: Task, batch_size: int = 1) -> Workload:
     """
     prompt = PromptTemplate(task.template, task.verbalizers)
     if task.model is None and task.data is None:
-        say(f"needs {SMOLLM2.filename} ({SMOLLM2.size / 1e6:.0f} MB) and {VADER.filename} ({VADER.size / 1e6:.1f} MB), once")
+        size = f"{SMOLLM2.filename} ({SMOLLM2.size / 1e6:.0f} MB) and {VADER.filename} ({VADER.size / 1e6:.1f} MB)"
+        say(f"the first run downloads {size}")
     if task.data is None:
         fetch(VADER, offline=task.offline)
     found = splits(task)

@@ -31,8 +31,8 @@ def sweep(
 ) -> None:
     """Compare methods and learning rates over seeds at equal budgets. Example: zolightning sweep --seconds 300
 
-    Each run has a process of its own and leaves a file; the same command again does what is not done yet. A sweep of your
-    own is a file: ``zolightning sweep --config examples/sweep/ranking.yaml``.
+    Each run has a process of its own and leaves a file; the same command again takes the runs that are not done yet. A sweep
+    of your own is a file: ``zolightning sweep --config examples/sweep/ranking.yaml``.
 
     Args:
         entries: The list of compared entries, in a configuration file. Default: default, reft, spsa, spsa-all, mezo,
@@ -54,7 +54,7 @@ def sweep(
     if target is not None:
         check_target(target, [entry.method.name for entry in choose(entries, None)])
     if (seconds is None) == (forwards is None):
-        raise ValueError("give the budget of a run: one of `seconds` and `forwards`")
+        raise ValueError("a run needs one budget; give `seconds` or `forwards`")
     budget = Budget(seconds, "seconds", clock) if seconds is not None else Budget(float(forwards or 0), "forwards", clock)
     task = replace(task, precision=settle_precision(task.precision))
     plans = [Plan.of(entry, task, budget, seeds, tuning, threads) for entry in chosen]
@@ -63,10 +63,10 @@ def sweep(
     say(f"{budget} a run, {tuning:g} of it for each learning rate that is tried; {threads} threads")
     outcomes = [o for i, plan in enumerate(plans) for o in finish(plan, f"[{i + 1}/{len(plans)}]", report_only)]
     if not outcomes:
-        raise ValueError(f"no final run is finished in {task.out}")
+        raise ValueError(f"no final run is finished in {task.out}; run the same command without `report_only`")
     goal = None if target is None else target_accuracy(outcomes, target)
     if target is not None and goal is None:
-        say(f"no run of {target}, whose accuracy is the target, is finished: what it took is left out of the table")
+        say(f"no run of {target}, whose accuracy is the target, is finished: the table leaves out the cost of reaching it")
     image = write(outcomes, Path(task.out), goal)
     say("\n" + text(outcomes, goal))
     say(f"\npicture: {image}\ncompare the runs: zolightning dash --store {task.store}")

@@ -57,7 +57,7 @@ def finish(plan: Plan, label: str, report_only: bool = False) -> list[Outcome]:
     Args:
         plan: The runs.
         label: before each line that is said.
-        report_only: run nothing; outcomes of what is done.
+        report_only: run nothing; give the outcomes of finished runs.
     """
     finals = plan.finals
     if plan.tuning:
