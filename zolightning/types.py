@@ -20,6 +20,9 @@ Forward: TypeAlias = Callable[[Batch], StepOutput]
 StateDict: TypeAlias = dict[str, Any]
 """A checkpoint, or the part of it that one object keeps: values that ``torch.save`` takes, by name."""
 
+ParamGroup: TypeAlias = dict[str, Any]
+"""An entry of an optimizer's ``param_groups``: its parameters, and its settings by name."""
+
 Operation: TypeAlias = Callable[..., Any]
 """A function of PyTorch's, as a function mode sees it called."""
 

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -34,7 +33,7 @@ from ..probing.isolation import Isolation, rng_state, set_rng_state
 from ..probing.objective import loss_value
 from ..probing.runner import Muted
 from ..space import View
-from ..types import Batch, Estimate, Forward, Key, Shared, SkipStep, StepRecord, Term
+from ..types import Batch, Estimate, Forward, Key, Shared, SkipStep, StateDict, StepRecord, Term
 from .advice import take_over
 from .hybrid import gradients_of
 from .notices import Notices, Say, SkipWatch
@@ -262,7 +261,7 @@ class Session:
             follow(stepper, optimizer)
         return stepper
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """All that the next step depends on in addition to weights and optimizers, in types that a safe checkpoint holds."""
         return {
             "seed": self.seed,
@@ -275,7 +274,7 @@ class Session:
             "backprop": self._kept.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Go on where :meth:`state_dict` was taken, generators included.
 
         Raises:
@@ -292,11 +291,11 @@ class Session:
         """Count on where an earlier fit of the same strategy ended, so that no perturbation comes twice."""
         self.step, self._shaping_states = before.step, before._shaping_states
 
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+    def optimizer_state(self, optimizer: Optimizer) -> StateDict:
         """The groups of ``optimizer``, and the state of the one that applies its steps."""
         return state_of(optimizer, self.stepper(optimizer))
 
-    def load_optimizer_state(self, optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    def load_optimizer_state(self, optimizer: Optimizer, saved: StateDict) -> None:
         """Restore the result of :meth:`optimizer_state`; state of low-precision weights stays float32."""
         load_state(optimizer, self.stepper(optimizer), saved)
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from ..methods.optimizers import is_plain_sgd
 from ..noise import pieces, stochastic_round_, working_dtype
 from ..space import Leaf, descend_, keep_
-from ..types import Key, Term
+from ..types import Key, ParamGroup, StateDict, Term
 
 _SAMPLE = 4096  # elements of each leaf that the statistics look at
 
@@ -96,7 +96,7 @@ class Change(NamedTuple):
     key: Key
 
     @torch.no_grad()
-    def __call__(self, leaf: Leaf, state: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, leaf: Leaf, state: StateDict) -> StateDict:
         """Change the leaf's parameter; returns the optimizer's state of it, which was ``state`` before."""
         alone = object.__new__(type(self.optimizer))
         alone.__dict__.update(self.optimizer.__dict__)
@@ -119,13 +119,13 @@ def changes(
             yield Change(optimizer, settings, tuple(terms), key), members
 
 
-def _members(optimizer: Optimizer, by_parameter: Mapping[int, Leaf]) -> Iterator[tuple[dict[str, Any], list[Leaf]]]:
+def _members(optimizer: Optimizer, by_parameter: Mapping[int, Leaf]) -> Iterator[tuple[ParamGroup, list[Leaf]]]:
     """Each parameter group with its leaves."""
     for group in optimizer.param_groups:
         yield group, [by_parameter[id(p)] for p in group["params"] if p.requires_grad and id(p) in by_parameter]
 
 
-def _advance(optimizer: Optimizer, group: dict[str, Any], members: Sequence[Leaf], terms: Sequence[Term], key: Key) -> None:
+def _advance(optimizer: Optimizer, group: ParamGroup, members: Sequence[Leaf], terms: Sequence[Term], key: Key) -> None:
     """The optimizer's step of some leaves of a group."""
     if is_plain_sgd(optimizer):
         if group.get("maximize"):
@@ -152,7 +152,7 @@ def _project_(leaves: Sequence[Leaf]) -> tuple[int | None, int | None]:
 
 
 def step_alone(
-    optimizer: Optimizer, group: dict[str, Any], leaf: Leaf, gradient: Callable[[], Tensor] | Tensor, key: Key
+    optimizer: Optimizer, group: ParamGroup, leaf: Leaf, gradient: Callable[[], Tensor] | Tensor, key: Key
 ) -> None:
     """The optimizer's step of one parameter on a gradient, low-precision weights in float32 and rounded by the key."""
     parameter = leaf.parameter
@@ -177,7 +177,7 @@ def step_alone(
 
 
 @contextmanager
-def _only(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Iterator[None]:
+def _only(optimizer: Optimizer, group: ParamGroup, parameter: Tensor) -> Iterator[None]:
     """The optimizer with a single group that holds a single parameter."""
     groups, members = optimizer.param_groups, group["params"]
     group["params"], optimizer.param_groups = [parameter], [group]
@@ -187,20 +187,20 @@ def _only(optimizer: Optimizer, group: dict[str, Any], parameter: Tensor) -> Ite
         group["params"], optimizer.param_groups = members, groups
 
 
-def _widen(state: dict[str, Any], narrow: torch.dtype) -> None:
+def _widen(state: StateDict, narrow: torch.dtype) -> None:
     """State that an optimizer makes in its constructor (Adagrad) has the dtype of the stored weights."""
     for name, value in state.items():
         if isinstance(value, Tensor) and value.dtype == narrow:
             state[name] = value.to(working_dtype(narrow))
 
 
-def state_of(optimizer: Optimizer, stepper: Optimizer) -> dict[str, Any]:
+def state_of(optimizer: Optimizer, stepper: Optimizer) -> StateDict:
     """The groups of ``optimizer``, and the state of ``stepper``, which applies its steps."""
     groups = optimizer.state_dict()
     return groups if stepper is optimizer else {**groups, "state": stepper.state_dict()["state"]}
 
 
-def load_state(optimizer: Optimizer, stepper: Optimizer, saved: dict[str, Any]) -> None:
+def load_state(optimizer: Optimizer, stepper: Optimizer, saved: StateDict) -> None:
     """Put back what :func:`state_of` gave; state of low-precision weights stays float32."""
     if stepper is not optimizer:
         optimizer.load_state_dict({**saved, "state": {}})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from ..methods.optimizers import optimizer_type
 from ..noise import DISTRIBUTIONS
 from ..space import LEAVES, Cycle, Leaf, Turn
 from ..space.fingerprint import fingerprint
-from ..types import Key, Term
+from ..types import Key, ParamGroup, Term
 from .format import DIGEST, Check, LedgerError, Method, Options, Record, Step
 from .reader import Ledger
 
@@ -184,7 +184,7 @@ def describe(parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[str, tup
     return {n: (str(p.dtype).removeprefix("torch."), tuple(p.shape)) for n, p in parameters.items()}
 
 
-def optimizer_class(rule: str) -> Callable[[list[dict[str, Any]]], Optimizer]:
+def optimizer_class(rule: str) -> Callable[[list[ParamGroup]], Optimizer]:
     """The class of that name in torch.optim or zolightning; nothing else is ever constructed for a file."""
     found = optimizer_type(rule)
     if found is None:
@@ -210,7 +210,7 @@ def _leaves(method: Method, parameters: Mapping[str, nn.Parameter]) -> list[Leaf
 
 def _optimizer(method: Method, parameters: Mapping[str, nn.Parameter], before: Optimizer | None) -> Optimizer:
     """A new optimizer with the state of the one before it."""
-    groups: list[dict[str, Any]] = [{"params": [parameters[name] for name in names], "lr": 0.0} for names in method.groups]
+    groups: list[ParamGroup] = [{"params": [parameters[name] for name in names], "lr": 0.0} for names in method.groups]
     for group in groups:
         for parameter in group["params"]:
             parameter.requires_grad_(True)

@@ -36,9 +36,9 @@ class Outbox:
     Own thread and synchronous calls rather than MLflow's asynchronous queue: that one drops a batch that fails, keeps no order
     between its ten workers, and joins them without limit at exit.
 
-    While the store is away, entries move to a file, so that they take no memory and outlive the process; an entry that is sent twice
-    is stored once, as MLflow keeps one of equal (key, time, step, value) rows. The user is told when trouble begins and when it is
-    over.
+    While the store is away, entries move to a file, so that they take no memory and outlive the process; an entry that is sent
+    twice is stored once, as MLflow keeps one of equal (key, time, step, value) rows. The user is told when trouble begins and
+    when it is over.
 
     Args:
         client: The store's ``MlflowClient``.

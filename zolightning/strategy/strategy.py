@@ -27,7 +27,7 @@ from ..offload import Offload, stored
 from ..parallel import Parallel, tensors_of
 from ..parallel.layout import Mode
 from ..space import View, expose_scales
-from ..types import StepOutput, StepRecord
+from ..types import StateDict, StepOutput, StepRecord
 from . import checkpoints
 from ._lightning import (
     DoublePrecision,
@@ -284,10 +284,10 @@ class ZOStrategy(DevicesStrategy):
 
     # checkpoints
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
+    def lightning_module_state_dict(self) -> StateDict:
         return self.weights.state_dict()
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(self, checkpoint: StateDict, filepath: Any, storage_options: Any = None) -> None:
         if self._fit is not None and self.is_global_zero:
             checkpoint = checkpoints.saved(
                 checkpoint,
@@ -302,8 +302,8 @@ class ZOStrategy(DevicesStrategy):
             self.weights.save()
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
-    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, *args, **kwargs)
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> StateDict:
+        checkpoint: StateDict = super().load_checkpoint(checkpoint_path, *args, **kwargs)
         self._loaded_from = str(checkpoint_path)
         if not self._offloads:
             checkpoints.check_whole(checkpoint, self._loaded_from)
@@ -317,7 +317,7 @@ class ZOStrategy(DevicesStrategy):
             self.precision_plugin.convert_module(module)
         self.weights.load(checkpoint, self._loaded_from, strict)
 
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+    def optimizer_state(self, optimizer: Optimizer) -> StateDict:
         """The groups of the module's optimizer, and the state of the optimizer that applies its steps."""
         return self.session.optimizer_state(optimizer)
 
