@@ -201,7 +201,8 @@ class Session:
             if not record.skipped and not self._kept.finite():
                 record = record._replace(skipped="non-finite gradient of backprop")
             if not record.skipped:
-                unread = self.notices.unread(self.view(optimizer), Key(self.seed, record.step))
+                view = self._subspaces[id(optimizer)].runner.view
+                unread = self.notices.unread(view, Key(self.seed, record.step))
                 record = record._replace(unread=unread, backprop=tuple(self._kept.names))
             with uninterrupted():
                 if not record.skipped:
