@@ -151,9 +151,7 @@ def _project_(leaves: Sequence[Leaf]) -> tuple[int | None, int | None]:
     return negative, saturated
 
 
-def step_alone(
-    optimizer: Optimizer, group: ParamGroup, leaf: Leaf, gradient: Callable[[], Tensor] | Tensor, key: Key
-) -> None:
+def step_alone(optimizer: Optimizer, group: ParamGroup, leaf: Leaf, gradient: Callable[[], Tensor] | Tensor, key: Key) -> None:
     """The optimizer's step of one parameter on a gradient, low-precision weights in float32 and rounded by the key."""
     parameter = leaf.parameter
     stored = parameter.data

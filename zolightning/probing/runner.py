@@ -217,6 +217,7 @@ class Ran:
             out = self._forward(batch)
         return kept.keep(out)
 
+
 def _differentiated(run: Run, batch: Batch, point: Tangent) -> StepOutput:
     try:
         return run(batch, point)
