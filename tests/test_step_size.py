@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 
 from zolightning import ZOStrategy
 from zolightning.engine.session import Session
-from zolightning.engine.step_size import START, StepSize
+from zolightning.engine.step_size import START, StepSize, StepSizes
 from zolightning.ledger import read
 from zolightning.ledger.format import Step
 from zolightning.methods.config import ZOConfig
@@ -157,6 +158,14 @@ def test_blocks_that_take_turns_are_looked_at_one_step_at_a_time() -> None:
     (size,) = session.state_dict()["step_sizes"].values()
     assert {key[1] for key, _ in size["terms"]} == {11}
     assert size["way"] == size["size"]
+
+
+def test_a_checkpoint_of_the_version_before_goes_on_at_its_size() -> None:
+    """It followed single steps and kept their slope and curvature."""
+    sizes = StepSizes(True, inform=print, decide=lambda make: make())
+    before = {"rms": 0.1, "size": 3e-3, "slope": 1.0, "curvature": 2.0, "looks": 7, "steps": 40, "applied": 1e-3, "terms": []}
+    sizes.load_state_dict({0: before})
+    assert sizes.state_dict() == {0: asdict(StepSize(0.1, 3e-3, found=True))}
 
 
 def test_resumed_as_if_it_had_never_stopped(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import zolightning
 from zolightning import ZOStrategy
 
 ROOT = str(Path(zolightning.__file__).parent)
-LIMITS = {"spsa": 114, "default": 166}
+LIMITS = {"spsa": 110, "default": 165}
 """Recipe → switches from file to file in the sixth step of a small MLP with a ledger, at a given step size; the
 first ones also look for state."""
 

@@ -187,7 +187,9 @@ class Session:
         optimizer = optimizer or self.optimizers[0]
         place, examples = self._place(optimizer), sum(part.examples for part in self._window)
         window = self._joined(place, optimizer)
-        self._kept.note_rates()  # the module's, before the probes' step has a size of its own
+        kept = self._kept if self._kept.names else None
+        if kept is not None:
+            kept.note_rates()  # the module's, before the probes' step has a size of its own
         with self._sizes.applied(place, optimizer):
             trials, self._trials = self._trials, []
             state = self._shaping_states.get(place) or self.shaping.init()
@@ -198,7 +200,7 @@ class Session:
             optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers look at it, and its step() may not be called
             if found := self._skips(record):
                 self.notices.once("skip", found)
-            if not record.skipped and not self._kept.finite():
+            if not record.skipped and kept is not None and not kept.finite():
                 record = record._replace(skipped="non-finite gradient of backprop")
             if not record.skipped:
                 view = self._subspaces[id(optimizer)].runner.view
@@ -207,10 +209,12 @@ class Session:
             with uninterrupted():
                 if not record.skipped:
                     self._apply(place, optimizer, record)
-                    self._kept.step(Key(self.seed, record.step))
+                    if kept is not None:
+                        kept.step(Key(self.seed, record.step))
                 elif self._ledger is not None:
                     self._ledger.skipped(record.step)
-                self._kept.forget()
+                if kept is not None:
+                    kept.forget()
                 self._sizes.took(place, record)
                 self.step += 1
         self.last_record = record

@@ -191,7 +191,13 @@ class StepSizes:
     def load_state_dict(self, state: dict[int, dict[str, Any] | None] | None) -> None:
         """Go on; None: a checkpoint of a version whose steps had the module's rates, which stay."""
         self.wanted = self.wanted and state is not None
-        self._found = {place: None if size is None else StepSize(**size) for place, size in (state or {}).items()}
+        self._found = {place: None if size is None else _loaded(size) for place, size in (state or {}).items()}
+
+
+def _loaded(state: dict[str, Any]) -> StepSize:
+    if "searches" not in state:  # a version of before followed single steps: the size is what is left of them
+        return StepSize(state["rms"], state["size"], found=True)
+    return StepSize(**state)
 
 
 def _plain(size: StepSize | None) -> dict[str, Any] | None:
