@@ -65,8 +65,7 @@ model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_pa
 assert model, f"llama.cpp cannot load {path}"
 vocab, blocks, width = lib.llama_model_get_vocab(model), lib.llama_model_n_layer(model), lib.llama_model_n_embd(model)
 settings = lib.llama_context_default_params()
-settings.n_seq_max, settings.n_ctx = options.batch, LENGTH * options.batch  # texts whose keys and values are kept
-settings.n_batch = settings.n_ubatch = LENGTH  # tokens that run at once
+settings.n_ctx = settings.n_batch = settings.n_ubatch = LENGTH  # one text at a time keeps the memory small
 settings.n_threads = settings.n_threads_batch = 1
 context = lib.llama_init_from_model(model, settings)
 memory, batch = lib.llama_get_memory(context), lib.llama_batch_init(LENGTH, 0, 1)
@@ -79,31 +78,29 @@ def tokens(text):
     return room[:count]
 
 
-def decode(place, start, ids):
-    """Go on with the text that is kept at a place; the logits behind its last token."""
+def decode(start, ids):
+    """Go on with the text that is kept; the logits behind its last token."""
     batch.n_tokens = len(ids)
     for n, token in enumerate(ids):
-        batch.token[n], batch.pos[n], batch.n_seq_id[n], batch.seq_id[n][0] = token, start + n, 1, place
+        batch.token[n], batch.pos[n], batch.n_seq_id[n], batch.seq_id[n][0] = token, start + n, 1, 0
         batch.logits[n] = n == len(ids) - 1
     assert lib.llama_decode(context, batch) == 0, "llama.cpp failed"
     return np.ctypeslib.as_array(lib.llama_get_logits_ith(context, -1), (lib.llama_vocab_n_tokens(vocab),))
 
 
-def encode(examples):
-    """Keep all but the last token of each text, without vectors."""
+def encode(ids):
+    """Keep a text without vectors."""
     lib.llama_set_adapter_cvec(context, None, 0, width, 0, 0)
     lib.llama_memory_clear(memory, True)
-    for place, (ids, _) in enumerate(examples):
-        decode(place, 0, ids[:-1])
+    return decode(0, ids)
 
 
-def margin(place, example, vectors):
-    """How far the words for the example's label are above the others, at vectors of its own, (layers, width)."""
-    ids, label = example
+def margin(ids, label, vectors):
+    """How far the label's words are above the others behind the kept text, at some vectors, (layers, width)."""
     rows[layers - 1] = vectors * options.size
     lib.llama_set_adapter_cvec(context, rows.ctypes.data_as(FLOATS), rows.size, width, layers[0], layers[-1])
-    scores = decode(place, len(ids) - 1, ids[-1:])[words].mean(1)
-    lib.llama_memory_seq_rm(memory, place, len(ids) - 1, -1)
+    lib.llama_memory_seq_rm(memory, 0, len(ids) - 1, -1)
+    scores = decode(len(ids) - 1, ids[-1:])[words].mean(1)
     return scores[label] - scores[1 - label]
 
 
@@ -123,10 +120,9 @@ def read(name, most):
 
 def accuracy(examples):
     right = 0
-    for start in range(0, len(examples), options.batch):
-        some = examples[start : start + options.batch]
-        encode(some)
-        right += sum(margin(place, example, vectors) > 0 for place, example in enumerate(some))
+    for ids, label in examples:
+        encode(ids[:-1])
+        right += margin(ids, label, vectors) > 0
     return right / len(examples)
 
 
@@ -137,8 +133,7 @@ began = time.process_time()
 
 moments, count = np.zeros((2, 2, lib.llama_vocab_n_tokens(vocab))), np.zeros(2)  # sums of log p and of its square, by label
 for ids, label in train[: options.known]:
-    lib.llama_memory_clear(memory, True)
-    logits = decode(0, 0, ids).astype(np.float64)
+    logits = encode(ids).astype(np.float64)
     chances = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
     moments[:, label] += chances, chances**2
     count[label] += 1
@@ -159,12 +154,12 @@ noise, square, weight = np.random.default_rng(options.seed), 0.0, 0.0
 began = time.process_time()
 for step in range(options.steps):
     some = train[step * options.batch :][: options.batch]
-    encode(some)
     estimate, slopes = np.zeros_like(vectors), []
-    for at in enumerate(some):  # each text has directions of its own
-        for _ in range(options.queries):
+    for ids, label in some:
+        encode(ids[:-1])
+        for _ in range(options.queries):  # directions of its own
             z = noise.choice(np.array([-1, 1], np.float32), vectors.shape)
-            up, down = (loss(*at, vectors + side * options.eps * z) for side in (1, -1))
+            up, down = (loss(ids, label, vectors + side * options.eps * z) for side in (1, -1))
             slopes.append((up - down) / (2 * options.eps))
             estimate += slopes[-1] * z
     square, weight = 0.9 * square + 0.1 * np.square(slopes).mean(), 0.9 * weight + 0.1
