@@ -70,6 +70,10 @@ def _layer() -> nn.Module:
     return nn.Linear(1, 1)
 
 
+def _storage() -> Any:
+    return torch.zeros(1).untyped_storage()
+
+
 def _aten() -> Any:
     return torch.ops.aten
 
@@ -83,6 +87,7 @@ def _parser() -> Any:
 LLAMA_CPP = ("llama-cpp-python", "0.3.34")
 LIGHTNING, TORCH, MODULE = ("lightning", "2.6.6"), ("torch", "2.13.0"), "torch.nn:Module"
 NAMES = {
+    "_cdata": Private(*TORCH, _storage, "the address by which a storage is known while weak references are held"),
     "_ResultCollection": Private(
         *LIGHTNING, "lightning.pytorch.trainer.connectors.logger_connector.result", "its log() is silent in further probes"
     ),

@@ -138,11 +138,11 @@ def test_four_ranks_on_any_number_of_cores_have_equal_weights(groups: dict[str, 
 
 
 @pytest.mark.parametrize("case", LOOPS, ids=str)
-def test_payload_is_eight_bytes_a_coefficient_and_64_or_104_a_step(case: list[Any], ranks: Found) -> None:
+def test_payload_is_eight_bytes_a_coefficient_and_64_or_72_a_step(case: list[Any], ranks: Found) -> None:
     steps, found = case[-1], ranks[0][str(case)]
-    begin = 2 * (8 + 4) + 3 * (104 + 8 * found["terms"])  # the greeting, and messages for which there was no room yet
+    begin = 2 * (8 + 4) + 3 * (72 + 8 * found["terms"])  # the greeting, and messages for which there was no room yet
     trials = 36 * steps if case[2] == "conservative" else 0
-    own = 64 if CONFIGS[case[2]].lr != "auto" else 104  # a step at which the size is searched brings eight losses
+    own = 64 if CONFIGS[case[2]].lr != "auto" else 72  # a step at which the size is searched brings four losses
     assert found["sent"] <= begin + steps * (8 * found["terms"] + own) + trials
 
 
@@ -216,7 +216,7 @@ def test_two_ranks_make_one_run_and_say_each_thing_once(folder: Path, ranks: Fou
     assert sum(line.startswith("ZO: ") for line in said[0]) == 1
     assert len(set(said[0])) == len(said[0])
     assert not said[1], "the second rank has nothing to say"
-    assert sum("those of rank 0 are the run's" in text for text in texts) == 2, "once in each run that has such buffers"
+    assert ["those of rank 0 are the run's" in text for text in texts] == [True, False], "said by the first rank only"
 
 
 @pytest.mark.parametrize("launcher", LAUNCHED)

@@ -103,10 +103,10 @@ def test_the_first_look_is_a_search_and_later_ones_are_the_textbook_parabola(sha
     def loss(x: float) -> float:
         return 10 * (x - 1) ** 2 + 7
 
-    size = StepSize(rms=1.0, size=0.01)
-    x = way(size, lambda x: loss(-x), 0.0, share)  # downhill: the way is from 0 to -0.05
+    size = StepSize(rms=1.0, size=0.1)
+    x = way(size, lambda x: loss(-x), 0.0, share)  # downhill: full steps come from 0 to -0.5
     assert size.found
-    assert size.size == 0.01 * 16  # 5 steps of 0.16 come to 0.8, of 0.32 to 1.6
+    assert size.size == 0.1 * 2  # 5 steps of 0.2 come to 1, of 0.4 to 2
     for _ in range(3):
         before, begun = size.size, x
         x = way(size, lambda x: loss(-x), x, share)
@@ -212,7 +212,7 @@ def test_looks_are_counted_and_no_more_than_said() -> None:
         session.estimate(lambda batch: mse(model, batch), batch)
         forwards.append(session.update().forwards)
     looks = {step: count - 2 for step, count in enumerate(forwards) if count > 2}
-    assert looks == {5: 8, 15: 3, 25: 3, 35: 3}
+    assert looks == {5: 4, 15: 3, 25: 3, 35: 3}
 
 
 def test_unknown_words_are_refused() -> None:

@@ -17,7 +17,7 @@ from .rates import base_lr
 
 START = 1e-2  # of the RMS of the trained weights; it trains SmolLM2 on the demo's task
 _BOUNDS = (1e-3, 1.0)  # likewise
-_SEARCH = (0.0, *(2.0**k for k in range(7)))  # multiples of a way; random weights want up to half their RMS a step
+_SEARCH = (0.0, 1.0, 2.0, 4.0)  # multiples of a way: what is best for the first few steps is too long for later ones
 _LOOK = (0.0, 1.0, 2.0)
 _FIRST, _EVERY = 5, 10  # steps of the way that is searched, and of those that are looked at
 _TRIES = 3  # searches, where the first ones come to nothing
@@ -39,7 +39,7 @@ class StepSize:
 
     The slopes and the curvatures of random steps add up, so that on a quadratic m times the way is where steps of m times the
     size would have come to; their best size is Nesterov & Spokoiny's, 2017. The first look is a search: the size is multiplied
-    by the best m of 1, 2, 4, …, 64. Each later one follows a parabola, a bit at a time, and the size falls by itself where a
+    by the best m of 1, 2 and 4. Each later one follows a parabola, a bit at a time, and the size falls by itself where a
     run has come to the noise:
 
     .. math:: m^* = 1 + \frac{\ell(0) - \ell(2)}{2\,(\ell(0) - 2 \ell(1) + \ell(2))}, \qquad
