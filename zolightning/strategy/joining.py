@@ -45,7 +45,7 @@ def join_group(environment: ClusterEnvironment, parallel: Parallel, rank: int, s
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
-def _take_seat(store: dist.Store, rank: int, size: int) -> None:
+def _take_seat(store: dist.Store, rank: int, size: int) -> None:  # type: ignore[name-defined]
     """Without it a process that comes late would wait for ranks that never answer it."""
     sizes = store.compare_set("zolightning/size", "", str(size)).decode()
     if sizes != str(size):
