@@ -14,7 +14,7 @@ VERBS = {
     "demo": ("commands.demo.main:Demo", "Fine-tune one model by ZO and by backprop, and compare them."),
     "fit": ("commands.fit:Fit", "Train a model on a task of MeZO's paper, or on your own file."),
     "sweep": ("commands.sweep.main:sweep", "Compare methods and learning rates over seeds at equal budgets."),
-    "plan": ("commands.plan.main:plan", "Say which methods fit a machine, before anything is downloaded or run."),
+    "plan": ("commands.plan.main:plan", "Say which methods fit a machine."),
     "dash": ("commands.dash:dash", "Watch and compare runs live in the browser."),
     "rank": ("commands.rank:rank", "Rank the candidates that a training shows, by mouse or keyboard, in the browser."),
     "bench": ("commands.bench.main:Bench", "Measure time and memory of a ZO step, two forwards, MeZO and backprop."),

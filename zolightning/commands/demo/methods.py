@@ -145,7 +145,7 @@ ADAMW = Method("adamw", "backprop AdamW", lr=2e-5)
 CHECKPOINTED = Method("checkpointed", "backprop AdamW, checkpointed", lr=2e-5, checkpointing=True)
 LORA = Method("lora", "backprop AdamW on LoRA", lr=5e-4, lora=True)
 QLORA = Method("qlora", "backprop AdamW on LoRA, NF4 base (QLoRA)", lr=5e-4, lora=True, nf4=True)
-VECTORS = Method("vectors", "backprop AdamW on the same vectors", lr=2e-2, interventions=True, decay=True)
+VECTORS = Method("vectors", "backprop AdamW on the same vectors", lr=1e-3, interventions=True, decay=True)
 PROBE = Method("probe", "linear probe (scikit-learn)", probe=True)
 
 

@@ -54,7 +54,7 @@ ENTRIES = {
         Entry(CHECKPOINTED, (1e-5, 2e-5, 5e-5)),
         Entry(LORA, (2e-4, 5e-4, 1e-3)),
         Entry(QLORA, (2e-4, 5e-4, 1e-3)),
-        Entry(replace(VECTORS, batch_size=32), (1e-2, 2e-2, 5e-2)),
+        Entry(replace(VECTORS, batch_size=32), (3e-4, 1e-3, 3e-3)),
     )
 }
 """Ready-made entries, for ``--methods``."""
