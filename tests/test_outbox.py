@@ -215,8 +215,8 @@ def test_server_killed_and_back_only_after_the_last_step(server: Server, tmp_pat
     assert at_end == [True]
     check(server.store, run_id, events)
     began, over = told()
-    assert f"{server.url} does not take what this run logs" in began
-    assert f"waits in {tmp_path}/1/{run_id}/pending-metrics-{run_id}.jsonl" in began
+    assert f"{server.url} does not take the entries of this run" in began
+    assert f"wait in {tmp_path}/1/{run_id}/pending-metrics-{run_id}.jsonl" in began
     assert "is back: everything that waited has been sent" in over
     assert not pending(tmp_path)
 
@@ -260,7 +260,7 @@ def test_server_that_never_returns(
     run_id, events = train(server.url, tmp_path, {10: server.kill})
     (file,) = pending(tmp_path)
     assert "does not take" in told()[0]
-    assert f"did not take all that this run logged within 1 s. What is left is in {file}: send it later" in told()[1]
+    assert f"did not take all that this run logged within 1 s. The entries that are left are in {file}: send them later" in told()[1]
     assert len(told()) == 2
     os.rename(file, kept := tmp_path / "kept.jsonl")  # the thread of the run above is not to send it
     server.start()
@@ -317,7 +317,7 @@ def test_disk_full(tmp_path: Path, told: Callable[[], list[str]]) -> None:
     assert box.wait()
     history = MlflowClient(store).get_metric_history(logger.run_id, "loss")
     assert [(m.step, m.value) for m in history] == [(step, step / 7) for step in range(100)]
-    assert "waits in memory (" in told()[0]
+    assert "wait in memory (" in told()[0]
     assert "is back" in told()[1]
     assert len(told()) == 2
 
