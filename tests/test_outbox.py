@@ -260,7 +260,8 @@ def test_server_that_never_returns(
     run_id, events = train(server.url, tmp_path, {10: server.kill})
     (file,) = pending(tmp_path)
     assert "does not take" in told()[0]
-    assert f"did not take all that this run logged within 1 s. The entries that are left are in {file}: send them later" in told()[1]
+    left = f"The entries that are left are in {file}: send them later"
+    assert f"did not take all that this run logged within 1 s. {left}" in told()[1]
     assert len(told()) == 2
     os.rename(file, kept := tmp_path / "kept.jsonl")  # the thread of the run above is not to send it
     server.start()
