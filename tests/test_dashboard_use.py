@@ -437,34 +437,31 @@ def tick_row(page: Page, row: int) -> None:
     page.mouse.click(box["x"] + 15, box["y"] + 35 * (row + 1.5))
 
 
+def press_for(page: Page, row: int, button: str, url: Any) -> None:
+    """Select a row, press a button of its selection, and wait for the address that this leads to."""
+    tick_row(page, row)
+    page.get_by_role("button", name=button, exact=True).click()
+    page.wait_for_url(url)
+
+
 def test_rows_of_the_table_of_runs_are_pinned_and_selected(page: Page, server: Server) -> None:
     page.goto(f"{server.url}/runs?live=0")
     wait_settled(page)
-    tick_row(page, 1)
-    page.get_by_role("button", name="Pin", exact=True).click()
-    page.wait_for_url(re.compile("pinned="))
+    press_for(page, 1, "Pin", re.compile("pinned="))
     page.get_by_text("Others: 5").wait_for()
     wait_settled(page)
-    tick_row(page, 0)
-    page.get_by_role("button", name="Only these").click()
-    page.wait_for_url(re.compile("runs="))
+    press_for(page, 0, "Only these", re.compile("runs="))
     wait_until(lambda: len(ticked(page)) == 1, page)
     wait_settled(page)
-    tick_row(page, 0)
-    page.get_by_role("button", name="Unpin").click()
-    page.wait_for_url(lambda url: "pinned=" not in url)
+    press_for(page, 0, "Unpin", lambda url: "pinned=" not in url)
     assert len(ticked(page)) == 1
     page.locator(".zo-pick", has_text="all").click()
     page.wait_for_url(lambda url: "runs=" not in url)
     wait_settled(page)
-    tick_row(page, 2)
-    page.get_by_role("button", name="Take away").click()
-    page.wait_for_url(re.compile("runs=[^&]*%2C"))
+    press_for(page, 2, "Take away", re.compile("runs=[^&]*%2C"))
     wait_until(lambda: len(ticked(page)) == 5, page)
     wait_settled(page)
-    tick_row(page, 0)
-    page.get_by_role("button", name="Open its page").click()
-    page.wait_for_url(re.compile("/run.*run="))
+    press_for(page, 0, "Open its page", re.compile("/run.*run="))
 
 
 # ---- axes, news, frames --------------------------------------------------------------------------------------------------

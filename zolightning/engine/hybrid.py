@@ -95,7 +95,7 @@ class Gradients:
 
     def step(self, key: Key) -> None:
         """One step of the module's optimizer on the mean gradient; parameters without one stay."""
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True) if self else ():
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             before = group["lr"]
             group["lr"] = rate
             try:
@@ -104,7 +104,6 @@ class Gradients:
                         step_alone(self._optimizer, group, self._leaves[id(parameter)], total.div_(self._count), key)
             finally:
                 group["lr"] = before
-        self.forget()
 
     def forget(self) -> None:
         """Leave what was kept."""

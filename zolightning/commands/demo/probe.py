@@ -48,8 +48,9 @@ class LinearProbe(PromptClassifier):
 
     @torch.no_grad()
     def _fit(self, states: Tensor, labels: Tensor) -> None:
-        scaler = StandardScaler().fit(states.numpy(force=True))
-        found = LogisticRegression(C=C, max_iter=1000).fit(scaler.transform(states.numpy(force=True)), labels.numpy(force=True))
+        scaler = StandardScaler()
+        scaled = scaler.fit_transform(states.numpy(force=True))
+        found = LogisticRegression(C=C, max_iter=1000).fit(scaled, labels.numpy(force=True))
         weight = torch.as_tensor(found.coef_ / scaler.scale_)
         bias = torch.as_tensor(found.intercept_) - weight @ torch.as_tensor(scaler.mean_, dtype=weight.dtype)
         if len(weight) == 1:  # of two labels, scikit-learn keeps the difference
