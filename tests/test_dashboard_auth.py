@@ -13,6 +13,8 @@ from dashboard_stores import Server, log, make_store
 from mlflow import MlflowClient
 from zolightning_dashboard.source import RestSource, SourceError
 
+pytestmark = pytest.mark.integration
+
 SECRET = "long-and-secret-1234"
 
 

@@ -25,6 +25,8 @@ from streamlit.testing.v1 import AppTest
 from zolightning_dashboard.source import MetricSource, NoStoreYet, SourceError, open_source
 from zolightning_dashboard.source.base import Run
 
+pytestmark = pytest.mark.integration
+
 APP = Path(__file__).parents[1] / "dashboard" / "app.py"
 SECRET = "se/cret@1 2:3"
 QUOTED = quote(SECRET, safe="")

@@ -28,6 +28,8 @@ from zolightning_dashboard.source import MetricSource, NoStoreYet, RestSource, R
 from zolightning_dashboard.source.base import extremes
 from zolightning_dashboard.source.buffer import POINT, SeriesBuffer, as_points
 
+pytestmark = pytest.mark.integration
+
 NOW = 1_795_000_000_000
 
 

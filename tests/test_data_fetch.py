@@ -21,6 +21,8 @@ from zolightning.data import Artifact, FetchError, fetch
 from zolightning.data.fetch import cached_path
 from zolightning.data.http_download import http_download
 
+pytestmark = pytest.mark.integration
+
 
 def artifact_of(path: Path, kind: Literal["wheel", "sdist"] = "wheel") -> Artifact:
     content = path.read_bytes()

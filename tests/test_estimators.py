@@ -95,6 +95,7 @@ def test_mean_is_the_gradient_of_a_quadratic(estimator: Estimator, structure: st
     assert_unbiased(*quadratic(), estimator, noise, structure, 1000)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("estimator", "structure"), [(SPSA(1e-4), "dense"), (PerExampleSPSA(1e-4), "rank1")])
 def test_mean_is_the_gradient_of_a_transformer(estimator: Estimator, structure: str) -> None:
     assert_unbiased(*transformer(), estimator, Rademacher(), structure, 400)

@@ -193,6 +193,7 @@ def test_the_dashboard_imports_nothing_of_the_plugin() -> None:
         assert not packages & {"zolightning", "torch", "lightning", "pytorch_lightning"}, path
 
 
+@pytest.mark.integration
 def test_the_core_runs_without_lightning() -> None:
     """Importing every module below the strategy does not bring Lightning in, nor MLflow."""
     code = """

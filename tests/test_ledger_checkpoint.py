@@ -821,6 +821,7 @@ def test_csv_logger_has_no_reason_to_complain(tmp_path: Path) -> None:
     assert {"lightning_logs/version_0/ledger.zo", "lightning_logs/version_1/ledger.zo"} <= files(tmp_path)
 
 
+@pytest.mark.integration
 def test_mlflow_logger(tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
     logger = MLFlowLogger(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", artifact_location=str(tmp_path / "artifacts"))

@@ -318,6 +318,7 @@ class Tuned(Task):
         return DataLoader(TensorDataset(x, y), batch_size=self.batch_size)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("mode", ["power", "binsearch"])
 def test_a_batch_size_is_found_as_under_the_stock_strategy(mode: str, tmp_path: Path) -> None:
     found = []

@@ -257,6 +257,7 @@ def test_an_error_or_a_skip_in_one_side_ends_both() -> None:
     assert len(calls(last, SkipStep())[1]) == 2 * (STEPS - 1)
 
 
+@pytest.mark.integration
 def test_a_lock_that_one_side_holds_ends_no_run_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zolightning.probing.lockstep._PATIENCE", 3.0)
     monkeypatch.setattr("zolightning.probing.lockstep._SLOWER", 0)

@@ -14,6 +14,8 @@ from torch import nn
 
 from zolightning.strategy.onednn import SHAPES
 
+pytestmark = pytest.mark.integration
+
 CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 GROWTH = """

@@ -185,6 +185,7 @@ def test_backprop_comes_first_where_it_fits(bytes_needed: dict[str, int], said: 
     assert said in advice(planned(**bytes_needed))
 
 
+@pytest.mark.integration
 def test_the_verb_prints_a_table_and_what_to_take(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "--model", "tiny-llama", "--batch", "2", "--length", "8", "--methods", "sgd,qzo,zo-disk"])
     out = capsys.readouterr().out

@@ -96,6 +96,7 @@ def test_stopping_ends_this_training_only(rounds: Any, tmp_path: Path) -> None:
     assert not rounds.stopping(tmp_path)
 
 
+@pytest.mark.integration
 def test_bad_folders_and_candidates_are_said(rounds: Any, tmp_path: Path) -> None:
     person, other = (Person(tmp_path, every=0.01, say=str) for _ in range(2))
     with pytest.raises(RankingError, match="not finite"):

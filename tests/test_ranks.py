@@ -21,6 +21,8 @@ from zolightning.parallel import Layout, Parallel, RanksError
 from zolightning.parallel.greeting import Greeting, refuse_strangers
 from zolightning.types import Key
 
+pytestmark = pytest.mark.integration
+
 SPREAD = [
     ("sign", "spsa"),
     ("sign", "two directions"),

@@ -19,6 +19,8 @@ from mlflow import MlflowClient
 from zolightning import ZOMonitor, ZOStrategy, mlflow_logger
 from zolightning.records.mlflow_logger import MetricBuffer, prepare_store
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> str:
