@@ -19,9 +19,6 @@ import subprocess
 import sys
 import time
 
-import llama_cpp.llama_cpp as lib
-import numpy as np
-
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("files", nargs="*", help="model.gguf train.csv test.csv")
 parser.add_argument("--demo", action="store_true", help="the demo's files, which another process puts here")
@@ -37,6 +34,13 @@ parser.add_argument("--size", type=float, default=6.5, help="RMS of the middle b
 parser.add_argument("--test", type=int, default=1000, help="texts to test on")
 parser.add_argument("--seed", type=int, default=0)
 options = parser.parse_args()
+if not options.demo and len(options.files) != 3:
+    parser.error(f"three files are needed, model.gguf train.csv test.csv, got {len(options.files)}; --demo brings its own")
+try:
+    import llama_cpp.llama_cpp as lib
+    import numpy as np
+except (ImportError, FileNotFoundError) as error:  # the second where LLAMA_CPP_LIB_PATH is missing
+    sys.exit(f"llama.cpp cannot be loaded: {error}. Install it by `pip install llama-cpp-python numpy`")
 DEMO = """
 import csv
 from zolightning.data import film_snippets
