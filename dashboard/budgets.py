@@ -11,7 +11,7 @@ from .transforms import summarise
 from .words import GIB
 
 SIZES = (*(2.0**k for k in range(-20, 0)), 1, 2, 4, 6, 8, 10, 12, 16, 24, 32, 40, 48, 64, 80, 96, 141, 192, 288)
-"""Memories of common devices in GiB, and what models smaller than any of these may need."""
+"""Memories of common devices in GiB, and smaller ones for small models."""
 
 _UNITS = ((1.0, "GiB"), (2.0**-10, "MiB"), (2.0**-20, "KiB"))
 _WHOLE = ("peak", "rss")

@@ -1,4 +1,4 @@
-"""What zeroth-order training saved against backprop, or any method against a pinned run, and what that cost."""
+"""Savings of zeroth-order training against backprop, or of any method against a pinned run, and their cost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QUALITIES = (
 
 
 class Cost(NamedTuple):
-    """What a method took and gave by some point, as the mean over the runs that differ in their seed; nan where not logged.
+    """Cost and quality of a method by some point, as the mean over the runs that differ in their seed; nan where not logged.
 
     Args:
         runs: the seeds that count: those that ended, or all when none has.
@@ -54,14 +54,14 @@ class Saving(NamedTuple):
     """A method beside the baseline of the same task, both as they were when they had done the same.
 
     Args:
-        method: what is compared.
-        baseline: with what.
+        method: the side that is compared.
+        baseline: the side that it is compared with.
         quality_key: the metric that says how good a model is; None when they have none in common.
         memory: peak over the baseline's, less 1: -0.74 saves 74 %.
         time: seconds of training over the baseline's.
         quality: the method's value less the baseline's.
-        ended: all its runs have; else the figures are of what was logged so far.
-        axis: what was equal, a key of :data:`dashboard.spent.EQUAL`.
+        ended: all its runs have; else the figures are those logged so far.
+        axis: the amount of work that was equal, a key of :data:`dashboard.spent.EQUAL`.
         limit: how much of it; infinity for whole runs.
     """
 
@@ -77,7 +77,7 @@ class Saving(NamedTuple):
 
     @property
     def at(self) -> str:
-        """What both had done: "at 6,400 examples"."""
+        """The work that both had done: "at 6,400 examples"."""
         if self.axis == "whole":
             return "over the whole runs"
         if self.axis == "step":
@@ -156,7 +156,7 @@ def compare(
         runs: of any kind; those that are neither zeroth-order nor backprop are passed over.
         source: the points of their metrics.
         quality: the metric that says how good a model is; None: the first of :data:`QUALITIES` that both sides logged.
-        equal: what both sides have done when they are compared, a key of :data:`dashboard.spent.EQUAL`.
+        equal: the amount of work at which both sides are compared, a key of :data:`dashboard.spent.EQUAL`.
         baseline: a run to compare all other methods with, whatever they are; its seeds count with it.
         keep: remembers a run's figures.
     """
@@ -175,7 +175,7 @@ def compare(
 
 
 class _Rivals:
-    """Groups of backprop runs, found by what is learned: looked through once for each task, and not for each run."""
+    """Groups of backprop runs, found by their task: looked through once for each task, and not for each run."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self._by_task: dict[tuple[str | None, ...], list[Run]] = {}
@@ -230,7 +230,7 @@ class _Pairs:
         )
 
     def _common(self, ours: Sequence[Run], rivals: list[list[Run]]) -> list[str]:
-        """How good a model is, by what both sides logged."""
+        """How good a model is, by a metric that both sides logged."""
         if id(rivals) not in self._keys:
             self._keys[id(rivals)] = {key for rival in rivals for run in rival for key in run.keys}
         return [key for key in QUALITIES if key in self._keys[id(rivals)] and all(key in run.keys for run in ours)]

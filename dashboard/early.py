@@ -1,4 +1,4 @@
-"""What a page can do before Streamlit is up, which needs about a second before it draws anything.
+"""The part of a page's work that is done before Streamlit is up, which needs about a second before it draws anything.
 
 Every page names the code that it will need, so that the browser has it by then. The page Curves fetches its points beside that,
 draws them, and hands the charts over when Streamlit has a place for each (charts/early.js).
@@ -33,7 +33,7 @@ PAGES: Mapping[str, Sequence[str]] = {
     "": (_TABLE, _CHOICE),
     "overview": (_TABLE, _CHOICE),
     "runs": (_TABLE,),
-    "curves": (),  # what it draws comes first
+    "curves": (),  # its own imports come first
     "memory": (_TABLE, _STILL, _CHOICE, "Slider"),
     "tradeoffs": (_TABLE, _STILL, _CHOICE, "Slider"),
     "sweep": (_STILL, _CHOICE),

@@ -42,7 +42,7 @@ def embed(page: str = "curves", *, url: str = f"http://{LOOPBACK}:{DEFAULT_PORT}
         page: one of :data:`PAGES`.
         url: where the dashboard listens.
         height: of the frame in pixels, >= 100.
-        view: what is looked at: fields of :class:`view.View`, such as ``filter``, ``keys``, ``axis``, ``by``.
+        view: fields of :class:`view.View`, such as ``filter``, ``keys``, ``axis``, ``by``.
 
     Raises:
         ValueError: there is no such page, or `url` is no web address.

@@ -1,4 +1,4 @@
-"""What a run came to so far, in the figures of the overview."""
+"""The state of a run so far, in the figures of the overview."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Facts(NamedTuple):
 
 
 def facts(run: Run, source: Reads, quality: str | None) -> Facts:
-    """Look at what a run has logged.
+    """Look at the metrics of a run.
 
     Args:
         run: which.

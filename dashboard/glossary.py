@@ -1,4 +1,4 @@
-"""What well-known metrics mean, for somebody who sees them for the first time."""
+"""The meaning of well-known metrics, for somebody who sees them for the first time."""
 
 from __future__ import annotations
 

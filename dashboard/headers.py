@@ -31,7 +31,7 @@ class Headers:
     """Adds :data:`HEADERS` to every answer that lacks them.
 
     Args:
-        app: what answers.
+        app: the ASGI application that answers.
     """
 
     def __init__(self, app: ASGIApp) -> None:

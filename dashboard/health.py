@@ -1,4 +1,4 @@
-"""Whether zeroth-order training is well: what its own metrics say, in plain words, and what to do."""
+"""Whether zeroth-order training is well: the verdict of its own metrics, in plain words, and the cure."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Finding(NamedTuple):
     Args:
         what: its name.
         verdict: how it is.
-        seen: what was seen, in a sentence.
-        todo: what to do; "" where all is well.
+        seen: the observation, in a sentence.
+        todo: the cure; "" where all is well.
     """
 
     what: str
@@ -85,9 +85,9 @@ class _Wait(NamedTuple):
     Args:
         what: its name.
         key: the metric that counts them.
-        nbytes: metrics that count what is moved meanwhile, and words for each.
-        seen: what was seen, with places for the share of the time and for the bytes of a step.
-        todo: what to do where it is much.
+        nbytes: metrics that count the bytes moved meanwhile, and words for each.
+        seen: the observation, with places for the share of the time and for the bytes of a step.
+        todo: the cure where it is much.
     """
 
     what: str
@@ -122,7 +122,7 @@ WAIT_KEYS = (_SECONDS, READ_BYTES, WRITE_BYTES, RANK_BYTES, *(one.key for one in
 
 
 def is_zeroth_order(run: Run) -> bool:
-    """The run logs what only zeroth-order training has."""
+    """The run logs metrics that only zeroth-order training has."""
     return "zo.recipe" in run.tags or any(key in run.keys for key in (GRAD, TIES))
 
 

@@ -35,7 +35,7 @@ def run_names(runs: Sequence[Run]) -> dict[str, str]:
 
 
 def _behind(label: str, name: str) -> str:
-    """What tells a run from others of its name; where that is an id, the name itself is not said again."""
+    """The part that tells a run from others of its name; where that is an id, the name itself is not said again."""
     return text.plain(label.removeprefix(name).strip() if label.startswith(name) else f"({label})", _LIMIT)
 
 
@@ -58,7 +58,7 @@ def group_names(groups: Sequence[Sequence[Run]], names: Mapping[str, str]) -> li
 
 
 def _common(group: Sequence[Run]) -> str:
-    """How all names begin, without what numbers the seed; the method where that is next to nothing."""
+    """The common beginning of all names, without the seed's number; the method where that is next to nothing."""
     first, last = min(run.name for run in group), max(run.name for run in group)
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
     begin = _SEED_TAIL.sub("", re.sub(r"\d+$", "", first[:same]))  # "seed1" is common to "seed10" and "seed11" by chance

@@ -11,7 +11,7 @@
 ``a b or c``              (a and b) or c
 ========================  ====================================================================================
 
-A name may be the last part of a longer one (``lr`` finds ``optimizer/lr``), or say what it is (``params.lr``, ``metrics.lr``,
+A name may be the last part of a longer one (``lr`` finds ``optimizer/lr``), or name its kind (``params.lr``, ``metrics.lr``,
 ``tags.lr``). Upper and lower case are the same. Numbers may end in ``%``, ``k``, ``M``, ``GiB``, ``min``, ``h`` and their like.
 """
 
@@ -69,7 +69,7 @@ class Term:
         no: the runs that it does not fit.
         key: the name; "": the words of a run.
         op: how it is compared; "": the words contain it, ``~``: they match it.
-        value: with what.
+        value: the other side of the comparison.
     """
 
     no: bool

@@ -40,7 +40,7 @@ def report(scene: Scene, view: View, store: str) -> str:
 
     Args:
         scene: the store.
-        view: which runs, which metrics, over what.
+        view: which runs, which metrics, over which axis.
         store: its address as it may be shown.
     """
     runs = scene.shown(view)

@@ -203,7 +203,7 @@ class Scene:
         return groups_by(shown, view.by) if view.by else taken
 
     def group_names(self, groups: Sequence[Sequence[Run]], view: View) -> list[str]:
-        """A name for each of these groups: the run's own where it is one, else what its runs share."""
+        """A name for each of these groups: the run's own where it is one, else the part that its runs share."""
         return [group_label(group[0], view.by) for group in groups] if view.by else group_names(groups, self.names)
 
     def _best(self, members: list[Member], view: View) -> list[Member]:
@@ -253,7 +253,7 @@ def look(store: Store, chosen: Sequence[str]) -> Scene:
         last = replace(last, states=states, _once=Memo(_ONCE))
     if len(store.looks) > _CHOICES:
         store.looks.clear()
-    store.looks[tuple(ids)] = last  # whoever looks next and finds the same shares what was worked out of it
+    store.looks[tuple(ids)] = last  # a session that finds the same next shares its results
     return last
 
 

@@ -1,4 +1,4 @@
-"""The dashboard's server: what it listens on, and the store read while the browser starts."""
+"""The dashboard's server: its address, and the store read while the browser starts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOOPBACK = "127.0.0.1"
 
 
 def settings(port: int, host: str) -> dict[str, Any]:
-    """What Streamlit is told; all other settings are in ``.streamlit/config.toml`` beside the app.
+    """Streamlit's settings; all others are in ``.streamlit/config.toml`` beside the app.
 
     Args:
         port: to listen on, 1 to 65535.
@@ -99,7 +99,7 @@ def _read_ahead(store: str) -> None:
     """Open the store while the browser starts: the first page then finds it read, and its figures worked out."""
     # Streamlit would note that nobody is looking yet
     logging.getLogger("streamlit.runtime.scriptrunner_utils.script_run_context").setLevel(logging.ERROR)
-    with contextlib.suppress(Exception):  # the page will say what is wrong
+    with contextlib.suppress(Exception):  # the page will name the fault
         from .facts import quality_key
         from .scene import look, open_store
         from .view import View

@@ -18,7 +18,7 @@ from .view import View, read, write
 
 _KEPT, _PAGES = "zo.kept", "zo.pages"
 FIRST_BOARD = "board0-1"
-"""What :func:`board` says in a session that has just begun."""
+"""The answer of :func:`board` in a session that has just begun."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class _Kept:
     """One value, since a newer click may end the script between any two writes.
 
     Args:
-        view: what is looked at.
+        view: the runs, metrics and axes that are looked at.
         edition: counts how often something other than the widgets has changed it.
         board: counts the sets of charts.
     """
@@ -75,7 +75,7 @@ def board() -> str:
 
 
 def new_board() -> None:
-    """Begin with charts that are not zoomed: what x counts has changed."""
+    """Begin with charts that are not zoomed: the x axis has changed."""
     st.session_state[_KEPT] = replace(_kept(), view=replace(current(), zoom=None), board=_kept().board + 1)
 
 

@@ -1,4 +1,4 @@
-"""What stands beside every page: which store, which runs, how their lines are drawn, live or paused, and the report."""
+"""The side of every page: which store, which runs, how their lines are drawn, live or paused, and the report."""
 
 from __future__ import annotations
 

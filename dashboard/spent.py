@@ -1,4 +1,4 @@
-"""What a run had taken and given by the time it had done so much work, so that runs of different length can be compared."""
+"""Cost and quality of a run after so much work, so that runs of different length can be compared."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .transforms import COUNTERS, Curve, by_counter, by_step, goal, reached, sum
 
 T = TypeVar("T")
 Keep = Callable[[Run, Hashable, Callable[[], T]], T]
-"""Gives what ``make`` makes, from memory while neither the run nor its points changed."""
+"""Gives the result of ``make``, from memory while neither the run nor its points changed."""
 
 PEAKS = ("memory/peak", "summary/peak_memory")
 SECONDS = ("speed/train_seconds", "summary/train_seconds")
@@ -26,7 +26,7 @@ EQUAL = {
     "elapsed": "equal seconds of training",
     "whole": "whole runs, whatever their length",
 }
-"""What two runs that are compared have in common."""
+"""The amount of work at which two runs are compared."""
 
 UNITS = {"examples": "examples", "forwards": "forward passes", "elapsed": "of training"}
 _NEARLY = 1e-6
@@ -38,7 +38,7 @@ class Spent:
 
     Args:
         source: the points of a run's metric.
-        keep: remembers what was worked out of a run; None: nothing is remembered.
+        keep: remembers results about a run; None: nothing is remembered.
     """
 
     def __init__(self, source: Reads, keep: Keep[float] | None = None) -> None:
@@ -46,7 +46,7 @@ class Spent:
         self._keep: Keep[float] = keep if keep is not None else lambda run, what, make: make()
 
     def reach(self, run: Run, axis: str) -> float:
-        """How far the run came; infinity for ``whole``, nan when it has not logged what the axis counts.
+        """How far the run came; infinity for ``whole``, nan when it has not logged the axis.
 
         Args:
             run: which.
@@ -99,7 +99,7 @@ class Spent:
         return self._keep(run, "peak", lambda: _not_negative(self._source.extremes(run.id, key).high))
 
     def last(self, run: Run, keys: Sequence[str]) -> float:
-        """What a counter has come to: the last value of the first of these metrics that the run has; nan when it has none."""
+        """The last value of a counter: that of the first of these metrics that the run has; nan when it has none."""
         key = next((key for key in keys if key in run.keys), None)
         if key is None:
             return math.nan
@@ -121,7 +121,7 @@ class Spent:
 
 
 def counters(axis: str) -> Sequence[str]:
-    """Metrics that count what the axis does, a key of :data:`EQUAL`: the first that a run has holds; none for steps."""
+    """Metrics that count the work of the axis, a key of :data:`EQUAL`: the first that a run has holds; none for steps."""
     return SECONDS if axis == "elapsed" else (COUNTERS[axis],) if axis in COUNTERS else ()
 
 

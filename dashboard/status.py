@@ -1,4 +1,4 @@
-"""How a run is doing, from what it logged and whether its process is still there."""
+"""How a run is doing, from its metrics and whether its process is still there."""
 
 from __future__ import annotations
 

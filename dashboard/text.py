@@ -1,4 +1,4 @@
-"""Text from outside, made safe to show: it stays text, on one line, and cannot reorder or hide what stands around it."""
+"""Text from outside, made safe to show: it stays text, on one line, and cannot reorder or hide the text around it."""
 
 from __future__ import annotations
 

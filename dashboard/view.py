@@ -1,4 +1,4 @@
-"""What the user looks at, as a value: it is read from the page's address and written back to it."""
+"""The view of the user, as a value: it is read from the page's address and written back to it."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ class View:
         sort: the column that its rows are sorted by, with "-" before it: largest first; "": the newest come first.
         pinned: ids of the runs that come first in it, or their beginnings.
         run: id of the run that its own page shows, or its beginning; "": the newest.
-        parameter: what the sweep's x is; "": the page's own choice.
-        equal: what runs have in common when they are compared, a key of :data:`dashboard.spent.EQUAL`.
+        parameter: the parameter on the sweep's x axis; "": the page's own choice.
+        equal: the amount of work at which runs are compared, a key of :data:`dashboard.spent.EQUAL`.
         baseline: id of the run that others are compared with, or its beginning; "": the best backprop run of their task.
         budget: a device's memory in GiB.
         quality: the metric that says how good a model is.
@@ -95,7 +95,7 @@ class View:
 
     @property
     def selection(self) -> tuple[object, ...]:
-        """What says which runs are selected."""
+        """The fields that select runs."""
         return self.filter, self.runs, self.without
 
     def shows(self, run_id: str) -> bool:
@@ -142,7 +142,7 @@ class Beginnings:
 
 
 def read(query: Mapping[str, Sequence[str]]) -> View:
-    """The view of an address; what it does not name or what makes no sense is as in a fresh view.
+    """The view of an address; fields that it does not name or that make no sense are as in a fresh view.
 
     Args:
         query: values by name, as many as the address gives.
@@ -188,7 +188,7 @@ def read(query: Mapping[str, Sequence[str]]) -> View:
 
 
 def write(view: View) -> dict[str, str | list[str]]:
-    """The view as the values of an address; what is as in a fresh view is left out."""
+    """The view as the values of an address; fields as in a fresh view are left out."""
     fresh = View()
     found: dict[str, str | list[str]] = {}
     for field in fields(view):

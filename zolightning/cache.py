@@ -37,7 +37,7 @@ def _guarded(info: os.stat_result, end: bool) -> bool:
     if info.st_uid not in (0, os.geteuid()):
         return False
     if info.st_mode & stat.S_ISVTX and not end:
-        return True  # as /tmp: others may add to it, but not replace what is ours
+        return True  # as /tmp: others may add to it, but not replace our files
     return not info.st_mode & (stat.S_IWOTH if _own_group(info.st_gid) else stat.S_IWOTH | stat.S_IWGRP)
 
 

@@ -1,1 +1,1 @@
-"""What the pages draw: live line charts on uPlot, and still ones on ECharts."""
+"""The charts of the pages: live line charts on uPlot, and still ones on ECharts."""

@@ -1,4 +1,4 @@
-"""From the store's points to what the live charts of a page draw: smoothed, averaged, thinned, and in two parts.
+"""From the store's points to the lines of a page's live charts: smoothed, averaged, thinned, and in two parts.
 
 The runs that have ended are one part, those that are going on the other. The first is the same bytes at each tick, so that
 Streamlit sends its hash alone.
@@ -56,7 +56,7 @@ class Look:
     """How the lines of a page are drawn.
 
     Args:
-        axis: what x counts.
+        axis: the x axis.
         smoothing: weight of the past.
         log: logarithmic y.
         zoom: visible range of x; None: everything.
@@ -69,7 +69,7 @@ class Look:
 
 
 class Plotter:
-    """Draws the charts of any page over one source; remembers what did not change."""
+    """Draws the charts of any page over one source; remembers lines that did not change."""
 
     def __init__(self, source: MetricSource) -> None:
         self._source = source
@@ -192,7 +192,7 @@ def _fitting(lines: int) -> int:
 
 
 def _thinning(curves: Sequence[Curve], grid: Grid) -> str:
-    """What was left out for want of pixels."""
+    """The points left out for want of pixels."""
     inside = [np.searchsorted(c.x, grid.high, "right") - np.searchsorted(c.x, grid.low) for c in curves]
     most = max(inside, default=0)
     if most <= grid.buckets:

@@ -47,7 +47,7 @@ class Rule(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A number on a card: with what it is, an explanation for the pointer, and ``good``, ``warn``, ``bad`` or ``plain``."""
+    """A number on a card: its name, an explanation for the pointer, and ``good``, ``warn``, ``bad`` or ``plain``."""
 
     value: str
     label: str
@@ -101,7 +101,7 @@ def chart(data: Mapping[str, Any], on_level: Callable[[], None] | None = None) -
     """The shell of a chart; its data come by :func:`feed`.
 
     Args:
-        data: what :func:`shell` made. The component's key is ``zo-chart-<board>-<name>``.
+        data: the result of :func:`shell`. The component's key is ``zo-chart-<board>-<name>``.
         on_level: called when the user has dragged a rule; the level is in the component's state.
     """
     _component("chart")(key=f"zo-chart-{data['board']}-{data['id']}", data=data, on_level_change=on_level or _nothing)
@@ -126,7 +126,7 @@ def shell(
     Args:
         board: name of the set of charts.
         name: the chart's id on the board.
-        x_label: what x counts.
+        x_label: the name of the x axis.
         x_kind: ``count``, or ``time`` for seconds.
         title: shown above; None: the name.
         why: an explanation for the pointer on the title.
@@ -157,7 +157,7 @@ def feed(board: str, part: str, data: bytes, zoom: Zoom, hidden: Sequence[str]) 
     Args:
         board: name of the set of charts.
         part: as packed.
-        data: what :func:`dashboard.charts.pack.pack` made.
+        data: the result of :func:`dashboard.charts.pack.pack`.
         zoom: as the user has it by now.
         hidden: likewise.
     """
@@ -166,11 +166,11 @@ def feed(board: str, part: str, data: bytes, zoom: Zoom, hidden: Sequence[str]) 
 
 
 def seen(board: str, zoom: Zoom, hidden: Sequence[str]) -> tuple[Zoom, tuple[str, ...]]:
-    """What the user has zoomed to and hidden on the board's charts, before they are fed again.
+    """The user's zoom and hidden lines on the board's charts, before they are fed again.
 
     Args:
         board: name of the set of charts.
-        zoom: what to say while the user has done nothing.
+        zoom: the answer while the user has done nothing.
         hidden: likewise.
     """
     state = st.session_state.get(_feed_key(board, "live"))
@@ -200,7 +200,7 @@ class Selection(NamedTuple):
 
 
 def selection(key: str, begin: Selection) -> Selection:
-    """What the user has made of the list of runs, before it is drawn again.
+    """The user's changes to the list of runs, before it is drawn again.
 
     Args:
         key: of the component.
@@ -215,7 +215,7 @@ def selection(key: str, begin: Selection) -> Selection:
 
 
 def run_list(key: str, runs: Sequence[Mapping[str, Any]], chosen: Selection, left: Sequence[str] | None, trouble: str) -> None:
-    """The list of runs with its filter and with boxes to tick; :func:`selection` says what came of it.
+    """The list of runs with its filter and with boxes to tick; :func:`selection` gives the user's choice.
 
     Args:
         key: of the component; another one begins anew.

@@ -1,4 +1,4 @@
-"""What was computed for a tick, kept for the next one while nothing it came from has changed."""
+"""Results of a tick, kept for the next one while their inputs have not changed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Memo(Generic[T]):
-    """The latest results by what they came from; the least recently used goes first. Safe to call from several threads.
+    """The latest results by their inputs; the least recently used goes first. Safe to call from several threads.
 
     Args:
         size: how many results to keep, >= 1.

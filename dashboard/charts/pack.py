@@ -56,7 +56,7 @@ class Count(NamedTuple):
 
 
 class Drawing(NamedTuple):
-    """What one chart shows of some of its runs; ``note`` says how the points were thinned."""
+    """The lines of some runs in one chart; ``note`` says how the points were thinned."""
 
     lines: Sequence[Line]
     marks: Sequence[Mark] = ()
@@ -70,7 +70,7 @@ def pack(board: str, part: str, charts: Mapping[str, Drawing], zoom: tuple[float
     Args:
         board: name of the page's set of charts.
         part: which of its parts this is; a later message replaces the part.
-        charts: what to draw, by chart id.
+        charts: the charts to draw, by chart id.
         zoom: the range of x that the points are for; None: all.
     """
     arrays = _Arrays()
@@ -84,10 +84,10 @@ def pack(board: str, part: str, charts: Mapping[str, Drawing], zoom: tuple[float
 
 
 def bundle(legend: Mapping[str, Any], charts: Sequence[Mapping[str, Any]], messages: Iterable[bytes]) -> bytes:
-    """All that a page's charts need in one message: how they are drawn, and what.
+    """All that a page's charts need in one message: settings and points.
 
     Args:
-        legend: what :func:`dashboard.charts.live.legend` takes.
+        legend: the argument of :func:`dashboard.charts.live.legend`.
         charts: likewise for each chart.
         messages: of :func:`pack`.
     """

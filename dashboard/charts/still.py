@@ -46,7 +46,7 @@ class Dot(NamedTuple):
 def stacked_memory(
     names: Sequence[str], parts: Mapping[str, Sequence[float]], budget: float, unit: str, dark: bool
 ) -> dict[str, Any]:
-    """Bars of what each run's peak memory is for, and the budget across them.
+    """Bars of the parts of each run's peak memory, and the budget across them.
 
     Args:
         names: a label for each bar, the first one on top.
@@ -95,8 +95,8 @@ def trade_off(title: str, x_name: str, y_name: str, dots: Sequence[Dot], dark: b
 
     Args:
         title: of the chart.
-        x_name: what x is, with its unit.
-        y_name: what y is.
+        x_name: the name of x, with its unit.
+        y_name: the name of y.
         dots: the runs.
         dark: the page is.
         log_x: x spans orders of magnitude.
@@ -180,7 +180,7 @@ def _places(dots: Sequence[Dot], low: float, high: float, log_x: bool) -> list[t
 
 
 def frame(title: str, dark: bool) -> dict[str, Any]:
-    """What all these charts have: a title, values at the pointer, and a way to save the picture."""
+    """The common parts of these charts: a title, values at the pointer, and a way to save the picture."""
     return {
         "title": {"text": title, "textStyle": {"fontSize": 14, "fontWeight": 600, "color": ink(dark)}, "left": 4, "top": 4},
         # rich text is painted, never parsed as HTML

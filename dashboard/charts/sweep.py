@@ -149,7 +149,7 @@ def parallel(axes: Sequence[Axis], names: Sequence[str], colors: Sequence[str], 
 
 
 def _known(value: str | float | None) -> str | float:
-    return value if isinstance(value, float) and math.isfinite(value) else "-"  # what ECharts takes for nothing
+    return value if isinstance(value, float) and math.isfinite(value) else "-"  # ECharts's sign for no value
 
 
 def _scale(values: Sequence[float]) -> Mapping[str, Any]:

@@ -112,7 +112,7 @@ def answer(folder: Path, asked: Round, groups: Sequence[Sequence[int]], by: str)
             json.dump({**said, "at": datetime.now(UTC).isoformat(timespec="seconds")}, file)
             file.flush()
             os.fsync(file.fileno())
-        os.link(draft, path)  # unlike a rename it never replaces what another page has written
+        os.link(draft, path)  # unlike a rename it never replaces the file of another page
     except FileExistsError:
         return False
     finally:

@@ -109,7 +109,7 @@ def _lines(scene: Scene, runs: Sequence[Run]) -> list[str]:
 
 
 def shells(keys: Sequence[str], view: View, board: str) -> list[dict[str, Any]]:
-    """What the page's charts are given."""
+    """The arguments of the page's charts."""
     return [shell(key, view, board, height=280 if len(keys) > 1 else 420) for key in keys]
 
 

@@ -54,7 +54,7 @@ def unreadable(reason: str, store: str) -> None:
     """The store is there but cannot be read; opens the dashboard by itself when it can.
 
     Args:
-        reason: what happened and what to do.
+        reason: the fault and its cure.
         store: MLflow tracking URI.
     """
     st.title("This store cannot be read")

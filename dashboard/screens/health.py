@@ -1,4 +1,4 @@
-"""Health: whether zeroth-order training goes well, what is wrong where it does not, and what to do."""
+"""Health: whether zeroth-order training goes well, and the fault and its cure where it does not."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _examined(scene: Scene, run: Run) -> list[Finding]:
 
 
 def _troubles(scene: Scene, shown: Sequence[Run], found: Mapping[str, Sequence[Finding]]) -> None:
-    """A card for each thing that is wrong, with the runs that have it and what to do."""
+    """A card for each fault, with the runs that have it and its cure."""
     having: dict[tuple[str, str], list[tuple[Run, Finding]]] = {}
     for run in shown:
         for one in found[run.id]:
@@ -115,7 +115,7 @@ def _table(scene: Scene, shown: Sequence[Run], found: Mapping[str, Sequence[Find
         placeholder="–",
         column_config={
             "run": st.column_config.TextColumn("Run", width="medium", pinned=True),
-            "verdict": st.column_config.TextColumn("Verdict", help="The worst of what was found."),
+            "verdict": st.column_config.TextColumn("Verdict", help="The worst of the findings."),
             "why": st.column_config.TextColumn("Because", width="large"),
         },
     )

@@ -1,4 +1,4 @@
-"""Memory: what training needs over time, what it is for, and which runs fit on a device."""
+"""Memory: the need of training over time, its parts, and the runs that fit on a device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Overview: what is running, how far it is, whether it learns, what it costs, and what was saved against backprop."""
+"""Overview: the runs, how far they are, whether they learn, their cost, and the savings against backprop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What several pages have in common: the tick, the legend, the x axis, tables to take away."""
+"""The common parts of pages: the tick, the legend, the x axis, tables to take away."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..words import is_bytes
 
 
 def follow(scene: Scene, draw: Callable[[Scene], None]) -> None:
-    """Draw now, and again at each tick with what is new; build the whole page anew when runs came, went or ended.
+    """Draw now, and again at each tick with the new points; build the whole page anew when runs came, went or ended.
 
     Args:
         scene: the store as the page was built from it.
@@ -59,7 +59,7 @@ def legend(scene: Scene, view: View) -> None:
 
 
 def lines(scene: Scene, view: View, board: str) -> dict[str, Any]:
-    """What the legend of a set of charts is given."""
+    """The arguments of the legend of a set of charts."""
     looks, labels = scene.styles(view), scene.labels(view)
     members, deltas = scene.members(view), _deltas(scene, view)
     series = [
@@ -76,7 +76,7 @@ def lines(scene: Scene, view: View, board: str) -> dict[str, Any]:
 
 
 def _deltas(scene: Scene, view: View) -> dict[str, str]:
-    """What to add to the runs' labels when one is pinned: how much better or worse they came out; by run id."""
+    """Additions to the runs' labels when one is pinned: how much better or worse they came out; by run id."""
     baseline = scene.baseline(view)
     if baseline is None:
         return {}
@@ -89,7 +89,7 @@ def _deltas(scene: Scene, view: View) -> dict[str, str]:
 
 
 def shell(key: str, view: View, board: str, *, height: int = 280, rules: Sequence[Rule] = ()) -> dict[str, Any]:
-    """What the chart of a metric over the view's axis is given."""
+    """The arguments of the chart of a metric over the view's axis."""
     return live.shell(
         board,
         key,
@@ -130,7 +130,7 @@ def is_dark() -> bool:
 
 
 def choose_axis() -> View:
-    """The choice of what x counts."""
+    """The choice of the x axis."""
     axis = st.selectbox(
         "Over",
         list(AXES),
@@ -147,7 +147,7 @@ def choose_axis() -> View:
 
 
 def choose_comparison(scene: Scene) -> View:
-    """The choice of what methods are compared with, and at what."""
+    """The choice of the baseline, and of the work at which methods are compared."""
     view, names = current(), scene.names
     pinned = scene.baseline(view)
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
@@ -187,11 +187,11 @@ def choose_grouping() -> View:
 
 
 def download(scene: Scene, view: View, file: File, label: str, store: str, explained: str) -> None:
-    """A button that makes a file of what is shown and saves it.
+    """A button that makes a file of the page and saves it.
 
     Args:
         scene: the store.
-        view: what is shown.
+        view: the runs, metrics and axes that are shown.
         file: which.
         label: of the button.
         store: the store's address as it may be shown.

@@ -174,7 +174,7 @@ def _config(one: Column, found: Sequence[Cell]) -> Any:
 
 
 def _actions(scene: Scene, view: View, picked: Sequence[Run]) -> None:
-    """What can be done with the rows that are ticked."""
+    """The actions on the rows that are ticked."""
     ids = tuple(run.id for run in picked)
     with st.container(horizontal=True, gap="small"):
         if not ids:

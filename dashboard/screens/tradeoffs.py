@@ -1,4 +1,4 @@
-"""Trade-offs: memory and time against quality, and what it took to reach a target."""
+"""Trade-offs: memory and time against quality, and the cost of reaching a target."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _QUALITY_WORDS = ("val", "test", "eval", "acc", "f1", "loss", "score", "reward")
 
 
 class Result(NamedTuple):
-    """What a run came to, or the mean over the runs that differ in their seed; nan where that was not logged.
+    """The end of a run, or the mean over the runs that differ in their seed; nan where that was not logged.
 
     Args:
         runs: it, or those of them that ended, if any has.
@@ -36,7 +36,7 @@ class Result(NamedTuple):
         spread: its standard deviation over the runs; nan for one.
         peak: memory in bytes; the largest of the runs.
         seconds: of training.
-        ended: the runs have; else the figures are of what was logged so far.
+        ended: the runs have; else the figures are those logged so far.
     """
 
     runs: tuple[Run, ...]
@@ -63,7 +63,7 @@ def render(scene: Scene) -> None:
 
 
 def results(scene: Scene, view: View, key: str) -> list[Result]:
-    """What the selected runs that logged the metric came to.
+    """The ends of the selected runs that logged the metric.
 
     Args:
         scene: the store.
@@ -182,7 +182,7 @@ def _scatter(
 
 
 class Reach(NamedTuple):
-    """What a run had spent when it first reached the target; nan where that is not known."""
+    """The cost of a run until it first reached the target; nan where that is not known."""
 
     step: float
     seconds: float
@@ -214,7 +214,7 @@ def _seconds(run: Run, series: Series, step: int) -> float:
 
 
 def _values_at(scene: Scene, runs: Sequence[Run], key: str, steps: Mapping[str, int]) -> dict[str, float]:
-    """What a metric had come to at a step of each run; nan: not known. A counter grows along a line between its points."""
+    """The value of a metric at a step of each run; nan: not known. A counter grows along a line between its points."""
     source, having = scene.store.source, [run for run in runs if key in run.keys]
     found = source.values_at({run.id: steps[run.id] for run in having}, key)
     between = [run for run in having if run.id not in found]

@@ -17,7 +17,7 @@ from .artifacts import Artifact, contents, files, folder
 
 
 class SourceError(Exception):
-    """The store cannot be read: says which, why, and what to do; no password, whatever address is in the message."""
+    """The store cannot be read: names it, the reason and the cure; no password, whatever address is in the message."""
 
     def __init__(self, message: str) -> None:
         super().__init__(masked(message))
@@ -94,7 +94,7 @@ def extremes(series: Series) -> Extremes:
 
 
 class Reads(Protocol):
-    """What the figures of a run are worked out from."""
+    """The data from which the figures of a run are worked out."""
 
     def series(self, run_id: str, key: str) -> Series:
         """All points of a metric."""

@@ -1,4 +1,4 @@
-"""The points of one metric, growing at the end: adding costs what is new, not what is there."""
+"""The points of one metric, growing at the end: the cost of adding depends on the new points only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .base import Series
 
 POINT = np.dtype([("step", np.int64), ("time", np.int64), ("value", np.float64)])
-"""A point as a store gives it: time in milliseconds, value nan or the largest float for what is not finite."""
+"""A point as a store gives it: time in milliseconds, value nan or the largest float where it is not finite."""
 
 _LARGEST = np.finfo(np.float64).max
 _MANY = 256
@@ -48,7 +48,7 @@ def split_by_run(chunks: Iterable[Sequence[Sequence[Any]]], run_ids: Sequence[st
 
 
 class SeriesBuffer:
-    """Keeps points in the order (step, time, value); what :attr:`series` gave out before stays as it was."""
+    """Keeps points in the order (step, time, value); series that :attr:`series` gave out before stay as they were."""
 
     def __init__(self) -> None:
         self._columns = Series(np.empty(0, np.int64), np.empty(0, np.float64), np.empty(0, np.float64))

@@ -3,7 +3,7 @@
 These databases number no rows, so news is found by its time. A poll reads the table of runs, and of the runs that are going
 on, or whose row has changed, their parameters, tags and last points; every tenth reads this of all runs. Of the loaded metrics
 of these runs it then reads the points logged since a minute before the last known one. A metric whose last point is still not
-there after that, and all of a run that has ended, are read anew: clocks differ, and what is imported may have any time.
+there after that, and all of a run that has ended, are read anew: clocks differ, and imported points may have any time.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class StoreFile:
         return Look((main.st_dev, main.st_ino), (main.st_size, main.st_mtime_ns), log, settled)
 
     def read(self, ask: Callable[[sqlite3.Connection], T]) -> T:
-        """What ``ask`` returns, given a connection that sees one state of the store. It may be called more than once.
+        """The result of ``ask``, given a connection that sees one state of the store. It may be called more than once.
 
         Raises:
             SourceError: the file is not a database, is locked for long, or cannot be opened.

@@ -1,9 +1,9 @@
 """An MLflow tracking server, read over its REST API.
 
-The server spends some 0.1 ms on each point however it is asked, so what counts is to ask for few. A poll is one search for
+The server spends some 0.1 ms on each point however it is asked, so few must be asked for. A poll is one search for
 the runs, which brings the latest point of every metric, and then one small request for each loaded metric whose latest
 point changed: ``get-history-bulk-interval`` from the last known step on, which is complete up to 2500 points. A point that
-was logged late, at a step that others had passed, is no metric's latest. So each poll also asks for what was logged last
+was logged late, at a step that others had passed, is no metric's latest. So each poll also asks for the newest points
 of one loaded metric of a running run, each in turn, and when a run ends, of all of its metrics.
 """
 

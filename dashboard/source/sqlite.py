@@ -1,6 +1,6 @@
 """An MLflow store in an SQLite file, read beside whoever writes it and never written.
 
-What a read costs, from MLflow's indexes: ``rowid > cursor`` is one descent of the table's tree and then only what is new.
+The cost of a read, from MLflow's indexes: ``rowid > cursor`` is one descent of the table's tree and then the new rows only.
 One series is a range of ``index_metrics_run_uuid_key_step`` and a look-up a point, all over the file. The primary key's
 index has all columns and a metric's points of *all* runs together, by time: the way to read one metric of most runs, which
 SQLite takes by itself, and a waste for one run.

@@ -1,4 +1,4 @@
-"""What x counts: steps, seconds, or another metric of the same run, such as examples or forward passes."""
+"""The x axis: steps, seconds, or another metric of the same run, such as examples or forward passes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def by_counter(series: Series, counter: Series) -> Curve:
 
     Args:
         series: the metric.
-        counter: what x counts. Of several values at a step the last one holds; values that are not finite are passed over.
+        counter: the metric on the x axis. Of several values at a step the last one holds; values that are not finite are left out.
     """
     known = last_of_each(by_step(counter).finite)
     if not len(known.x):

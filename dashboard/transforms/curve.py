@@ -1,4 +1,4 @@
-"""A line of a chart: what every transform takes and gives."""
+"""A line of a chart, which every transform takes and gives."""
 
 from __future__ import annotations
 

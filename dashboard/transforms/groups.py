@@ -46,7 +46,7 @@ def band(curves: Sequence[Curve]) -> Band:
         return Band(np.empty(0), np.empty(0), np.empty(0), np.empty(0, np.int64), exact=True)
     together = coincide(members)
     x, times = np.unique(np.concatenate([curve.x for curve in members]), return_counts=True)
-    shared = np.isin(together.x, x[times > 1]).sum()  # what one member has beyond the end of the others says nothing
+    shared = np.isin(together.x, x[times > 1]).sum()  # points of one member beyond the end of the others say nothing
     if len(members) == 1 or 2 * shared >= min(len(curve.x) for curve in members):
         return together
     return interpolate(members)

@@ -17,7 +17,7 @@ _SHORT = 24
 
 
 def same_value(text: str | None) -> float | str | None:
-    """What the parameter's text stands for: two spellings of a number are equal ("1e-3" and "0.001")."""
+    """The value of a parameter's text: two spellings of a number are equal ("1e-3" and "0.001")."""
     if text is None:
         return None
     try:

@@ -40,7 +40,7 @@ def _decayed_count(size: int, weight: float) -> Floats:
 
 
 def _decayed_sum(y: Floats, weight: float) -> Floats:
-    """``sum_{i <= t} weight**(t - i) * y[i]`` for each t: whole blocks by a matrix, what goes from block to block by a loop."""
+    """``sum_{i <= t} weight**(t - i) * y[i]`` for each t: whole blocks by a matrix, the carry from block to block by a loop."""
     if not len(y):
         return y
     rows = np.zeros((-(-len(y) // _BLOCK), _BLOCK))

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SHAPES = {"cpu": (256, 576, 1536)}  # tokens, inputs, outputs of a layer in a small language model
-_LARGE_SHAPE = (4096, 4096, 4096)  # what keeps an accelerator busy
+_LARGE_SHAPE = (4096, 4096, 4096)  # large enough to keep an accelerator busy
 _ROUNDS = 5
 _GAIN = 1.3  # real processors are well on either side of it, so that a busy moment does not change the choice
 

@@ -35,7 +35,7 @@ def quantize(
     """Replace linear layers by bitsandbytes' quantised ones, in place, one at a time.
 
     Their scales are then trained by ``ZOStrategy("qzo")``. Everything else stays as it is. A Hugging Face model, also inside
-    the module, notes it in its config, so that its ``save_pretrained`` writes what plain ``from_pretrained`` reads, trained
+    the module, notes it in its config, so that its ``save_pretrained`` writes files for plain ``from_pretrained``, trained
     scales included; a part of one, like a block, does not.
 
     Args:

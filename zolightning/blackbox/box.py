@@ -48,7 +48,7 @@ class BlackBox(nn.Module):
 
     .. math:: a = \frac{c}{\mu} \sum_{i=1}^{q} \big\langle \nabla_y \ell,\; f(z + \mu u_i) - f(z) \big\rangle \, u_i
 
-    so what stands before it is trained by the backprop of :math:`a^\top z`, under any Trainer; its own weights are never
+    so the modules before it are trained by the backprop of :math:`a^\top z`, under any Trainer; its own weights are never
     needed. ZO-AE-DS, arXiv:2203.14195. Every example has directions of its own. Where no gradient is asked for, as under
     :class:`~zolightning.ZOStrategy`, it answers and asks nothing more.
 
@@ -143,7 +143,7 @@ class BlackBox(nn.Module):
 
     def _request(self, rows: Tensor) -> Tensor:
         answers = self.predict(rows)
-        self.queries += len(rows)  # what failed before it was answered is not counted
+        self.queries += len(rows)  # queries that failed before an answer are not counted
         shape = tuple(answers.shape) if isinstance(answers, Tensor) else (type(answers).__name__,)
         if len(shape) != 2 or shape[0] != len(rows) or self._wide not in (None, shape[1]):
             raise AnswerError(f"a black box must answer with scores ({len(rows)}, {self._wide or 'k'}), got {shape}")

@@ -17,7 +17,7 @@ from .engine import EngineError
 
 Rows = npt.NDArray[np.float32]
 Watch = Callable[[str, Rows], None]
-_said: list[str] = []  # what llama.cpp logged last: it reports errors there and nowhere else
+_said: list[str] = []  # llama.cpp's last log lines: it reports errors there and nowhere else
 
 
 @lru_cache(maxsize=1)

@@ -66,7 +66,7 @@ class EncodedPrompts:
         return [self._kept[prompt] for prompt in prompts]
 
     def logits(self, prompts: Sequence[Prompt], vectors: Rows, first: int, last: int) -> Rows:
-        """(prompts, words): what follows each prompt when its last positions are moved, see :meth:`LlamaContext.steer`."""
+        """(prompts, words): scores behind each prompt when its last positions are moved, see :meth:`LlamaContext.steer`."""
         with self._moved(prompts, vectors, first, last) as (_, logits):
             return logits
 

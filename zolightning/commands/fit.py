@@ -112,7 +112,7 @@ class Fit:
     """Download no model."""
 
     def __post_init__(self) -> None:
-        """Refuse what contradicts itself before anything is read."""
+        """Refuse contradicting options before anything is read."""
         self._check_names()
         self._check_recipe()
         for name, least in _LEAST.items():

@@ -56,7 +56,7 @@ class Parser(ArgumentParser):
         return isinstance(self._option_string_actions.get(name), ActionYesNo) and not name.startswith("--no-")
 
     def error(self, message: str, *args: Any, **kwargs: Any) -> NoReturn:
-        """Say what is wrong, with the closest option where one was misspelled."""
+        """Name the error, with the closest option where one was misspelled."""
         for word in re.findall(r"(?<![\w-])--[\w.-]+", message):
             if word not in self._option_string_actions:
                 message += did_you_mean(word, self._option_string_actions)

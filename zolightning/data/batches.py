@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 class SimilarLengths(Sampler[list[int]]):
     """Shuffled batches with little padding, for DataLoader(batch_sampler=...).
 
-    An epoch is a random order of the items, what fills no batch left out; windows of it are sorted by length, cut into
+    An epoch is a random order of the items, without the rest that fills no batch; windows of it are sorted by length, cut into
     batches, and those are taken in random order.
 
     Args:

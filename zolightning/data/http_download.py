@@ -33,7 +33,7 @@ def http_download(artifact: Artifact, part: Path) -> None:
     the next call.
     """
     url = _file_url(artifact)
-    if part.is_symlink():  # planted: what it points to is not ours to write
+    if part.is_symlink():  # planted: its target is not ours to write
         part.unlink()
     stalls = 0
     while (have := part.stat().st_size if part.is_file() else 0) < artifact.size:

@@ -17,14 +17,14 @@ POLL_S = 0.5
 def pip_download(artifact: Artifact, folder: Path, part: Path) -> Path:
     """Download `artifact` into the existing `folder` and return its path. Nothing is installed.
 
-    Should pip fail or be interrupted, `part` holds what had arrived, where the platform allows.
+    Should pip fail or be interrupted, `part` holds the bytes that had arrived, where the platform allows.
 
     Raises OSError with the reason when pip is missing or fails.
     """
     if importlib.util.find_spec("pip") is None:
         raise OSError("pip is not installed for this Python")
     # pip runs an sdist's setup.py to read its metadata. Hashes are only checked before that when they
-    # are given in a requirements file, so the pinned hash decides what code may run.
+    # are given in a requirements file, so the pinned hash decides which code may run.
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{artifact.distribution}=={artifact.version} --hash=sha256:{artifact.sha256}\n", encoding="utf-8")
     # No pip cache: the file is kept in our own, and once is enough.

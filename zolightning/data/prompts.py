@@ -57,7 +57,7 @@ def verbalizer_ids(tokenizer: "PreTrainedTokenizerBase", prompt: PromptTemplate,
             f"{len(prompt.verbalizers)} verbalizers {prompt.verbalizers!r} for {len(label_names)} labels "
             f"({', '.join(label_names)}); give one verbalizer per label, in this order"
         )
-    # The continuation is compared in context, as it is what the model will be asked for; alone, a word
+    # The continuation is compared in context, as the model will be asked for it; alone, a word
     # can tokenise differently (SentencePiece adds a space of its own).
     stem = prompt.render("A film.")
     before = _tokens(tokenizer, [stem])[0]

@@ -106,7 +106,7 @@ class Gradients:
                 group["lr"] = before
 
     def forget(self) -> None:
-        """Leave what was kept."""
+        """Leave the kept tensors."""
         self._sums.clear()
         self._count = 0
 
@@ -132,7 +132,7 @@ class Gradients:
 
 
 def gradients_of(module: nn.Module, optimizers: Sequence[Optimizer], config: ZOConfig, rates: Sequence[float]) -> Gradients:
-    """What backprop trains under these settings, which may be nothing.
+    """The weights that backprop trains under these settings, which may be none.
 
     Raises:
         ValueError: settings that nobody has tried together.

@@ -221,7 +221,7 @@ class Session:
         return record
 
     def _joined(self, place: int, optimizer: Optimizer) -> Estimate:
-        """What all ranks found since the last update."""
+        """The findings of all ranks since the last update."""
         parts, looks, self._window, self._looks = self._window, self._looks, [], []
         space = self._subspaces.get(id(optimizer))
         standing = partial(Standing.of, self.step, place, optimizer, space and space.runner.view, self.module)

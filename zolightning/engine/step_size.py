@@ -17,7 +17,7 @@ from .rates import base_lr
 
 START = 1e-2  # of the RMS of the trained weights; it trains SmolLM2 on the demo's task
 _BOUNDS = (1e-3, 1.0)  # likewise
-_SEARCH = (0.0, 1.0, 2.0, 4.0)  # multiples of a way: what is best for the first few steps is too long for later ones
+_SEARCH = (0.0, 1.0, 2.0, 4.0)  # multiples of a way: the best one for the first few steps is too long for later ones
 _LOOK = (0.0, 1.0, 2.0)
 _FIRST, _EVERY = 5, 10  # steps of the way that is searched, and of those that are looked at
 _TRIES = 3  # searches, where the first ones come to nothing
@@ -87,7 +87,7 @@ class StepSize:
         return [loss(self._back(here - m)) for m in (_SEARCH if self.searching else _LOOK)]
 
     def choose(self, losses: Sequence[float]) -> None:
-        """Choose the size by what :meth:`look` saw."""
+        """Choose the size by the losses that :meth:`look` saw."""
         searched, self.steps = self.searching, 0
         self.searches += searched
         if len(set(losses)) == 1:  # a coarse objective, which says nothing here
@@ -195,7 +195,7 @@ class StepSizes:
 
 
 def _loaded(state: dict[str, Any]) -> StepSize:
-    if "searches" not in state:  # a version of before followed single steps: the size is what is left of them
+    if "searches" not in state:  # a version of before followed single steps: only their size is left
         return StepSize(state["rms"], state["size"], found=True)
     return StepSize(**state)
 

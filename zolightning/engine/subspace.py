@@ -211,7 +211,7 @@ def find_subspace(
 
 
 def _reuse(setting: Setting, structure: Structure, forward: Forward, batch: Batch, view: View) -> Reuses | None:
-    """What the forwards of a step need not compute again."""
+    """Values that the forwards of a step share."""
     leaf, config = view.leaves[0], setting.config
     if not isinstance(structure, Groups) or not isinstance(leaf, GroupLeaf):
         return block_reuse(view) or None

@@ -199,7 +199,7 @@ def state_of(optimizer: Optimizer, stepper: Optimizer) -> StateDict:
 
 
 def load_state(optimizer: Optimizer, stepper: Optimizer, saved: StateDict) -> None:
-    """Put back what :func:`state_of` gave; state of low-precision weights stays float32."""
+    """Put back the state that :func:`state_of` gave; state of low-precision weights stays float32."""
     if stepper is not optimizer:
         optimizer.load_state_dict({**saved, "state": {}})
         stepper.load_state_dict({**stepper.state_dict(), "state": saved["state"]})

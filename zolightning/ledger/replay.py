@@ -151,7 +151,7 @@ def check_range(ledger: Ledger, until: int) -> None:
 
 
 def check_base(ledger: Ledger, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Refuse weights that are not those the run started from; say in what they differ, as far as names and shapes tell."""
+    """Refuse weights that are not those the run started from; say where they differ, as far as names and shapes tell."""
     expected, found = ledger.header.parameters, describe(parameters)
     if missing := sorted(expected.keys() - found.keys()):
         raise LedgerError(f"the base lacks {_some(missing)}, which the run of {ledger.path} had: it is another model")

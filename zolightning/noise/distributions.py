@@ -31,7 +31,7 @@ class Distribution(ABC):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "from_words" in cls.__dict__ and "native" not in cls.__dict__:
-            cls.native = None  # a subclass with numbers of its own is not what the native kernels know
+            cls.native = None  # the native kernels do not know a subclass with numbers of its own
 
     @abstractmethod
     def from_words(self, words: Tensor) -> Tensor:

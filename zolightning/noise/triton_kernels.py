@@ -29,7 +29,7 @@ def _kernel(function: Any) -> Any:
 @triton.jit
 def _read(pointer, at, inside, narrow: tl.constexpr):
     value = tl.load(pointer + at, mask=inside, other=0)
-    if narrow:  # a return in here would end no trace: what follows it is compiled as well
+    if narrow:  # a return in here would end no trace: the lines behind it are compiled as well
         value = (value.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     return value
 

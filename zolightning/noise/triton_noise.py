@@ -97,7 +97,7 @@ def noise_run(start, kind: tl.constexpr, leaf, query, k0, k1, size: tl.constexpr
     if kind == 0:
         word = (start >> 5) + tl.arange(0, size // 32)
         drawn = words(word >> 2, word & 3, leaf, query, k0, k1)
-        group = tl.arange(0, size // 8)  # 8 elements each: what a thread reads at once
+        group = tl.arange(0, size // 8)  # 8 elements each, which a thread reads at once
         own = tl.reshape(tl.broadcast_to(drawn[:, None], (size // 32, 4)), (size // 8,)) >> ((group & 3) * 8).to(tl.uint32)
         even = interleave(signed_one(own, 0), signed_one(own, 2), signed_one(own, 4), signed_one(own, 6))
         odd = interleave(signed_one(own, 1), signed_one(own, 3), signed_one(own, 5), signed_one(own, 7))

@@ -15,7 +15,7 @@ def note(entry: Entry) -> dict[str, Any]:
 
 
 def resume(tier: Tier, entries: Iterable[Entry]) -> int:
-    """Take over what an earlier process left, as far as the updates that the entries lack, counted from the base, led to it.
+    """Take over the work files of an earlier process, as far as the updates that the entries lack led to it.
 
     None of the entries may be in memory.
 

@@ -94,7 +94,7 @@ class Writer:
             self._workers.changed.notify_all()
 
     def forget(self) -> None:
-        """Write nothing of what waits for it."""
+        """Drop the tensors that wait to be written."""
         self._entries.clear()
         for slot in self._memory.slots.values():
             slot.writing = False

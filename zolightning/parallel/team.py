@@ -67,7 +67,7 @@ class Team:
         return self.exchange.decide(make)
 
     def traffic(self) -> dict[str, float]:
-        """What this rank's exchanges have cost so far, by the ends of the metrics' names."""
+        """Costs of this rank's exchanges so far, by the ends of the metrics' names."""
         spent = self.exchange.traffic
         return {"ranks/size": self.size, "ranks/bytes": spent.sent, "ranks/exchange_seconds": spent.seconds}
 
@@ -235,7 +235,7 @@ class Team:
         return merge(told_)
 
     def _agreed(self, mine: Standing) -> Standing:
-        """Rank 0's settings, what any rank read; an error where weights or steps differ."""
+        """Rank 0's settings and the weights that any rank read; an error where weights or steps differ."""
         found = [Standing.received(each) for each in self.exchange.values(mine)]
         if len({each.place for each in found}) > 1:
             raise RanksError(f"the ranks step different optimizers at step {mine.step}: {[each.place for each in found]}")

@@ -1,4 +1,4 @@
-"""Which weights matter, by magnitude or by forwards only: what masks are made of, and directions of groups dealt out by."""
+"""Which weights matter, by magnitude or by forwards only, for masks and for directions dealt out to groups."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def feature_reuse(forward: Forward, batch: Batch, view: View, isolation: Isolati
 
 
 class _Order:
-    """Counts the intervals between beginnings and ends of modules, and sees what is read in them."""
+    """Counts the intervals between beginnings and ends of modules, and sees the weights that are read in them."""
 
     def __init__(self, view: View) -> None:
         self._view, self._now = view, 0

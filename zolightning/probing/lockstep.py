@@ -113,7 +113,7 @@ class Lockstep:
 
 
 class _Inherited:
-    """What PyTorch keeps for each thread, as it is in this one."""
+    """PyTorch's settings of a thread, as they are in this one."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._context = device, copy_context()

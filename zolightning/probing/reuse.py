@@ -1,4 +1,4 @@
-"""Values that the probes of a step share instead of computing them again: the tools, and what a runner asks of them."""
+"""Values that the probes of a step share instead of computing them again: the tools, and the runner's interface to them."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Runner:
         view: of the weights.
         isolation: of the module.
         examples: whether each example has a loss of its own, and whether the step takes a repeated batch.
-        reuse: what the forwards of a step need not compute again.
+        reuse: values that the forwards of a step share.
         graphs: recorded forwards, where they are asked for.
         lockstep: forwards that go through offloaded weights together.
         muted: context of every forward but the first.
@@ -99,7 +99,7 @@ class Ran:
         batch: the micro-batch.
         examples: that it holds, where they are known.
         probes: makes the forwards alike.
-        reuse: compute once what the forwards share.
+        reuse: values that the forwards share, computed once.
     """
 
     def __init__(

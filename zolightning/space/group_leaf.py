@@ -132,7 +132,7 @@ def arrange(leaves: Sequence[GroupLeaf], queries: int | None, kept: Sequence[int
 
 
 def deal(total: int, most: Sequence[int], importance: Sequence[float]) -> list[int]:
-    """Whole shares of the total in proportion to importance, none beyond its most; what is left goes by size."""
+    """Whole shares of the total in proportion to importance, none beyond its most; the rest goes by size."""
     return _whole(_dealt(total, most, importance))
 
 

@@ -131,7 +131,7 @@ def find_ledger(position: Mapping[str, str], checkpoint: Path) -> Ledger:
     """The ledger up to a position, though the run's folder was moved or the file made room for a newer one.
 
     Raises:
-        LedgerError: none of the places has it; the message says what each of them holds.
+        LedgerError: none of the places has it; the message names the contents of each.
     """
     written = Path(position["path"])
     try:

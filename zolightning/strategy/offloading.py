@@ -52,7 +52,7 @@ class InMemory:
         return states
 
     def traffic(self) -> dict[str, float]:
-        """What moving weights has cost so far, by the ends of the metrics' names."""
+        """Costs of moving weights so far, by the ends of the metrics' names."""
         return {}
 
     def close(self) -> None:

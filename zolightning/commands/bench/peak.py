@@ -32,8 +32,8 @@ class Memory(NamedTuple):
 def measure_memory(spec: Spec, method: Method, steps: int = 2) -> Memory:
     """The most memory that ``steps`` steps hold, measured in a fresh process; on a GPU in this one.
 
-    That process gives freed memory back to the system at once, so that resident memory is what is in use and not what
-    the C library kept for later.
+    That process gives freed memory back to the system at once, so that resident memory is the memory in use, without
+    memory that the C library keeps for later.
 
     Raises:
         RuntimeError: the process failed for another reason than memory; its own message is on standard error.
@@ -70,7 +70,7 @@ def _attempt(spec: Spec, method: Method, steps: int) -> Memory:
 def peak_here(spec: Spec, method: Method, steps: int) -> Memory:
     """The peak in this process, in which nothing else should have run."""
     tiny = replace(spec, model="tiny-llama", batch=2, length=4)
-    method.setup(method.workload(tiny)).step(LR)  # libraries load what they need before memory is measured
+    method.setup(method.workload(tiny)).step(LR)  # libraries load their parts before memory is measured
     work = method.workload(spec)
     weights = tensor_bytes(work.model.parameters())
     if not fits(method.state * weights, work.device):

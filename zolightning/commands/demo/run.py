@@ -198,7 +198,7 @@ def run(task: Task, method: Method, seed: int) -> Result:
         meter, peak = monitor.meter, monitor.meter.peak()
         module.model = method.finish(module.model)
     else:
-        trainer.validate(module, data, verbose=False)  # libraries load what they need before memory is measured
+        trainer.validate(module, data, verbose=False)  # libraries load their parts before memory is measured
         meter = MemoryMeter(module, trainer.strategy.root_device)
     tested = trainer.test(module, data, verbose=False)[0]
     if not method.steps:

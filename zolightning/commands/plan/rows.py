@@ -1,4 +1,4 @@
-"""The methods of the table, and what a step of each needs: bytes on each tier, bytes that move, products."""
+"""The methods of the table, and the needs of a step of each: bytes on each tier, bytes that move, products."""
 
 from __future__ import annotations
 
