@@ -32,7 +32,7 @@ def by_counter(series: Series, counter: Series) -> Curve:
 
     Args:
         series: the metric.
-        counter: the metric on the x axis. Of several values at a step the last one holds; values that are not finite are left out.
+        counter: the metric on the x axis. Of several values at a step the last one holds; infinite values and NaN are left out.
     """
     known = last_of_each(by_step(counter).finite)
     if not len(known.x):

@@ -1,7 +1,7 @@
 """Parameter-efficient views: few new weights on a frozen model. Under ZOStrategy they are parameters like all others.
 
 LoRA and IA³ come from the ``peft`` library. Prefix and prompt tuning are here, since peft drops the position ids that
-left-padded batches need; they work below the model's head, so in plain forwards and in ``generate``. Training without new weights
+left-padded batches need; they work below the model's head, so in forwards and in ``generate``. Training without new weights
 is a selection: BitFit is ``ZOStrategy(select="re:bias$")``, the last k blocks are ``select="last:K"``.
 """
 
