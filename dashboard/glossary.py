@@ -21,6 +21,8 @@ _MEANINGS = {
     "zo/ranks/size": "How many processes train together.",
     "zo/ranks/bytes": "Bytes that the first rank has sent to the others so far.",
     "zo/ranks/exchange_seconds": "Seconds so far that exchanges took, waiting for the slowest rank included.",
+    "forgetting/drift": "How far the trained weights are from those that the fit began with, as a share of their size.",
+    "forgetting/perplexity": "How surprised the model is by a token of text of other kinds. It should not rise.",
     "memory/peak": "The most memory that training has needed so far, without the libraries.",
     "memory/rss": "Memory of the whole process now, libraries included.",
     "memory/weights": "Memory of the model's weights.",

@@ -21,7 +21,8 @@ ORDER: tuple[Verdict, ...] = ("bad", "watch", "good", "unknown")
 GRAD, TIES, CLIPS = "zo/projected_grad", "zo/tie_rate", "zo/clip_rate"
 SKIPPED, LOST, MOVED = "zo/skipped_steps", "zo/lost_update_share", "zo/update_rms"
 NEGATIVE, SATURATED = "zo/negative_scales", "zo/saturated_scales"
-KEYS = (GRAD, TIES, CLIPS, SKIPPED, LOST, MOVED, NEGATIVE, SATURATED)
+PERPLEXITY = "forgetting/perplexity"
+KEYS = (GRAD, TIES, CLIPS, SKIPPED, LOST, MOVED, NEGATIVE, SATURATED, PERPLEXITY)
 """Metrics that :func:`examine` looks at, in addition to the loss."""
 
 _FEW = 8  # points from which nothing is concluded
@@ -145,6 +146,7 @@ def examine(run: Run, series: ReadSeries) -> list[Finding]:
             verdict = limits.judge(share)
             found.append(Finding(what, verdict, seen.format(_percent(share)), "" if verdict == "good" else todo))
     found += _scales(run, series)
+    found += _forgetting(run, series)
     found += [_waiting(one, run, series) for one in _WAITS if one.key in run.keys]
     return sorted(found, key=lambda one: ORDER.index(one.verdict))
 
@@ -253,6 +255,18 @@ def _scales(run: Run, series: ReadSeries) -> list[Finding]:
                 Finding(what, "watch" if count > 0 else "good", f"{words.number(count)} at the end.", todo * (count > 0))
             )
     return found
+
+
+def _forgetting(run: Run, series: ReadSeries) -> list[Finding]:
+    """Of runs that look at text of other kinds, from their first look on."""
+    values = series(run.id, PERPLEXITY).value if PERPLEXITY in run.keys else np.empty(0)
+    if len(values) < 2:
+        return []
+    rise = float(values[-1] / values[0]) - 1
+    verdict = Limits(0.02, 0.1).judge(rise) if math.isfinite(rise) else "bad"
+    seen = f"Perplexity on other text went from {words.number(float(values[0]))} to {words.number(float(values[-1]))}"
+    todo = "The model forgets: take fewer steps or a smaller learning rate, or train fewer weights."
+    return [Finding("Forgetting", verdict, f"{seen}, {100 * rise:+.1f} %.", "" if verdict == "good" else todo)]
 
 
 def _waiting(wait: _Wait, run: Run, series: ReadSeries) -> Finding:

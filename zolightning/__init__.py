@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .methods import recipes
     from .methods.config import ZOConfig
     from .mixin import ZOMixin
+    from .records.forgetting import Forgetting
     from .records.mlflow_logger import mlflow_logger
     from .records.monitor import ZOMonitor
     from .space import Cycle, Epochs, Groups, LowRank, Sparse, Structure, expose_scales
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Cycle",
     "Epochs",
+    "Forgetting",
     "Groups",
     "LedgerCheckpointIO",
     "LowRank",
@@ -47,6 +49,7 @@ __all__ = [
 _HOMES = {
     "Cycle": ".space",
     "Epochs": ".space",
+    "Forgetting": ".records.forgetting",
     "Groups": ".space",
     "LedgerCheckpointIO": ".strategy.ledger_io",
     "LowRank": ".space",

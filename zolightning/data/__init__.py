@@ -5,6 +5,7 @@ from .artifacts import SMOLLM2, VADER, Artifact
 from .batches import SimilarLengths
 from .candidates import candidate_logits
 from .fetch import FetchError, fetch
+from .general_text import general_text, text_perplexity
 from .generation import generate_answers
 from .likelihood import answer_log_likelihood
 from .model import load_causal_lm, model_name
@@ -32,9 +33,11 @@ __all__ = [
     "encode_text",
     "fetch",
     "film_snippets",
+    "general_text",
     "generate_answers",
     "load_causal_lm",
     "model_name",
     "read_table",
+    "text_perplexity",
     "verbalizer_ids",
 ]
