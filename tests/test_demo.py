@@ -64,6 +64,7 @@ def test_report_files(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(PNG)
     saved = json.loads((tmp_path / "results.json").read_text())
     assert saved["settings"] == {"model": "tiny"}
+    assert saved["origin"].keys() == {"command", "date", "commit", "versions"}
     assert [Result(**r) for r in saved["results"]] == results
 
 

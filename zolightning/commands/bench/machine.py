@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +45,21 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def origin() -> dict[str, Any]:
+    """The command, the day, the versions and, in a clone, the commit that a figure comes from."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:  # a package that is installed inside another project's clone is not in that
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
+        described = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--exclude=*"], capture_output=True, text=True, check=True
+        )
+        commit = described.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {"command": command, "date": datetime.now(UTC).date().isoformat(), "commit": commit, "versions": versions()}
 
 
 def cpu_name() -> str:

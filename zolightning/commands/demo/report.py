@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 
+from ..bench.machine import origin
 from ..pictures import accuracy_at_memory, look, panels
 from ..tables import aligned, by_method, markdown, spread, title_of
 from .run import Result
@@ -44,7 +45,7 @@ def write(results: Sequence[Result], folder: Path, settings: dict[str, object]) 
     from dataclasses import asdict
 
     folder.mkdir(parents=True, exist_ok=True)
-    payload = {"settings": settings, "results": [asdict(r) for r in results]}
+    payload = {"origin": origin(), "settings": settings, "results": [asdict(r) for r in results]}
     (folder / "results.json").write_text(json.dumps(payload, indent=1))
     (folder / "table.md").write_text(markdown_table(results) + "\n")
     return picture(results, folder / "comparison.png")
