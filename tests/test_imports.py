@@ -44,7 +44,7 @@ LOWEST = {"ledger.format", "strategy._lightning"}
 UPWARDS: set[tuple[str, str]] = set()
 """What still breaks the order."""
 
-LATER = {"offload", "blackbox", "federated"}
+LATER = {"offload", "blackbox"}
 """Rooms that have their place before they are there."""
 
 LIGHTNING = {"strategy", "records", "commands", "tasks.module"}

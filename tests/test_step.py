@@ -233,7 +233,7 @@ def test_a_direction_ties_when_it_does_in_every_micro_batch() -> None:
 
 def test_finish_divides_by_the_number_of_terms() -> None:
     estimate = Estimate((Term(Key(0, 0, 0), 1.0), Term(Key(0, 0, 1), 3.0)), (0.5, 0.7), 2)
-    record, _ = finish(estimate, lambda raw: [1.0, 2.0], Chain(), {}, SGD([nn.Parameter(torch.zeros(1))], lr=0.1), 4)
+    record, _ = finish(estimate, lambda raw: [1.0, 2.0], Chain(), {}, [0.1], 4)
     assert [t.coefficient for t in record.terms] == [0.5, 1.0]
     assert record.raw == (1.0, 3.0)
     assert record.loss == pytest.approx(0.6)

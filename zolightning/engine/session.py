@@ -193,7 +193,8 @@ class Session:
         with self._sizes.applied(place, optimizer):
             trials, self._trials = self._trials, []
             state = self._shaping_states.get(place) or self.shaping.init()
-            record, self._shaping_states[place] = finish(window, clip, self.shaping, state, optimizer, self.step)
+            lrs = [float(group["lr"]) for group in optimizer.param_groups]
+            record, self._shaping_states[place] = finish(window, clip, self.shaping, state, lrs, self.step)
             if self.config.conservative and not record.skipped:
                 record = keep_best(record, partial(self._tried, trials, examples), len(trials) * self.ranks.size)
             self.last_stats = UpdateStats()

@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from torch.optim import Optimizer
-
 from ..methods.shaping import Shaping, State
 from ..types import Estimate, StepRecord, Term
 
@@ -16,7 +14,7 @@ Clip: TypeAlias = Callable[[Sequence[float]], Sequence[float]]
 
 
 def finish(
-    estimate: Estimate, clip: Clip | None, shaping: Shaping, state: State, optimizer: Optimizer, step: int
+    estimate: Estimate, clip: Clip | None, shaping: Shaping, state: State, lrs: Sequence[float], step: int
 ) -> tuple[StepRecord, State]:
     """Clip and shape the projected gradients and divide by their number: the record whose terms the optimizer applies.
 
@@ -25,7 +23,7 @@ def finish(
         clip: the Trainer's gradient clipping.
         shaping: the recipe's.
         state: the shaping's state before this step.
-        optimizer: for its learning rates.
+        lrs: the learning rate of each parameter group.
         step: optimizer steps taken so far.
     """
     raw, loss = estimate.coefficients, estimate.loss
@@ -50,7 +48,7 @@ def finish(
         terms=terms,
         raw=raw,
         loss=loss,
-        lrs=tuple(float(g["lr"]) for g in optimizer.param_groups),
+        lrs=tuple(lrs),
         forwards=estimate.forwards,
         ties=estimate.ties,
         clipped=changed,

@@ -91,17 +91,7 @@ class Recorder:
         self.base_at_hand = True
         """Whether a replay finds the weights that the ledger starts from: beside it, or where a pretrained model came from."""
         if before is None:
-            header = Header(
-                seed=seed,
-                start=step,
-                base=now,
-                parameters=describe(self._parameters),
-                buffers=_persistent_buffers(module),
-                device=next((p.device.type for p in self._parameters.values()), "cpu"),
-                versions={"zolightning": __version__, "torch": str(torch.__version__)},
-                settings=dict(settings),
-                pretrained=pretrained(module),
-            )
+            header = header_of(module, seed, step, settings, now)
             if keep_base:
                 save_base(self.path.parent, now, self._parameters)
             self.base_at_hand = keep_base or bool(header.pretrained and header.pretrained["source"])
@@ -124,7 +114,7 @@ class Recorder:
             self.check()
         if place not in self._methods:
             self._primed[place] = "" if self._continues or is_plain_sgd(optimizer) else _primed(optimizer, leaves)
-        options = Options(place, tuple(_options(group, optimizer) for group in optimizer.param_groups))
+        options = options_of(place, optimizer)
         method = self._method(place, optimizer, leaves, options, record.backprop)
         if method != self._methods.get(place):
             self._writer.append(method)
@@ -206,24 +196,51 @@ class Recorder:
             self._described[place] = facts, self._describe(place, optimizer, leaves)
         method = self._described[place][1]
         hybrid = f"backprop trains {', '.join(backprop[:2])}, …, and a ledger holds no gradients" if backprop else ""
-        reason = hybrid or method.unsupported or _unplain(optimizer, options)
+        reason = hybrid or method.unsupported or unplain(optimizer, options)
         return replace(method, unsupported=reason) if reason else method
 
     def _describe(self, place: int, optimizer: Optimizer, leaves: Sequence[Leaf]) -> Method:
-        slots = {id(p): slot for slot, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
-        mine = [leaf for leaf in leaves if id(leaf.parameter) in slots]
-        trained = {id(leaf.parameter) for leaf in mine if leaf.parameter.requires_grad}
-        kinds = {leaf.name: (_KINDS.get(type(leaf), ""), leaf.index, slots[id(leaf.parameter)]) for leaf in mine}
-        return Method(
-            optimizer=place,
-            rule=type(optimizer).__name__,
-            distribution=leaves[0].distribution.name,
-            groups=tuple(tuple(self._names[id(p)] for p in g["params"] if id(p) in trained) for g in optimizer.param_groups),
-            leaves=kinds,
-            settings={leaf.name: leaf.settings for leaf in mine if leaf.settings},
-            turns={leaf.name: (*leaf.turn[:2], *astuple(leaf.turn.cycle)) for leaf in mine if leaf.turn},
-            unsupported=self._meddled or self._primed[place] or _unsupported(optimizer, mine),
-        )
+        method = method_of(self._names, place, optimizer, leaves)
+        return replace(method, unsupported=self._meddled or self._primed[place] or method.unsupported)
+
+
+def header_of(module: nn.Module, seed: int, step: int, settings: Mapping[str, Any], base: str) -> Header:
+    """Of a run that starts from the weights of now, whose fingerprint is ``base``; for the others see :class:`Recorder`."""
+    parameters = dict(module.named_parameters())
+    return Header(
+        seed=seed,
+        start=step,
+        base=base,
+        parameters=describe(parameters),
+        buffers=_persistent_buffers(module),
+        device=next((p.device.type for p in parameters.values()), "cpu"),
+        versions={"zolightning": __version__, "torch": str(torch.__version__)},
+        settings=dict(settings),
+        pretrained=pretrained(module),
+    )
+
+
+def method_of(names: Mapping[int, str], place: int, optimizer: Optimizer, leaves: Sequence[Leaf]) -> Method:
+    """The way in which an optimizer steps these leaves; ``names`` has the parameters' by their id."""
+    slots = {id(p): slot for slot, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
+    mine = [leaf for leaf in leaves if id(leaf.parameter) in slots]
+    trained = {id(leaf.parameter) for leaf in mine if leaf.parameter.requires_grad}
+    kinds = {leaf.name: (_KINDS.get(type(leaf), ""), leaf.index, slots[id(leaf.parameter)]) for leaf in mine}
+    return Method(
+        optimizer=place,
+        rule=type(optimizer).__name__,
+        distribution=leaves[0].distribution.name,
+        groups=tuple(tuple(names[id(p)] for p in g["params"] if id(p) in trained) for g in optimizer.param_groups),
+        leaves=kinds,
+        settings={leaf.name: leaf.settings for leaf in mine if leaf.settings},
+        turns={leaf.name: (*leaf.turn[:2], *astuple(leaf.turn.cycle)) for leaf in mine if leaf.turn},
+        unsupported=_unsupported(optimizer, mine),
+    )
+
+
+def options_of(place: int, optimizer: Optimizer) -> Options:
+    """The settings of its parameter groups, except the learning rates."""
+    return Options(place, tuple(_options(group, optimizer) for group in optimizer.param_groups))
 
 
 def _persistent_buffers(module: nn.Module) -> tuple[str, ...]:
@@ -269,7 +286,7 @@ def _unsupported(optimizer: Optimizer, leaves: Sequence[Leaf]) -> str:
     return ""
 
 
-def _unplain(optimizer: Optimizer, options: Options) -> str:
+def unplain(optimizer: Optimizer, options: Options) -> str:
     """The setting that a ledger cannot hold; "" when there is none."""
     for group, values in zip(optimizer.param_groups, options.groups, strict=True):
         if isinstance(group["lr"], torch.Tensor) and not is_plain_sgd(optimizer):  # another arithmetic than a number's

@@ -72,7 +72,7 @@ def replay(
     until = ledger.last if until is None else until
     check_range(ledger, until)
     check_base(ledger, parameters)
-    work = _Replay(ledger, parameters, apply)
+    work = Replay(ledger, parameters, apply)
     for record, work.mark in records_until(ledger, until):
         try:
             work.take(record)
@@ -84,8 +84,8 @@ def replay(
     return work.state
 
 
-class _Replay:
-    """Takes one record after another."""
+class Replay:
+    """Takes one record after another; see :func:`replay`, which checks in addition that the base is the run's."""
 
     def __init__(self, ledger: Ledger, parameters: Mapping[str, nn.Parameter], apply: ApplyMarked | None) -> None:
         self.mark = b""

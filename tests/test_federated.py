@@ -1,0 +1,379 @@
+"""A federation: clients that send coefficients, a server that has no model, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import PLAIN, PerExampleTask, Task, batches, loader, mlp, per_example_mse
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from zolightning import Session, ZOConfig, ZOStrategy
+from zolightning.federated import Client, Refused, Reply, Rules, Server, simulate
+from zolightning.federated import Task as Work
+from zolightning.federated.joining import Share, union
+from zolightning.federated.messages import START
+from zolightning.federated.opening import Opening
+from zolightning.federated.simulation import client_of, run_round
+from zolightning.ledger import LedgerError, fingerprint, read, replay
+from zolightning.ledger.format import Step
+from zolightning.types import Key, Term
+
+EXACT = replace(PLAIN, normalize=True, num_queries=2)
+
+
+def client(shard: list[Any], config: ZOConfig = EXACT, net: nn.Module | None = None) -> Client:
+    return client_of(PerExampleTask(mlp() if net is None else net, per_example_mse), shard, config)
+
+
+def federation(
+    count: int = 3, rules: Rules | None = None, config: ZOConfig = EXACT, path: Path | None = None
+) -> tuple[Server, dict[str, Client]]:
+    server = Server(rules, path)
+    clients = {f"c{i}": client(batches(6, seed=i), config) for i in range(count)}
+    for name, each in clients.items():
+        server.welcome(name, each.opening.pack())
+    return server, clients
+
+
+def go(server: Server, clients: dict[str, Client], names: list[str] | None = None) -> Any:
+    return run_round(server, names or sorted(clients), lambda name, task: clients[name].work(task).pack())
+
+
+def marks(server: Server, clients: dict[str, Client]) -> set[str]:
+    """The fingerprints of all clients once they have the whole ledger."""
+    for each in clients.values():
+        each.catch_up(server.since(each.head), each.head)
+    return {each.fingerprint() for each in clients.values()}
+
+
+# one process on the union
+
+
+@pytest.mark.parametrize("normalize", [True, False, "std"])
+@pytest.mark.parametrize("optimizer", ["module", "adam"])
+def test_clients_with_shared_keys_are_one_process_with_their_batches(normalize: Any, optimizer: str) -> None:
+    config = replace(EXACT, normalize=normalize, optimizer=optimizer)
+    server, clients = federation(config=config)
+    net = PerExampleTask(mlp(), per_example_mse)
+    session = Session(net, net.configure_optimizers(), config)
+    for number in range(12):
+        go(server, clients)
+        for shard in range(3):
+            session.estimate(net.zo_objective, batches(6, seed=shard)[number % 6])
+        session.update()
+    assert marks(server, clients) == {fingerprint(net.named_parameters())}
+
+
+def test_clients_with_own_keys_are_one_process_on_the_union() -> None:
+    config = replace(EXACT, estimator="per_example", num_queries=1, structure="auto")
+    server, clients = federation(rules=Rules(keys="own"), config=config)
+    net = PerExampleTask(mlp(), per_example_mse)
+    session = Session(net, net.configure_optimizers(), config)
+    for number in range(12):
+        go(server, clients)
+        parts = [batches(6, seed=shard)[number % 6] for shard in range(3)]
+        dealt: list[Tensor] = [torch.stack(side, 1).flatten(0, 1) for side in zip(*parts, strict=True)]
+        session.estimate(net.zo_objective, tuple(dealt))
+        session.update()
+    assert marks(server, clients) == {fingerprint(net.named_parameters())}
+
+
+def test_local_steps_average_the_moves_of_clients() -> None:
+    config = replace(PLAIN, num_queries=2)
+    server, clients = federation(rules=Rules(local_steps=4), config=config)
+    ends = []
+    for shard in range(3):
+        net = PerExampleTask(mlp(), per_example_mse)
+        session = Session(net, net.configure_optimizers(), config)
+        for number in range(4):
+            session.estimate(net.zo_objective, batches(6, seed=shard)[number])
+            session.update()
+        ends.append(nn.utils.parameters_to_vector(net.parameters()))
+    assert go(server, clients).step == 4
+    assert len(marks(server, clients)) == 1
+    found = nn.utils.parameters_to_vector(clients["c0"].module.parameters())
+    torch.testing.assert_close(found, torch.stack(ends).mean(0), rtol=1e-6, atol=1e-7)
+    assert not torch.equal(ends[0], ends[1])
+
+
+def test_clients_count_by_their_examples() -> None:
+    def share(slot: int, examples: int, *values: float) -> Share:
+        terms = tuple(Term(Key(1, 0, i), value) for i, value in enumerate(values))
+        return Share(slot, examples, Step(0, 0, terms, (), float(slot)))
+
+    shares = [share(1, 3, 4.0, 8.0), share(0, 1, 0.0, 4.0)]  # as they came
+    assert [c for _, c in union(shares, 2, Rules()).terms] == [3.0, 7.0]
+    assert union(shares, 2, Rules()).loss == 0.75
+    own = union(shares, 2, Rules(keys="own")).terms
+    assert [key.query for key, _ in own] == [0, 1, 2, 3]
+    assert [c for _, c in own] == [0.0, 6.0, 2.0, 12.0]  # 1/2 and 3/2 of each, in a mean over four
+    moves = union(shares, 2, Rules(keys="own", local_steps=2)).terms
+    assert [c for _, c in moves] == [0.0, 3.0, 1.0, 6.0]
+
+
+def test_a_strange_client_moves_the_median_little() -> None:
+    values = [1.0, 2.0, 3.0, 4.0, 1e5]
+    shares = [Share(i, 1, Step(0, 0, (Term(Key(1, 0), value),), (), 0.0)) for i, value in enumerate(values)]
+    assert union(shares, 5, Rules(average="median")).terms[0].coefficient == 3.0
+    assert union(shares, 5, Rules(average="trimmed", trim=0.2)).terms[0].coefficient == 3.0
+    assert union(shares, 5, Rules()).terms[0].coefficient > 1e4
+    with pytest.raises(ValueError, match="needs keys='shared'"):
+        Rules(average="median", keys="own")
+
+
+# coming and going
+
+
+def test_departures_late_joiners_and_returns_end_at_the_same_bits() -> None:
+    """1,000 rounds in which each client is there half of the time; one begins anew, one joins late."""
+    draw = random.Random(3)
+    server, clients = federation(3, Rules(participation=0.7), replace(EXACT, num_queries=1))
+    for number in range(1000):
+        if number == 400:  # it has lost everything
+            clients["c1"] = client(batches(6, seed=1), replace(EXACT, num_queries=1))
+            server.lost("c1", "restarted")
+        if number == 700:
+            clients["late"] = client(batches(6, seed=9), replace(EXACT, num_queries=1))
+            server.welcome("late", clients["late"].opening.pack())
+        present = [name for name in clients if draw.random() < 0.5]
+        if names := server.choose(present):
+            done = go(server, clients, names)
+            assert not done.refused
+    assert server.step > 800
+    assert len(marks(server, clients)) == 1
+
+
+def test_a_client_that_fails_leaves_the_round_and_comes_back() -> None:
+    server, clients = federation()
+    first = clients["c0"].work
+    clients["c0"].work = lambda task: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+    done = go(server, clients)
+    assert done.joined == ("c1", "c2")
+    assert "ZeroDivisionError" in done.refused["c0"]
+    clients["c0"].work = first  # type: ignore[method-assign]
+    assert go(server, clients).joined == ("c0", "c1", "c2")
+    assert len(marks(server, clients)) == 1
+
+
+def test_nobody_moves_without_enough_replies() -> None:
+    server, clients = federation(rules=Rules(fewest=3))
+    server.begin(sorted(clients))
+    done = server.close()
+    assert done.refused == dict.fromkeys(clients, "no reply")
+    assert done.step == 0
+    assert "3 are needed" in done.skipped
+    assert math.isnan(done.loss)
+    assert go(server, clients).step == 1
+
+
+def test_a_server_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+    whole, others = federation()
+    path = tmp_path / "federation.zo"
+    server, clients = federation(path=path)
+    for _ in range(7):
+        go(whole, others)
+        go(server, clients)
+    server.begin(sorted(clients))  # it dies with a round open, and while it writes
+    assert server._writer is not None
+    server.end()
+    path.write_bytes(path.read_bytes() + b"\x30\0\0\0\4torn")
+    again = Server(path=path)
+    for name, each in clients.items():
+        again.welcome(name, each.opening.pack(), each.head)
+    done = [go(again, clients) for _ in range(5)]
+    for _ in range(5):
+        go(whole, others)
+    assert [each.number for each in done] == [7, 8, 9, 10, 11]
+    assert marks(again, clients) == marks(whole, others)
+    again.end()
+
+
+def test_the_ledger_is_a_replay_ledger(tmp_path: Path) -> None:
+    net = Task(mlp())
+    base = copy.deepcopy(net)
+    shards = [loader(batches(4, seed=i)) for i in range(2)]
+    done = simulate(net, shards, ZOStrategy("mezo", lr=1e-2, select="all"), rounds=9, local_steps=2, ledger=tmp_path / "f.zo")
+    assert [each.step for each in done.rounds] == list(range(2, 20, 2))
+    ledger = read(tmp_path / "f.zo")
+    replay(ledger, dict(base.named_parameters()))
+    assert fingerprint(base.named_parameters()) == fingerprint(net.named_parameters())
+
+
+def test_simulated_clients_learn(tmp_path: Path) -> None:
+    net = PerExampleTask(mlp(), per_example_mse, lambda parameters: SGD(parameters, lr=3e-3))
+    x, y = batches(1, size=40)[0]
+    whole = (x, y * 0)
+
+    def evaluate(module: nn.Module) -> float:
+        return float(per_example_mse(net.net, whole).mean().detach())
+
+    before = evaluate(net)
+    shards = [[(x[i : i + 10], y[i : i + 10] * 0)] for i in range(0, 40, 10)]
+    for_rounds: list[int] = []
+    done = simulate(
+        net, shards, "mezo", rounds=60, queries=4, keys="own", evaluate=evaluate, every=30,
+        on_round=lambda each, values: for_rounds.append(each.number),
+    )  # fmt: skip
+    assert list(done.values) == [29, 59]
+    assert for_rounds == list(range(60))
+    assert done.values[59] < before
+    assert done.bytes_up == sum(each.bytes_up for each in done.rounds) > 60 * 4 * 4 * 8
+
+
+# refusals
+
+
+def reply_of(server: Server, clients: dict[str, Client], name: str = "c0") -> Reply:
+    return clients[name].work(server.begin(sorted(clients))[name])
+
+
+def altered(reply: Reply, server: Server, **changes: Any) -> bytes:
+    """The reply with another step in it, and the right checksum."""
+    step = Step(server.step, 0, tuple(Term(Key(7, server.step, i), 0.5) for i in range(2)), (), 0.5)
+    return Reply.of(reply.examples, [replace(step, **changes)], server.head, 7).pack()
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"terms": (Term(Key(7, 0, 0), math.nan),)}, "non-finite"),
+        ({"terms": (Term(Key(7, 0, 0), math.inf),)}, "non-finite"),
+        ({"loss": math.nan}, "non-finite"),
+        ({"terms": (Term(Key(7, 0, 0), 1e30),)}, "huge"),
+        ({"terms": tuple(Term(Key(7, 0, i), 1.0) for i in range(100))}, "huge"),
+        ({"terms": (Term(Key(7, 0, 5), 1.0),)}, "foreign keys"),
+        ({"terms": (Term(Key(8, 0, 0), 1.0),)}, "foreign keys"),
+        ({"step": 3}, "forged"),
+        ({"lrs": (1.0,)}, "forged"),
+    ],
+)
+def test_a_bad_step_is_refused_by_name(changes: dict[str, Any], kind: str) -> None:
+    server, clients = federation(2, Rules(most_terms=64, check_every=10**9))
+    server._checked = 0
+    reply = reply_of(server, clients)
+    with pytest.raises(Refused, match=f"^{kind}: "):
+        server.receive("c0", altered(reply, server, **changes))
+    assert server.refusals == {"c0": {kind: 1}}
+    server.receive("c1", altered(reply, server))
+    done = server.close()
+    assert done.joined == ("c1",)
+    assert done.refused["c0"].startswith(kind)
+
+
+def test_forged_bytes_and_replayed_records_are_refused() -> None:
+    server, clients = federation()
+    old = reply_of(server, clients).pack()
+    for place in (7, len(old) // 2, len(old) - 1):
+        forged = bytearray(old)
+        forged[place] ^= 1
+        with pytest.raises(Refused, match=r"^forged: its checksum"):
+            server.receive("c0", bytes(forged))
+    with pytest.raises(Refused, match=r"^damaged: "):
+        server.receive("c0", b"")
+    server.receive("c0", old)
+    with pytest.raises(Refused, match=r"^uninvited: "):
+        server.receive("c0", old)
+    with pytest.raises(Refused, match=r"^uninvited: "):
+        server.receive("stranger", old)
+    server.close()
+    server.begin(sorted(clients))
+    with pytest.raises(Refused, match=r"^replayed: its records continue an older state"):
+        server.receive("c0", old)
+    assert server.refusals["c0"] == {"forged": 3, "damaged": 1, "uninvited": 1, "replayed": 1}
+
+
+@pytest.mark.parametrize("examples", [0, 11])
+def test_a_claim_of_too_many_examples_is_refused(examples: int) -> None:
+    server, clients = federation(rules=Rules(most_examples=10))
+    reply = reply_of(server, clients)
+    with pytest.raises(Refused, match=r"^examples: it claims"):
+        server.receive("c0", reply._replace(examples=examples).pack())
+
+
+def test_another_model_method_or_version_is_refused() -> None:
+    server, clients = federation()
+    opening = clients["c0"].opening
+
+    def refused(data: bytes, match: str) -> None:
+        with pytest.raises(Refused, match=match):
+            server.welcome("x", data)
+
+    refused(client(batches(2), net=mlp(hidden=9)).opening.pack(), r"^another model: 'net.0.weight' is float32 \[9, 4\], and")
+    other = mlp()
+    nn.init.zeros_(other[0].bias)
+    refused(client(batches(2), net=other).opening.pack(), "^another model: its weights have the fingerprint")
+    refused(client(batches(2), replace(EXACT, num_queries=3)).opening.pack(), "^another method: its num_queries is 3, and 2")
+    refused(client(batches(2), replace(EXACT, optimizer="adam")).opening.pack(), "^another method: its optimizer is 'adam'")
+    versions = {**opening.header.versions, "zolightning": "0.0.1"}
+    foreign = Opening(replace(opening.header, versions=versions), opening.method, opening.options)
+    refused(foreign.pack(), "^foreign version: it runs zolightning 0.0.1, the federation")
+    refused(opening.pack()[:7] + b"\x01" + opening.pack()[8:], "^foreign version: it writes ledgers of version 1, not")
+    refused(opening.pack()[:-1], "^damaged: ")
+    refused(b"hello", "^damaged: ")
+    assert server.refusals["x"] == {"another model": 2, "another method": 2, "foreign version": 2, "damaged": 2}
+
+
+def test_a_client_whose_weights_have_come_apart_is_found() -> None:
+    server, clients = federation(rules=Rules(check_every=2))
+    assert not go(server, clients).refused
+    assert not go(server, clients).refused
+    with torch.no_grad():
+        next(clients["c2"].module.parameters()).add_(1.0)
+    done = go(server, clients)
+    assert done.refused["c2"].startswith("apart: its weights have the fingerprint")
+    assert done.joined == ("c0", "c1")
+    assert server.choose(sorted(clients)) == ["c0", "c1"]
+    clients["c2"] = client(batches(6, seed=2))
+    server.welcome("c2", clients["c2"].opening.pack())
+    assert server.choose(sorted(clients)) == ["c0", "c1", "c2"]
+    assert not go(server, clients).refused
+    assert len(marks(server, clients)) == 1
+
+
+def test_a_client_refuses_a_server_that_it_does_not_fit() -> None:
+    server, clients = federation()
+    other, others = federation(config=replace(EXACT, num_queries=3))
+    go(server, clients)
+    go(other, others)
+    before = clients["c0"].fingerprint()
+    with pytest.raises(LedgerError, match="from where the server's records do not go on"):
+        clients["c0"].catch_up(other.since(START), START)
+    task: Work = server.begin(["c0"])["c0"]
+    changed = task.records[:9] + bytes([task.records[9] ^ 1]) + task.records[10:]
+    with pytest.raises(LedgerError, match="do not continue the one of digest"):
+        clients["c0"].work(task._replace(records=changed))
+    assert clients["c0"].fingerprint() == before
+    moved = client(batches(2), net=mlp(hidden=5))
+    with pytest.raises(LedgerError, match=r"it is another model|in the base, it was"):
+        moved.work(task._replace(records=server.since(START), since=START))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"local_steps": 0}, "local_steps"),
+        ({"participation": 0.0}, "participation"),
+        ({"trim": 0.5}, "trim"),
+        ({"largest": math.inf}, "largest"),
+        ({"keys": "mine"}, "keys"),
+        ({"average": "mode"}, "average"),
+    ],
+)
+def test_bad_rules_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Rules(**settings)
+
+
+def test_methods_that_look_at_one_clients_data_are_refused() -> None:
+    with pytest.raises(ValueError, match="`conservative` depends on one client's data"):
+        client(batches(2), replace(PLAIN, conservative=True))
+    server, clients = federation(rules=Rules(local_steps=2), config=replace(EXACT, optimizer="adam"))
+    assert "averages moves of plain SGD" in go(server, clients).refused["c0"]

@@ -1,0 +1,189 @@
+"""The clients and the server of a federation in one process, without a network: for tests and papers."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from torch import nn
+from torch.optim import SGD, Optimizer
+
+from ..methods.config import ZOConfig
+from ..methods.ranking import forward_of
+from ..methods.recipes import recipe
+from ..mixin import ZOMixin
+from ..types import Batch, Forward, Term
+from .client import Client
+from .messages import Refused, Task
+from .rules import Rules
+from .server import Round, Server
+
+Transport = Callable[[str, Task], bytes]
+"""Client, task → its reply's bytes."""
+
+
+class HasConfig(Protocol):
+    """A :class:`~zolightning.ZOStrategy`, of which a federation uses the settings only."""
+
+    config: ZOConfig
+
+
+@dataclass
+class Simulated:
+    """A federation that was run.
+
+    Args:
+        server: with its ledger.
+        clients: by name, all at the federation's last step.
+        rounds: in their order.
+        values: round → what ``evaluate`` gave after it.
+    """
+
+    server: Server
+    clients: dict[str, Client]
+    rounds: list[Round]
+    values: dict[int, float]
+
+    @property
+    def bytes_up(self) -> int:
+        """Sent by all clients together."""
+        return sum(each.bytes_up for each in self.rounds)
+
+    @property
+    def bytes_down(self) -> int:
+        """Sent to all clients together."""
+        return sum(each.bytes_down for each in self.rounds)
+
+
+def simulate(
+    module: nn.Module,
+    shards: Sequence[Iterable[Batch]],
+    method: HasConfig | ZOConfig | str = "default",
+    *,
+    rounds: int,
+    local_steps: int = 1,
+    queries: int | None = None,
+    keys: Literal["shared", "own"] = "shared",
+    rules: Rules | None = None,
+    schedule: Callable[[int], float] = lambda number: 1.0,
+    protect: Callable[[Sequence[Term]], Sequence[Term]] | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    every: int = 100,
+    on_round: Callable[[Round, Mapping[str, float]], None] | None = None,
+    ledger: str | Path | None = None,
+) -> Simulated:
+    """Train a module by clients that share no data: one for each shard, each with a copy of the module.
+
+    Args:
+        module: a LightningModule, or one with ``zo_objective``; it ends with the federation's weights.
+        shards: the batches of each client, as DataLoaders; a client's weight is the length of its loader's dataset.
+        method: a :class:`~zolightning.ZOStrategy`, a :class:`~zolightning.ZOConfig` or a recipe's name.
+        rounds: to run.
+        local_steps: of each client in a round.
+        queries: directions of a step, in place of the method's.
+        keys: 'shared' or 'own', see :class:`Rules`.
+        rules: the server's other settings.
+        schedule: round → factor of the learning rates.
+        protect: changes the coefficients before they leave a client.
+        evaluate: the module → a value, called every so many rounds and after the last.
+        every: rounds between evaluations.
+        on_round: gets each round and what was evaluated in it, as 'value'.
+        ledger: where the server keeps its ledger; None: in memory.
+
+    Raises:
+        ValueError: a setting is out of range.
+        Refused: a client cannot take part.
+    """
+    config = method_of(method, queries)
+    server = Server(replace(rules or Rules(), local_steps=local_steps, keys=keys), ledger, schedule)
+    clients = {}
+    for number, shard in enumerate(shards):
+        own = module if number == 0 else copy.deepcopy(module)
+        clients[name_of(number)] = client_of(own, shard, config, protect=protect)
+    for name, client in clients.items():
+        server.welcome(name, client.opening.pack())
+    done = Simulated(server, clients, [], {})
+    first = clients[name_of(0)]
+    for number in range(rounds):
+        done.rounds.append(run_round(server, server.choose(list(clients)), lambda name, task: clients[name].work(task).pack()))
+        if evaluate is not None and ((number + 1) % every == 0 or number + 1 == rounds):
+            first.catch_up(server.since(first.head), first.head)
+            done.values[number] = evaluate(module)
+        if on_round is not None:
+            on_round(done.rounds[-1], {"value": done.values[number]} if number in done.values else {})
+    for client in clients.values():
+        client.catch_up(server.since(client.head), client.head)
+    server.end()
+    return done
+
+
+def run_round(server: Server, names: Sequence[str], send: Transport) -> Round:
+    """A round over clients that answer at once; one that raises is one that vanished."""
+    for name, task in server.begin(names).items():
+        try:
+            data = send(name, task)
+        except Exception as error:  # of any client's model, data or machine
+            server.lost(name, repr(error))
+            continue
+        with contextlib.suppress(Refused):  # counted, and told by the round
+            server.receive(name, data)
+    return server.close()
+
+
+def name_of(number: int) -> str:
+    """Of a simulated client, in the order of the numbers."""
+    return f"client-{number:04d}"
+
+
+def method_of(method: HasConfig | ZOConfig | str, queries: int | None = None) -> ZOConfig:
+    """The settings of a method, however it is given."""
+    named = recipe(method) if isinstance(method, str) else method
+    config = named if isinstance(named, ZOConfig) else named.config
+    return config if queries is None else config.override(num_queries=queries)
+
+
+def client_of(
+    module: nn.Module,
+    batches: Iterable[Batch],
+    config: ZOConfig,
+    *,
+    protect: Callable[[Sequence[Term]], Sequence[Term]] | None = None,
+) -> Client:
+    """The client around a module with ``zo_objective``, or a LightningModule with a ``training_step``."""
+    optimizer = _optimizer(module, config)
+    dataset: Any = getattr(batches, "dataset", None)
+    examples = len(dataset) if hasattr(dataset, "__len__") and getattr(batches, "batch_size", None) is not None else None
+    return Client(module, batches, config, optimizer, _forward(module, config), examples=examples, protect=protect)
+
+
+def _forward(module: nn.Module, config: ZOConfig) -> Forward:
+    if isinstance(module, ZOMixin):
+        return forward_of(module, config.build_estimator(next(module.parameters()).dtype))
+    step: Any = getattr(module, "training_step", None)
+    if step is None:
+        raise ValueError(f"{type(module).__name__} has neither `zo_objective` (see ZOMixin) nor a `training_step`")
+    return lambda batch: step(batch, 0)
+
+
+def _optimizer(module: nn.Module, config: ZOConfig) -> Optimizer:
+    """The module's own, and SGD where it has none."""
+    configure: Any = getattr(module, "configure_optimizers", None)
+    if configure is None:
+        if config.own_lr is None:
+            raise ValueError(f"{type(module).__name__} has no `configure_optimizers`; give the method a learning rate: lr=1e-3")
+        return SGD(module.parameters(), lr=config.own_lr)
+    made = configure()
+    while isinstance(made, (tuple, list)) and made:
+        made = made[0]
+    if isinstance(made, Mapping):
+        made = made.get("optimizer")
+    if not isinstance(made, Optimizer):
+        raise ValueError(f"`{type(module).__name__}.configure_optimizers` must give an optimizer, got {made!r}")
+    if config.own_lr is not None:
+        for group in made.param_groups:
+            group["lr"] = config.own_lr
+    return made
