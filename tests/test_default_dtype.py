@@ -47,7 +47,7 @@ def _noise(noise: Any) -> Tensor:
 
 def _perturb_rows(noise: Any) -> Tensor:
     out = torch.empty(2, 9, dtype=torch.float32)
-    kernels.perturb_rows(out, torch.ones(5, 9, dtype=torch.float32), noise, TERMS, 7, torch.tensor([4, 1]))
+    kernels.perturb_rows(out, torch.ones(2, 9, dtype=torch.float32), noise, TERMS, 7, torch.tensor([4, 1]))
     return out
 
 

@@ -52,7 +52,7 @@ def test_sweeps_give_the_bits_of_the_cpu(dist: Distribution, dtype: torch.dtype,
         noise.perturb(moved, here, dist, TERMS, 7, 1000)
         noise.perturb_both(plus, minus, here, dist, TERMS[0], 7, 1000)
         some = torch.empty(4, 50, dtype=dtype, device=device)
-        noise.perturb_rows(some, here, dist, TERMS, 7, rows.to(device))
+        noise.perturb_rows(some, here[rows.to(device)], dist, TERMS, 7, rows.to(device))
         kept = moved.clone()
         noise.keep_large_(kept, here, 0.5)
         total = noise.noise_sum(dist, TERMS, 7, 77, 3000, device)

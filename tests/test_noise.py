@@ -301,19 +301,15 @@ class TestSweeps:
         noise.perturb(whole, w, Gaussian(), self.TERMS, 4)
         rows = torch.tensor([49, 0, 3, 3])
         out = torch.empty(4, 77)
-        noise.perturb_rows(out, w, Gaussian(), self.TERMS, 4, rows)
+        noise.perturb_rows(out, w[rows], Gaussian(), self.TERMS, 4, rows)
         assert torch.equal(out, whole[rows])
-
-    @pytest.mark.parametrize("row", [-1, 50])
-    def test_rows_outside_are_refused(self, row: int) -> None:
-        with pytest.raises(IndexError, match="of a leaf with 50"):
-            noise.perturb_rows(torch.empty(2, 7), torch.zeros(50, 7), Gaussian(), self.TERMS, 0, torch.tensor([0, row]))
 
     def test_shapes_are_checked(self) -> None:
         with pytest.raises(ValueError, match="out is"):
             noise.perturb(torch.empty(3), torch.empty(4), Gaussian(), self.TERMS, 0)
-        with pytest.raises(ValueError, match="out is"):
-            noise.perturb_rows(torch.empty(3, 2), torch.zeros(5, 2), Gaussian(), self.TERMS, 0, torch.tensor([1]))
+        for out, source in ((torch.empty(3, 2), torch.zeros(1, 2)), (torch.empty(1, 2), torch.zeros(5, 2))):
+            with pytest.raises(ValueError, match="1 rows, out is"):
+                noise.perturb_rows(out, source, Gaussian(), self.TERMS, 0, torch.tensor([1]))
 
     @pytest.mark.parametrize("maximize", [False, True])
     @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -346,7 +342,7 @@ class TestSweeps:
         noise.perturb(out, w, Gaussian(), [], 0)
         assert torch.equal(out, w)
         noise.perturb(torch.empty(0), torch.empty(0), Gaussian(), self.TERMS, 0)
-        noise.perturb_rows(torch.empty(0, 5), torch.ones(3, 5), Gaussian(), self.TERMS, 0, torch.tensor([], dtype=torch.long))
+        noise.perturb_rows(torch.empty(0, 5), torch.ones(0, 5), Gaussian(), self.TERMS, 0, torch.tensor([], dtype=torch.long))
         assert noise.noise_sum(Gaussian(), self.TERMS, 0, 0, 0, CPU).shape == (0,)
 
     def test_autograd_sees_the_write(self) -> None:
@@ -368,7 +364,7 @@ def test_noise_does_not_depend_on_the_default_dtype(dist: Distribution, default:
     def sweeps() -> list[Tensor]:
         out, some = torch.empty_like(source), torch.empty(3, 10, dtype=torch.float32)
         noise.perturb(out, source, dist, terms, 5)
-        noise.perturb_rows(some, source, dist, terms, 5, rows)
+        noise.perturb_rows(some, source[rows], dist, terms, 5, rows)
         total = noise.noise_sum(dist, terms, 5, 7, 1000, CPU)
         return [out, some, total, sample(dist, Key(1, 2), 5, torch.tensor([3, 8]), 100)]
 

@@ -47,7 +47,7 @@ def offloaded(module: nn.Module, tier: Tier, **options: Any) -> Store:
             tier.keep(name, parameter.detach())
             entry = Entry(name, parameter.shape, parameter.dtype, parameter.device)
             store.add(entry)
-            bind(parameter, entry, store)
+            bind(parameter, [entry], store)
     tier.read_bytes = tier.written_bytes = 0
     return store
 
@@ -100,7 +100,7 @@ def update(optimizer: Optimizer, view: View, store: Store | None, terms: list[Te
     later = [leaf for leaf in view.leaves if id(leaf.parameter) in away]
     if store is not None:
         for change, members in changes(optimizer, later, terms, key):
-            store.defer(change, {leaf.parameter.entry: leaf for leaf in members})
+            store.defer(change, {entry: leaf for leaf in members for entry in leaf.parameter.entries})
 
 
 def same(a: Outcome, b: Outcome) -> bool:

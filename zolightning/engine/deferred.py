@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch.optim import Optimizer
 
-from ..offload import Entry, Store, StoredParameter
+from ..offload import Entry, OffloadError, Store, StoredParameter
 from ..space import Leaf
 from ..types import Key, Term
-from .updates import UpdateStats, apply_update, changes
+from .updates import Change, UpdateStats, apply_update, changes
 
 
 class Deferred:
@@ -23,6 +23,7 @@ class Deferred:
     def __init__(self, store: Store, mark: Callable[[], bytes] = bytes) -> None:
         self._store, self._mark = store, mark
         self._last: Mapping[Entry, Leaf] = {}
+        self._tried: set[type[Optimizer]] = set()
 
     def __call__(
         self, optimizer: Optimizer, leaves: Sequence[Leaf], terms: Sequence[Term], key: Key, *, measure: bool = False
@@ -43,10 +44,27 @@ class Deferred:
 
     def _defer(self, optimizer: Optimizer, leaves: Sequence[Leaf], terms: Sequence[Term], key: Key, mark: bytes) -> None:
         for change, members in changes(optimizer, leaves, terms, key):
+            self._refuse_parts(change, members)
             entries = _by_entry(members)
             self._last = self._last if self._last == entries else entries  # many steps share one
             self._store.defer(change, self._last, mark)
 
+    def _refuse_parts(self, change: Change, leaves: Sequence[Leaf]) -> None:
+        divided = [leaf for leaf in leaves if len(_parameter(leaf).entries) > 1]
+        kind = type(change.optimizer)
+        if divided and kind not in self._tried:
+            if not change.by_elements(divided[0].parameter.device):
+                raise OffloadError(
+                    f"{kind.__name__} looks at a whole matrix to change a part of it, but {divided[0].name!r} is offloaded and "
+                    "updated by rows; use another optimizer, such as SGD or AdamW, or train without offload"
+                )
+            self._tried.add(kind)
+
 
 def _by_entry(leaves: Sequence[Leaf]) -> Mapping[Entry, Leaf]:
-    return {leaf.parameter.entry: leaf for leaf in leaves if isinstance(leaf.parameter, StoredParameter)}
+    return {entry: leaf for leaf in leaves for entry in _parameter(leaf).entries}
+
+
+def _parameter(leaf: Leaf) -> StoredParameter:
+    assert isinstance(leaf.parameter, StoredParameter)
+    return leaf.parameter

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..methods.optimizers import is_plain_sgd
@@ -98,14 +98,34 @@ class Change(NamedTuple):
     @torch.no_grad()
     def __call__(self, leaf: Leaf, state: StateDict) -> StateDict:
         """Change the leaf's parameter; returns the optimizer's state of it, which was ``state`` before."""
+        alone = self._alone(leaf.parameter, state)
+        _advance(alone, alone.param_groups[0], [leaf], self.terms, self.key)
+        _project_([leaf])
+        return alone.state[leaf.parameter]  # type: ignore[no-any-return]
+
+    def by_elements(self, device: torch.device) -> bool:
+        """Whether the optimizer changes each row of a matrix as if there were no other, tried on a small one."""
+        if is_plain_sgd(self.optimizer):
+            return True
+        values = torch.linspace(-1, 1, 24, device=device).view(4, 6)
+
+        def stepped(rows: slice) -> Tensor:
+            weight = nn.Parameter(values[rows].clone())
+            alone = self._alone(weight, {})
+            for step in (1.0, -3.0):
+                weight.grad = (step * values[rows]).sin()
+                alone.step()
+            return weight.detach()
+
+        return torch.allclose(stepped(slice(4)), torch.cat([stepped(slice(1)), stepped(slice(1, 4))]), rtol=1e-5)
+
+    def _alone(self, parameter: nn.Parameter, state: StateDict) -> Optimizer:
+        """The optimizer with this parameter, and its state of it."""
         alone = object.__new__(type(self.optimizer))
         alone.__dict__.update(self.optimizer.__dict__)
         alone.__dict__.pop("step", None)  # which schedulers wrap: it is the step of the original
-        group = {**self.group, "params": [leaf.parameter]}
-        alone.param_groups, alone.state = [group], defaultdict(dict, {leaf.parameter: state})
-        _advance(alone, group, [leaf], self.terms, self.key)
-        _project_([leaf])
-        return alone.state[leaf.parameter]  # type: ignore[no-any-return]
+        alone.param_groups, alone.state = [{**self.group, "params": [parameter]}], defaultdict(dict, {parameter: state})
+        return alone
 
 
 def changes(
@@ -169,7 +189,7 @@ def step_alone(optimizer: Optimizer, group: ParamGroup, leaf: Leaf, gradient: Ca
     finally:
         parameter.grad, parameter.data = None, stored
     if wide != stored.dtype:
-        stochastic_round_(stored, updated, key, leaf.index, 0)
+        stochastic_round_(stored, updated, key, leaf.index, leaf.first)
     if fixed is not None and before is not None:
         keep_(stored, before, fixed)
 

@@ -58,7 +58,7 @@ class Backend(ABC):
 
     @abstractmethod
     def perturb_rows(self, out: Tensor, source: Tensor, kind: int, terms: Sequence[Term], leaf: int, rows: Tensor) -> None:
-        """:meth:`perturb` of some rows of a matrix."""
+        """:meth:`perturb` of some rows of a matrix, which lie one after another in ``source``."""
 
     @abstractmethod
     def stochastic_round_(self, target: Tensor, value: Tensor, key: Key, leaf: int, start: int) -> None:

@@ -110,22 +110,18 @@ def perturb_both(
 
 
 def perturb_rows(out: Tensor, source: Tensor, dist: Distribution, terms: Sequence[Term], leaf: int, rows: Tensor) -> None:
-    """``out[j, :] = source[r, :] + Σ_k c_k z_k(r * columns + …)`` for ``r = rows[j]``: an embedding's rows in use.
+    """``out[j, :] = source[j, :] + Σ_k c_k z_k(r * columns + …)`` for ``r = rows[j]``: an embedding's rows in use.
 
     Args:
-        out: (n, columns), any dtype; not the source's memory.
-        source: the whole leaf, (rows of the leaf, columns).
+        out: (n, columns), any dtype; may be the source itself.
+        source: these rows of the leaf, (n, columns).
         dist: the distribution of the directions.
         terms: the directions and how far to go along each.
         leaf: the leaf's index.
-        rows: int64 (n,) within the leaf; on a GPU nobody checks that.
+        rows: int64 (n,), the rows' numbers in the leaf.
     """
-    if out.shape != (rows.numel(), source.shape[1]):
-        raise ValueError(f"perturb_rows: out is {tuple(out.shape)}, not {(rows.numel(), source.shape[1])}")
-    if rows.device.type == "cpu" and rows.numel():
-        low, high = rows.aminmax()
-        if low < 0 or high >= source.shape[0]:
-            raise IndexError(f"perturb_rows: rows {int(low)} … {int(high)} of a leaf with {source.shape[0]}")
+    if not out.shape == source.shape == (rows.numel(), *source.shape[1:]):
+        raise ValueError(f"perturb_rows: {rows.numel()} rows, out is {tuple(out.shape)}, source is {tuple(source.shape)}")
     backend = _backend_for(out, source, kind=dist.native)
     if backend is None or dist.native is None:
         reference.perturb_rows(out, source, dist, terms, leaf, rows)

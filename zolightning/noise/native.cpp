@@ -484,7 +484,7 @@ void perturb(const Noise& noise, i64 start, const i64* rows, i64 n, i64 width, c
     using Work = typename Working<In>::type;
     const auto origin = [&](i64 row) { return start + (rows ? rows[row] * width : 0); };
     sweep(n, width, threads, origin, [&](i64 row, i64 column, i64 begin, i64 end) {
-        const In* in = source + (begin - start);
+        const In* in = source + (row * width + column);
         Out* to = out + (row * width + column);
         const i64 count = end - begin;
         prefetch(in);
@@ -652,7 +652,7 @@ void zol_noise(int kind, const Term* terms, i64 count, u32 leaf, const i64* star
     });
 }
 
-// out[row, i] = source[rows[row], i] + sum of c z(start + rows[row] * width + i); one row 0 where rows is null
+// out[row, i] = source[row, i] + sum of c z(start + rows[row] * width + i); one row 0 where rows is null
 void zol_perturb(int kind, const Term* terms, i64 count, u32 leaf, i64 start, const i64* rows, i64 n_rows, i64 width,
                  int source_type, const void* source, int out_type, void* out, int threads) {
     const Noise noise{kind, terms, count, leaf};

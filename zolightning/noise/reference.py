@@ -65,7 +65,7 @@ def perturb(out: Tensor, source: Tensor, dist: Distribution, terms: Sequence[Ter
 
 @torch.no_grad()
 def perturb_rows(out: Tensor, source: Tensor, dist: Distribution, terms: Sequence[Term], leaf: int, rows: Tensor) -> None:
-    """``out[j] = source[rows[j]] + Σ_k c_k z_k``, the noise being that of the row of the source."""
+    """``out[j] = source[j] + Σ_k c_k z_k``, the noise being that of row ``rows[j]`` of the leaf."""
     width = source.shape[1]
     count = max(1, CHUNK // max(1, width))
     for at in range(0, rows.numel(), count):
@@ -74,7 +74,7 @@ def perturb_rows(out: Tensor, source: Tensor, dist: Distribution, terms: Sequenc
         for k, (key, coefficient) in enumerate(terms):
             z = elements(dist, key, leaf, piece * width, width, key.query) * coefficient
             noise = noise + z if k else z
-        out[at : at + count].copy_(source[piece].to(working_dtype(source.dtype)) + noise)
+        out[at : at + count].copy_(source[at : at + count].to(working_dtype(source.dtype)) + noise)
 
 
 @torch.no_grad()

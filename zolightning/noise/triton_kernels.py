@@ -97,11 +97,11 @@ def perturb_rows(
     out, source, rows, terms, coefficients, count, leaf, width, length,
     kind: tl.constexpr, narrow_in: tl.constexpr, narrow_out: tl.constexpr, size: tl.constexpr,
 ):  # fmt: skip
-    """:func:`perturb` of rows of a matrix."""
+    """:func:`perturb` of rows of a matrix, given one after another."""
     at = _begin(size) + tl.arange(0, size)
     inside = at < length
     place = tl.load(rows + at // width, mask=inside, other=0) * width + at % width
-    value = _read(source, place, inside, narrow_in) + sum_at(place, kind, terms, coefficients, count, leaf)
+    value = _read(source, at, inside, narrow_in) + sum_at(place, kind, terms, coefficients, count, leaf)
     _write(out, at, inside, value, narrow_out)
 
 

@@ -7,6 +7,7 @@ from .export import export
 from .files import OffloadError
 from .notes import resume
 from .options import Offload
+from .parts import entries_of, rows_together
 from .pretrained import from_pretrained
 from .residency import StoredParameter, bind, move, stored
 from .store import Store
@@ -25,10 +26,12 @@ __all__ = [
     "Walk",
     "attach",
     "bind",
+    "entries_of",
     "export",
     "from_pretrained",
     "left_in_memory",
     "move",
     "resume",
+    "rows_together",
     "stored",
 ]

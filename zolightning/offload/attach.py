@@ -10,9 +10,9 @@ from torch import nn
 from ..space.together import SMALL
 from ..space.view import compiled_regions
 from .disk import DiskTier
-from .entry import Entry
 from .files import OffloadError
 from .options import Offload
+from .parts import entries_of, rows_together
 from .residency import StoredParameter, bind, move, stored
 from .store import Store
 from .tiers import HostTier, Tier
@@ -53,12 +53,14 @@ def attach(module: nn.Module, options: Offload, device: torch.device, folder: Pa
         tier.check_space(
             sum(p.nbytes for p in large.values() if p.requires_grad and type(p) in (nn.Parameter, StoredParameter))
         )
+    rows = rows_together(module)
     for name, parameter in large.items():
         if type(parameter) is nn.Parameter:
-            tier.keep(name, parameter.detach())
-            entry = Entry(name, parameter.shape, parameter.dtype, device)
-            bind(parameter, entry, store)
-            store.add(entry)
+            entries = entries_of(name, parameter, device, rows.get(name))
+            for entry, weights in zip(entries, torch.split(parameter.detach(), entries[0].shape[0]), strict=True):
+                tier.keep(entry.name, weights)
+                store.add(entry)
+            bind(parameter, entries, store)
     move(module.parameters(), device)
     if not store.vectors:
         here = {name: p for name, p in module.named_parameters() if name not in large}

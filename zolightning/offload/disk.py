@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from .files import DTYPES, PAGE, Extent, File, OffloadError, own_pages, pages, shaped, whole_pages
+from .files import DTYPES, PAGE, Extent, File, OffloadError, Source, own_pages, pages, shaped, whole_pages
 from .tiers import Tier
 
 _TABLE, _BEFORE = "weights.json", "weights-before.json"
@@ -46,7 +46,7 @@ class DiskTier(Tier):
     a process that dies at any moment leaves the weights of its last checkpoint whole.
 
     Args:
-        base: name → its place before training; these files are never written to.
+        base: name → its bytes before training; these files are never written to.
         dtypes: name → the dtype that it is trained in, where that is another than the stored one.
         folder: of the work files; it is made with the first write.
         numbered: where another run works in the folder, take ``FOLDER-2``, ``FOLDER-3``, … instead.
@@ -54,7 +54,7 @@ class DiskTier(Tier):
 
     def __init__(
         self,
-        base: Mapping[str, Extent] | None = None,
+        base: Mapping[str, Source] | None = None,
         dtypes: Mapping[str, torch.dtype] | None = None,
         folder: Path | None = None,
         numbered: bool = False,
@@ -62,7 +62,7 @@ class DiskTier(Tier):
         super().__init__()
         self.folder, self.numbered = folder, numbered
         self._base, self._dtypes = dict(base or {}), dict(dtypes or {})
-        self._files = {path: File(path) for path in sorted({extent.file for extent in self._base.values()})}
+        self._files = {path: File(path) for path in sorted({run.file for source in self._base.values() for run in source.runs})}
         self._work: list[File] = []
         self._locks: dict[Path, FileLock] = {}
         self._rooms: dict[str, _Room] = {}
@@ -80,14 +80,20 @@ class DiskTier(Tier):
         if name in self._now:
             room = self._rooms[name]
             return self._load(self._work[self._now[name]], room)
-        extent = self._base[name]
-        at = extent.offset // PAGE * PAGE
-        tensor = self._load(self._files[extent.file], _Room(at, extent.offset - at, extent.shape, extent.dtype))
-        wanted = self._dtypes.get(name, extent.dtype)
-        if wanted == extent.dtype:
-            return tensor
-        raw = pages(whole_pages(tensor.numel() * wanted.itemsize))
-        return shaped(raw, 0, extent.shape, wanted).copy_(tensor)
+        source = self._base[name]
+        runs, wanted = source.runs, self._dtypes.get(name, source.runs[0].dtype)
+        if len(runs) == 1 and wanted == runs[0].dtype:
+            return self._run(runs[0]).view(source.shape)
+        out = shaped(pages(whole_pages(math.prod(source.shape) * wanted.itemsize)), 0, source.shape, wanted)
+        at, flat = 0, out.view(-1)
+        for run in runs:
+            piece = self._run(run)
+            flat[at : (at := at + piece.numel())] = piece
+        return out
+
+    def _run(self, run: Extent) -> Tensor:
+        at = run.offset // PAGE * PAGE
+        return self._load(self._files[run.file], _Room(at, run.offset - at, (math.prod(run.shape),), run.dtype))
 
     def _load(self, file: File, room: _Room) -> Tensor:
         raw = pages(room.length)
@@ -121,7 +127,7 @@ class DiskTier(Tier):
         room = _Room(self._base_end, 0, tuple(tensor.shape), tensor.dtype)
         self._files[path].write(room.start, _page_image(tensor, room))
         self._base_end += room.length
-        self._base[name] = Extent(path, room.start, room.shape, room.dtype)
+        self._base[name] = Source.of(Extent(path, room.start, room.shape, room.dtype))
         self._now.pop(name, None)
 
     # ------------------------------------------------------------------ all of them

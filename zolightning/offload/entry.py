@@ -1,4 +1,4 @@
-"""A stored weight: the facts about it wherever its bytes are, and its tensors while it is in memory."""
+"""A stored weight, or some rows of one: the facts about it wherever its bytes are, and its tensors while it is in memory."""
 
 from __future__ import annotations
 
@@ -39,19 +39,21 @@ class Update(NamedTuple):
 
 @dataclass(eq=False)
 class Entry:
-    """A stored weight.
+    """A stored weight, or some rows of one.
 
     Args:
-        name: the parameter's, in its module.
-        shape: of the weight.
+        name: the parameter's, in its module, with the rows' numbers where there are others.
+        shape: of the weight, or of these rows.
         dtype: that it has in memory.
         device: where operations read it.
+        first: place of its first element in the parameter.
     """
 
     name: str
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+    first: int = 0
     mark: bytes = b""
     """Names the last update that the tier's bytes have."""
     log: list[Update] = field(default_factory=list)
@@ -62,6 +64,11 @@ class Entry:
     """Entries of it that are no tensors."""
     state_bytes: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def parameter(self) -> str:
+        """The parameter's name."""
+        return self.name.partition("[")[0]
 
     @property
     def nbytes(self) -> int:

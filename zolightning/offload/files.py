@@ -68,6 +68,34 @@ class Extent(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class Source(NamedTuple):
+    """A weight's bytes, which lie one run after another.
+
+    Args:
+        runs: of its elements, in their order.
+        shape: of the weight.
+    """
+
+    runs: tuple[Extent, ...]
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, extent: Extent) -> Source:
+        """A whole tensor's."""
+        return cls((extent,), extent.shape)
+
+    def part(self, first: int, shape: tuple[int, ...]) -> Source:
+        """That of the elements from ``first`` on, in this shape."""
+        found, at, end = [], 0, first + math.prod(shape)
+        for run in self.runs:
+            count = math.prod(run.shape)
+            low, high = max(first - at, 0), min(end - at, count)
+            if low < high:
+                found.append(run._replace(offset=run.offset + low * run.dtype.itemsize, shape=(high - low,)))
+            at += count
+        return Source(tuple(found), shape)
+
+
 def pages(nbytes: int) -> Tensor:
     """So many bytes that start on a page, given back to the system with the tensor.
 

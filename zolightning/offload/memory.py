@@ -58,7 +58,7 @@ class Memory:
         if slot.tensor._version != slot.seen:
             slot.seen = slot.tensor._version
             raise OffloadError(
-                f"{entry.name!r} was written to by something else than the optimizer while its weights are offloaded; the "
+                f"{entry.parameter!r} was written to by something else than the optimizer while its weights are offloaded; the "
                 "change would be lost. Change weights before `fit` begins, or train without offload"
             )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from torch.overrides import TorchFunctionMode
 from ..space.together import SMALL
 from .disk import DiskTier
 from .entry import Entry
-from .files import Extent, OffloadError, extents
+from .files import Extent, OffloadError, Source, extents
+from .fused import sources
+from .parts import entries_of, rows_together
 from .residency import bind
 from .store import Store
 
@@ -28,6 +30,8 @@ def from_pretrained(model_class: Any, source: str | Path, *, dtype: torch.dtype 
     """A model as ``model_class.from_pretrained(source)`` makes it, but its matrices stay in the files that hold them.
 
     The files are only read. Parameters of at most 65,536 weights, buffers, and parameters that the files lack are in memory.
+    The experts of a mixture are computed one by one (transformers' ``experts_implementation="eager"``), so that those to which
+    no token goes are not read.
 
     Args:
         model_class: an Auto class of transformers (``AutoModelForCausalLM``), or a model's own.
@@ -40,7 +44,7 @@ def from_pretrained(model_class: Any, source: str | Path, *, dtype: torch.dtype 
     """
     transformers = sys.modules[model_class.__module__.partition(".")[0]]  # whose class it is
     folder = Path(source) if Path(source).is_dir() else snapshot(str(source))
-    settings = transformers.AutoConfig.from_pretrained(folder, **config)
+    settings = transformers.AutoConfig.from_pretrained(folder, **{"experts_implementation": "eager", **config})
     if getattr(settings, "quantization_config", None) is not None:
         raise OffloadError(f"offload does not stream the quantised weights of {source} yet; use the model's plain weights")
     files = shards(folder)
@@ -52,14 +56,17 @@ def from_pretrained(model_class: Any, source: str | Path, *, dtype: torch.dtype 
         with _hollow():
             model = make(settings, dtype=dtype)
     model.tie_weights()
-    places, missing = _places(model, files, source)
+    found = sources(model, files)
+    places, missing = _places(model, found, source)
     _initialise(model, missing)
-    dtypes = {name: model.get_parameter(name).dtype for name in places}
-    tier = DiskTier(places, dtypes)
+    rows = rows_together(model)
+    entries = {name: entries_of(name, model.get_parameter(name), _CPU, rows.get(name)) for name in places}
+    parts = {part.name: places[name].part(part.first, tuple(part.shape)) for name in places for part in entries[name]}
+    tier = DiskTier(parts, {part.name: part.dtype for some in entries.values() for part in some})
     store = Store(tier)
-    for name in places:
-        _fill(model, name, tier, store)
-    _load_buffers(model, files)
+    for name, some in entries.items():
+        _fill(model, name, some, tier, store)
+    _load_buffers(model, found)
     model.name_or_path = str(source)
     return model.eval()
 
@@ -115,8 +122,8 @@ class _Large(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _places(model: Any, files: Mapping[str, Extent], source: str | Path) -> tuple[dict[str, Extent], list[str]]:
-    """Parameter → its place, and the parameters that have none."""
+def _places(model: Any, files: Mapping[str, Source], source: str | Path) -> tuple[dict[str, Source], list[str]]:
+    """Parameter → its bytes, and the parameters that have none."""
     prefix = f"{model.base_model_prefix}."
     aliases: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -131,7 +138,7 @@ def _places(model: Any, files: Mapping[str, Extent], source: str | Path) -> tupl
         used.update(keys)
         if files[key].shape != tuple(parameter.shape):
             raise OffloadError(
-                f"{key!r} is {list(files[key].shape)} in {files[key].file}, but the model's {name!r} is "
+                f"{key!r} is {list(files[key].shape)} in {files[key].runs[0].file}, but the model's {name!r} is "
                 f"{list(parameter.shape)}: these are another model's weights"
             )
         places[name] = files[key]
@@ -158,12 +165,12 @@ def _initialise(model: Any, missing: list[str]) -> None:
     warnings.warn(f"new weights, which the files lack: {', '.join(missing)}; train them", stacklevel=3)
 
 
-def _fill(model: nn.Module, name: str, tier: DiskTier, store: Store) -> None:
+def _fill(model: nn.Module, name: str, entries: Sequence[Entry], tier: DiskTier, store: Store) -> None:
     parameter = model.get_parameter(name)
     if parameter.numel() > SMALL:
-        entry = Entry(name, parameter.shape, parameter.dtype, _CPU)
-        store.add(entry)
-        bind(parameter, entry, store)
+        for entry in entries:
+            store.add(entry)
+        bind(parameter, entries, store)
     else:
         _replace(model, name, nn.Parameter(tier.read(name).clone(), parameter.requires_grad))
 
@@ -177,7 +184,7 @@ def _replace(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
                 module._parameters[key] = parameter
 
 
-def _load_buffers(model: Any, files: Mapping[str, Extent]) -> None:
+def _load_buffers(model: Any, files: Mapping[str, Source]) -> None:
     prefix = f"{model.base_model_prefix}."
     for name, buffer in model.named_buffers():
         key = next((k for k in (name, name.removeprefix(prefix), prefix + name) if k in files), None)

@@ -51,6 +51,7 @@ class Store:
         self._memory = Memory(Forecast([]))
         self._loading: set[Entry] = set()
         self._held: dict[Hashable, tuple[Entry, ...]] = {}  # by who reads: a thread, or a walk of several
+        self._lent: dict[Entry, Slot] = {}
         self._urgent = 0
         self._workers = Workers()
         self._changed = self._workers.changed
@@ -90,6 +91,7 @@ class Store:
             OffloadError, OSError: they cannot be had, or were written into.
         """
         self._workers.check()
+        self._refuse_written()
         walk, wanted = walking(), tuple(entries)
         if walk is not None:
             walk.ask(wanted)
@@ -116,6 +118,23 @@ class Store:
                 self._memory.refuse_written(entry, slot)
             self._changed.notify_all()
 
+    def lend(self, entry: Entry, copy: Tensor) -> Tensor:
+        """Notice if somebody writes into this copy of a weight: the change would be lost. It is kept by nobody here.
+
+        Args:
+            entry: the first of the weight's.
+            copy: of all of it.
+        """
+        self._refuse_written()
+        watched = copy.detach()  # has the version of the copy
+        watched.data = copy.new_empty(0)
+        self._lent[entry] = Slot(watched, {}, 0)
+        return copy
+
+    def _refuse_written(self) -> None:
+        for entry, slot in list(self._lent.items()):
+            self._memory.refuse_written(entry, slot)
+
     def defer(self, change: Change, leaves: Mapping[Entry, Leaf], mark: bytes = b"") -> None:
         """Note an update, which the next read of an entry applies.
 
@@ -137,6 +156,7 @@ class Store:
             OffloadError, OSError: the tier does not take it.
         """
         self.let_go()
+        self._refuse_written()
         for entry in self.entries:
             if entry.log:
                 self.hold([entry])
@@ -284,7 +304,7 @@ class Store:
             weight = nn.Parameter(slot.tensor.data)  # another Parameter: nobody else sees it half-way
             try:
                 for update in todo:
-                    slot.state = update.change(update.leaves[entry].on(weight), slot.state)
+                    slot.state = update.change(update.leaves[entry].on(weight, entry.first), slot.state)
             except BaseException:
                 with self._changed:  # the tier's bytes and the noted updates make the entry anew
                     self._memory.discard(entry, slot)

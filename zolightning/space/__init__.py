@@ -5,7 +5,7 @@ from .compute import Rounds, compute_with
 from .cycle import Cycle, Turn
 from .dominant import dominant_block
 from .group_leaf import GroupLeaf, arrange, deal
-from .leaf import DenseLeaf, Leaf, keep_
+from .leaf import DenseLeaf, Leaf, block_rows, keep_
 from .outer_leaf import LowRankLeaf, Rank1Leaf
 from .probe import Both
 from .scale_leaf import AbsoluteScaleLeaf, RelativeScaleLeaf, RowScaleLeaf, ScaleLeaf
@@ -57,6 +57,7 @@ __all__ = [
     "Turn",
     "View",
     "arrange",
+    "block_rows",
     "blocks",
     "build_view",
     "compute_with",

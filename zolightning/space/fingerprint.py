@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
 
 import torch
 from torch import Tensor
 
 from ..noise import mixed_sum
+from .leaf import block_rows
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -39,14 +40,34 @@ def combined(hashes: Mapping[str, str]) -> str:
 
 def _sum(tensor: Tensor) -> int:
     """Of the tensor's bytes in row-major order, the last word filled up with zeros."""
-    flat = tensor.detach().reshape(-1)
+    total = first = 0
+    data = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    for rows in _runs(tensor):
+        data = _bytes(rows)
+        words = data[: data.numel() // 8 * 8]
+        total += mixed_sum(words.view(torch.int64), first)
+        first += words.numel() // 8
+    left = data[data.numel() // 8 * 8 :]
+    tail = torch.zeros(8, dtype=torch.uint8, device=data.device)
+    tail[: left.numel()] = left
+    return (total + mixed_sum(tail.view(torch.int64), first)) % (1 << 64)
+
+
+def _runs(tensor: Tensor) -> Iterator[Tensor]:
+    """Its rows, some at a time, of which all but the last fill whole words: no more of an offloaded one is read at once."""
+    step = block_rows(tensor.shape) if tensor.dim() > 1 and tensor.numel() and tensor.device.type == "cpu" else 0
+    if not step or step == len(tensor):
+        yield tensor.detach()
+        return
+    if tensor.nbytes // len(tensor) % 8:
+        step += -step % 8
+    for row in range(0, len(tensor), step):
+        yield tensor[row : row + step].detach()
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    flat = tensor.reshape(-1)
     if flat.stride(0) != 1:  # also of one element or none
         flat = flat.clone(memory_format=torch.contiguous_format)
     data = flat.view(torch.uint8)
-    whole = data.numel() // 8 * 8
-    words = data[:whole]
-    if words.storage_offset() % 8:  # a view into another tensor's memory
-        words = words.clone()
-    tail = torch.zeros(8, dtype=torch.uint8, device=data.device)
-    tail[: data.numel() - whole] = data[whole:]
-    return (mixed_sum(words.view(torch.int64)) + mixed_sum(tail.view(torch.int64), whole // 8)) % (1 << 64)
+    return data.clone() if data.storage_offset() % 8 else data  # a view into another tensor's memory

@@ -50,7 +50,8 @@ class GroupLeaf(Leaf):
     ) -> None:
         super().__init__(name, index, parameter, distribution)
         self.queries, self.begin, self.end, self.redraw = int(queries), float(begin), float(end), int(redraw)
-        self.kept = parameter.numel() if kept is None else int(kept)
+        self._count = parameter.numel()
+        self.kept = self._count if kept is None else int(kept)
 
     @property
     def settings(self) -> dict[str, float]:
@@ -69,7 +70,7 @@ class GroupLeaf(Leaf):
         """The direction that moves each of these elements in the key's step, int64; -1: none."""
         step, shift = self._order(key)
         elements = torch.arange(start, start + length, device=self.parameter.device)
-        return self._direction((elements * step + shift) % max(self.parameter.numel(), 1))
+        return self._direction((elements * step + shift) % max(self._count, 1))
 
     def members(self, key: Key) -> Tensor:
         """The elements that the key's direction moves, int64: as many steps as there are of them, not of weights."""
@@ -77,11 +78,11 @@ class GroupLeaf(Leaf):
         low, high = (0, self.kept) if self.still else (math.floor(query / width) - 2, math.ceil((query + 1) / width) + 2)
         places = torch.arange(max(0, low), max(0, low, min(self.kept, high)), device=self.parameter.device)
         step, shift = self._order(key)
-        inverse = pow(step, -1, self.parameter.numel()) if step > 1 else 1
-        return (places[self._direction(places) == key.query] - shift) * inverse % max(self.parameter.numel(), 1)
+        inverse = pow(step, -1, self._count) if step > 1 else 1
+        return (places[self._direction(places) == key.query] - shift) * inverse % max(self._count, 1)
 
     def _order(self, key: Key) -> tuple[int, int]:
-        return _order(Key(key.seed, key.step // self.redraw), self.index, max(self.parameter.numel(), 1))
+        return _order(Key(key.seed, key.step // self.redraw), self.index, max(self._count, 1))
 
     def _direction(self, place: Tensor) -> Tensor:
         width = (self.end - self.begin) / max(self.kept, 1)
@@ -90,16 +91,17 @@ class GroupLeaf(Leaf):
         return group.masked_fill_(place >= self.kept, -1)
 
     def perturb_into(self, out: Tensor, terms: Sequence[Term], first_row: int = 0) -> None:
-        weight = self.parameter.detach()
-        whole = weight.is_contiguous() and out.shape == weight.shape and weight.dtype != torch.float64  # noise is float32's
+        stored = self.parameter
+        whole = stored.is_contiguous() and out.shape == stored.shape and stored.dtype != torch.float64  # noise is float32's
         if len(terms) != 1 or not whole:
             super().perturb_into(out, terms, first_row)
             return
+        weight = stored.detach()
         (key, coefficient), members = terms[0], self.members(terms[0].key)
         out.copy_(weight)
         moved = torch.empty(members.numel(), 1, dtype=out.dtype, device=out.device)
         term = Term(key._replace(query=0), math.sqrt(self.queries) * coefficient)
-        perturb_rows(moved, weight.view(-1, 1), self.distribution, [term], self.index, members)
+        perturb_rows(moved, weight.view(-1, 1)[members], self.distribution, [term], self.index, members)
         out.view(-1)[members] = moved.view(-1)
 
     def noise(self, terms: Sequence[Term], start: int, length: int) -> Tensor:

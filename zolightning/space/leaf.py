@@ -29,6 +29,13 @@ from .cycle import Turn
 HEAD_BLOCK = 1 << 21  # elements of a weight built at once: a vocabulary-sized head goes through in row blocks
 
 
+def block_rows(shape: Sequence[int], elements: int = HEAD_BLOCK) -> int:
+    """Rows of a matrix that are built at once: all, or as many as have so many elements."""
+    count, columns = shape[0], math.prod(shape[1:])
+    step = count if count * columns <= elements else max(1, elements // columns)
+    return step - step % 128 if 128 < step < count else step  # a GPU's products of other widths take twice as long
+
+
 class Scratch:
     """One reusable buffer for the perturbed weight of the operation that runs now.
 
@@ -55,11 +62,8 @@ class Scratch:
 
     def row_blocks(self, weight: Tensor, copies: int = 1) -> list[tuple[int, int]]:
         """(first row, rows) of the blocks that a weight is built in, ``copies`` of them at once."""
-        count, columns = weight.shape
-        elements = max(HEAD_BLOCK, self._trained // 64 if weight.is_cuda else 0) // copies
-        step = count if count * columns <= elements else max(1, elements // columns)
-        if 128 < step < count:  # a GPU's products of other widths than multiples of a few numbers take twice as long
-            step -= step % 128
+        count = len(weight)
+        step = block_rows(weight.shape, max(HEAD_BLOCK, self._trained // 64 if weight.is_cuda else 0) // copies)
         return [(0, count)] if step == count else [(row, min(step, count - row)) for row in range(0, count, step)]
 
     def release(self) -> None:
@@ -91,10 +95,12 @@ class Leaf(ABC):
         self.name, self.index, self.parameter, self.distribution = name, index, parameter, distribution
         self.turn: Turn | None = None
         """Which steps it takes part in; None: all."""
+        self.first = 0
+        """Place of the parameter's first element in the leaf: not 0 in a later part, see :meth:`on`."""
 
     @abstractmethod
     def noise(self, terms: Sequence[Term], start: int, length: int) -> Tensor:
-        """Σ_k c_k z_k over elements ``start … start + length``, row-major, in the leaf's working dtype."""
+        """Σ_k c_k z_k over elements ``start … start + length`` of the leaf, row-major, in its working dtype."""
 
     @property
     def per_example(self) -> bool:
@@ -111,18 +117,22 @@ class Leaf(ABC):
         return self.turn is None or self.turn.now(key)
 
     def fixed(self, start: int, length: int) -> Tensor | None:
-        """Which of these elements an update must leave as they are, as booleans; None: no element."""
+        """Which of these elements of the parameter an update must leave as they are, as booleans; None: no element."""
         return None
 
     def perturb_into(self, out: Tensor, terms: Sequence[Term], first_row: int = 0) -> None:
         """out = cast(W[rows] + Σ_k c_k z_k): ``out`` is contiguous and holds whole rows from ``first_row`` on."""
-        weight = self.parameter.detach()
-        rows = weight[first_row : first_row + out.shape[0]] if weight.dim() else weight
-        offset = first_row * math.prod(weight.shape[1:])
+        rows = self.stored(out.shape, first_row)
+        offset = first_row * math.prod(rows.shape[1:])
         flat = out.view(-1)
         for start, piece in pieces(rows):
             source = piece.to(working_dtype(piece.dtype)).reshape(-1)
             flat[start : start + piece.numel()] = source + self.noise(terms, offset + start, piece.numel())
+
+    def stored(self, shape: torch.Size, first_row: int) -> Tensor:
+        """The weight's rows from ``first_row`` on, of that shape: of an offloaded weight no others are read."""
+        weight = self.parameter
+        return (weight if shape == weight.shape else weight[first_row : first_row + shape[0]]).detach()
 
     def perturbed(self, terms: Sequence[Term]) -> Tensor:
         """W + Σ_k c_k z_k in the stored dtype, in new memory."""
@@ -136,7 +146,7 @@ class Leaf(ABC):
         out = torch.empty(weight.shape, dtype=working_dtype(weight.dtype), device=weight.device)
         flat = out.view(-1)
         for start, piece in pieces(out):
-            flat[start : start + piece.numel()] = self.noise(terms, start, piece.numel())
+            flat[start : start + piece.numel()] = self.noise(terms, self.first + start, piece.numel())
         return out
 
     def sgd_(self, terms: Sequence[Term], lr: float, weight_decay: float, key: Key) -> None:
@@ -145,7 +155,7 @@ class Leaf(ABC):
         Low-precision weights are updated in float32 and rounded stochastically by ``key``.
         """
         for start, piece in pieces(self.parameter.detach()):
-            step = self.noise(terms, start, piece.numel()).view(piece.shape)
+            step = self.noise(terms, self.first + start, piece.numel()).view(piece.shape)
             fixed = self.fixed(start, piece.numel())
             before = None if fixed is None else piece.clone()
             exact = piece.to(working_dtype(piece.dtype))  # the piece itself where that is its dtype
@@ -153,7 +163,7 @@ class Leaf(ABC):
                 step = step.add(exact, alpha=weight_decay)
             exact = exact.add_(step, alpha=-lr)
             if exact.dtype != piece.dtype:
-                stochastic_round_(piece, exact, key, self.index, start)
+                stochastic_round_(piece, exact, key, self.index, self.first + start)
             if fixed is not None and before is not None:
                 keep_(piece, before, fixed)
 
@@ -176,12 +186,22 @@ class Leaf(ABC):
 
     def rows(self, indices: Tensor, terms: Sequence[Term]) -> Tensor:
         """(W + Σ_k c_k z_k)[indices], negative ones counted from the end."""
-        return self.perturbed(terms)[indices]
+        if indices.dim() or self.parameter.dim() < 2:
+            return self.perturbed(terms)[indices]
+        row = range(len(self.parameter))[int(indices)]
+        out = torch.empty(1, *self.parameter.shape[1:], dtype=self.parameter.dtype, device=self.parameter.device)
+        self.perturb_into(out, terms, row)
+        return out[0]
 
-    def on(self, parameter: nn.Parameter) -> Leaf:
-        """The same leaf, of another Parameter that holds the same weights."""
+    def on(self, parameter: nn.Parameter, first: int = 0) -> Leaf:
+        """The same leaf, of another Parameter that holds the same weights, or whole rows of them, to be updated.
+
+        Args:
+            parameter: the other.
+            first: place of its first element in the leaf.
+        """
         twin = copy.copy(self)
-        twin.parameter = parameter
+        twin.parameter, twin.first = parameter, first
         return twin
 
     def __repr__(self) -> str:
@@ -209,12 +229,10 @@ class DenseLeaf(Leaf):
         return total.to(working_dtype(weight.dtype))
 
     def perturb_into(self, out: Tensor, terms: Sequence[Term], first_row: int = 0) -> None:
-        weight = self.parameter.detach()
+        weight = self.stored(out.shape, first_row)
         if not weight.is_contiguous():
             super().perturb_into(out, terms, first_row)
             return
-        if out.shape != weight.shape:
-            weight = weight[first_row : first_row + out.shape[0]]
         perturb(out, weight, self.distribution, terms, self.index, first_row * math.prod(weight.shape[1:]))
 
     def linear_both(self, x: Tensor, plus: Tensor | None, minus: Tensor | None, term: Term, scratch: Scratch) -> Tensor:
@@ -235,17 +253,22 @@ class DenseLeaf(Leaf):
         if not weight.is_contiguous():
             super().sgd_(terms, lr, weight_decay, key)
             return
-        sgd_(weight.view(-1), self.distribution, terms, self.index, 0, lr, weight_decay, key)
+        sgd_(weight.view(-1), self.distribution, terms, self.index, self.first, lr, weight_decay, key)
 
     def rows(self, indices: Tensor, terms: Sequence[Term]) -> Tensor:
-        weight = self.parameter.detach()
-        if weight.dim() != 2 or not weight.is_contiguous():
+        weight = self.parameter
+        if weight.dim() < 2:
             return super().rows(indices, terms)
         rows = indices.reshape(-1).to(weight.device, torch.int64)
         rows = torch.where(rows < 0, rows + weight.shape[0], rows)
-        out = torch.empty(rows.numel(), weight.shape[1], dtype=weight.dtype, device=weight.device)
-        perturb_rows(out, weight, self.distribution, terms, self.index, rows)
-        return out.view(*indices.shape, weight.shape[1])
+        stored = weight[rows].detach().reshape(rows.numel(), math.prod(weight.shape[1:])).contiguous()
+        return self.moved_rows(stored, rows, terms).view(*indices.shape, *weight.shape[1:])
+
+    def moved_rows(self, stored: Tensor, rows: Tensor, terms: Sequence[Term]) -> Tensor:
+        """The leaf's rows of these numbers at the point, given as they are stored, (n, columns)."""
+        out = torch.empty_like(stored)
+        perturb_rows(out, stored, self.distribution, terms, self.index, rows)
+        return out
 
 
 def keep_(now: Tensor, before: Tensor, fixed: Tensor) -> None:

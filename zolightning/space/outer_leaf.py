@@ -87,11 +87,17 @@ class OuterLeaf(Leaf, ABC):
         return out.add_(F.linear(F.linear(x, right.to(x.dtype)), left.T.to(x.dtype)))
 
     def gradient(self, terms: Sequence[Term]) -> Tensor:
+        if not self._is_whole:
+            return super().gradient(terms)
         return outer_sum(*self.products(terms)).view(self.parameter.shape)
+
+    @property
+    def _is_whole(self) -> bool:
+        return self.parameter.numel() == self._height * self._columns
 
     def sgd_(self, terms: Sequence[Term], lr: float, weight_decay: float, key: Key) -> None:
         weight = self.parameter.detach()
-        if weight.is_contiguous():
+        if weight.is_contiguous() and self._is_whole:
             matrix = weight.view(self._height, self._columns)
             outer_sgd_(matrix, *self.products(terms), self.index, lr, weight_decay, key)
         else:
@@ -183,11 +189,9 @@ class LowRankLeaf(OuterLeaf):
         return torch.cat(left).to(dtype), torch.cat(right).to(dtype)
 
     def rows(self, indices: Tensor, terms: Sequence[Term]) -> Tensor:
-        weight = self.parameter.detach()
-        if weight.dim() != 2:
-            return super().rows(indices, terms)
+        stored = self.parameter[indices].detach()
         left, right = self.products(terms)
         noise = torch.zeros((), dtype=left.dtype, device=left.device)
         for u, v in zip(left, right, strict=True):
             noise = noise + u[indices][..., None] * v
-        return (weight[indices].to(left.dtype) + noise).to(weight.dtype)
+        return (stored.to(left.dtype) + noise.view(stored.shape)).to(stored.dtype)

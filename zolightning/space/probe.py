@@ -131,9 +131,11 @@ class Probe(TorchFunctionMode):
             if func is F.layer_norm or func is F.rms_norm:
                 return self._norm(func, *args, **kwargs)
         elif isinstance(self.point, Shared) and func is _T.__getitem__ and not torch.is_grad_enabled():
-            leaf = self._leaf(args[0])
-            if leaf is not None and _is_row_index(args[1]):
-                return leaf.rows(args[1], self.point.terms)
+            leaf, index = self._leaf(args[0]), args[1]
+            if leaf is not None and type(index) is int and args[0].dim() > 1:  # an expert of a mixture, for one
+                index = torch.tensor(index)
+            if leaf is not None and _is_row_index(index):
+                return leaf.rows(index, self.point.terms)
         return self._elsewhere(func, args, kwargs)
 
     def _both(self, func: Operation, types: Types, args: Args, kwargs: Kwargs) -> Tensor:

@@ -52,17 +52,15 @@ class SparseLeaf(DenseLeaf):
         return self.parameter.detach().reshape(-1)[start : start + length].abs() > self.threshold
 
     def noise(self, terms: Sequence[Term], start: int, length: int) -> Tensor:
-        return super().noise(terms, start, length).masked_fill_(self.fixed(start, length), 0.0)
+        return super().noise(terms, start, length).masked_fill_(self.fixed(start - self.first, length), 0.0)
 
     def perturb_into(self, out: Tensor, terms: Sequence[Term], first_row: int = 0) -> None:
-        weight = self.parameter.detach()
         super().perturb_into(out, terms, first_row)
-        first = first_row * math.prod(weight.shape[1:])
-        keep_large_(out.view(-1), weight.reshape(-1)[first : first + out.numel()], self.threshold)
+        keep_large_(out, self.stored(out.shape, first_row), self.threshold)
 
-    def rows(self, indices: Tensor, terms: Sequence[Term]) -> Tensor:
-        out = super().rows(indices, terms)
-        keep_large_(out, self.parameter.detach()[indices], self.threshold)
+    def moved_rows(self, stored: Tensor, rows: Tensor, terms: Sequence[Term]) -> Tensor:
+        out = super().moved_rows(stored, rows, terms)
+        keep_large_(out, stored, self.threshold)
         return out
 
     def sgd_(self, terms: Sequence[Term], lr: float, weight_decay: float, key: Key) -> None:
@@ -72,7 +70,7 @@ class SparseLeaf(DenseLeaf):
             return
         for start, piece in pieces(weight.view(-1)):
             before = piece.clone()
-            sgd_(piece, self.distribution, terms, self.index, start, lr, weight_decay, key)
+            sgd_(piece, self.distribution, terms, self.index, self.first + start, lr, weight_decay, key)
             keep_large_(piece, before, self.threshold)
 
 

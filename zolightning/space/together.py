@@ -55,7 +55,7 @@ class Vectors:
 
 def descend_(leaves: Sequence[Leaf], terms: Sequence[Term], lr: float, weight_decay: float, key: Key) -> None:
     """:meth:`Leaf.sgd_` of all of them, the dense ones in as few calls as there are dtypes."""
-    dense = [leaf for leaf in leaves if type(leaf) is DenseLeaf and leaf.parameter.is_contiguous()]
+    dense = [leaf for leaf in leaves if type(leaf) is DenseLeaf and leaf.parameter.is_contiguous() and not leaf.first]
     if dense:
         targets, indices = [leaf.parameter.detach().view(-1) for leaf in dense], [leaf.index for leaf in dense]
         sgd_all_(targets, dense[0].distribution, terms, indices, lr, weight_decay, key)

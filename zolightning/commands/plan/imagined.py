@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ...offload import entries_of, rows_together
 from ...space.together import SMALL
 from ..bench.models import ARCHITECTURES, check_name, random_model
 from ..bench.workload import Spec, Workload
@@ -64,9 +65,11 @@ class Imagined(Workload):
         return sum(t.nbytes for t in {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}.values())
 
     @property
-    def matrices(self) -> list[int]:
-        """Bytes of each parameter that offload moves."""
-        return [p.nbytes for p in self.model.parameters() if p.numel() > SMALL]
+    def moved(self) -> list[int]:
+        """Bytes of each matrix, or part of one, that offload moves."""
+        rows, cpu = rows_together(self.model), torch.device("cpu")
+        large = {name: p for name, p in self.model.named_parameters() if p.numel() > SMALL}
+        return [entry.nbytes for name, p in large.items() for entry in entries_of(name, p, cpu, rows.get(name))]
 
 
 def _model(spec: Spec) -> nn.Module:

@@ -100,7 +100,8 @@ def offloaded(spec: Spec, tier: str) -> Need:
     """
     work = Imagined(spec)
     found, forwards = _probed(work)
-    away, pool = sum(work.matrices), 2 * max(work.matrices, default=0)
+    moved = work.moved
+    away, pool = sum(moved), 2 * max(moved, default=0)
     waiting = found.waiting - work.weights if forwards == 2 else 0
     disk = tier == "disk"
     return Need(
