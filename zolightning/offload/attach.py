@@ -21,7 +21,8 @@ from .tiers import HostTier, Tier
 def attach(module: nn.Module, options: Offload, device: torch.device, folder: Path) -> Store:
     """Move the module's matrices to where the options say; those of :func:`from_pretrained` are there already.
 
-    Vectors and other parameters of at most 65,536 weights stay in memory.
+    The codes of bitsandbytes' 4-bit layers go too, and are only read. Vectors and other parameters of at most 65,536 weights
+    stay in memory.
 
     Args:
         module: not on its device yet: its matrices never all are.
@@ -55,7 +56,7 @@ def attach(module: nn.Module, options: Offload, device: torch.device, folder: Pa
         )
     rows = rows_together(module)
     for name, parameter in large.items():
-        if type(parameter) is nn.Parameter:
+        if type(parameter) is nn.Parameter or _are_codes(parameter):
             entries = entries_of(name, parameter, device, rows.get(name))
             for entry, weights in zip(entries, torch.split(parameter.detach(), entries[0].shape[0]), strict=True):
                 tier.keep(entry.name, weights)
@@ -70,6 +71,13 @@ def attach(module: nn.Module, options: Offload, device: torch.device, folder: Pa
 
 def _tier(options: Offload, device: torch.device, folder: Path) -> Tier:
     return HostTier(device) if options.tier == "cpu" else DiskTier(folder=folder, numbered=options.folder is None)
+
+
+def _are_codes(parameter: nn.Parameter) -> bool:
+    """Of bitsandbytes' 4-bit layers, which read them by PyTorch's operations."""
+    kind = type(parameter)
+    named = (kind.__module__.partition(".")[0], kind.__name__) == ("bitsandbytes", "Params4bit")
+    return named and parameter.dtype == torch.uint8 and not parameter.requires_grad
 
 
 def left_in_memory(module: nn.Module) -> dict[str, int]:

@@ -7,29 +7,36 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from .files import Extent, OffloadError, Source
 
 
-def sources(model: Any, files: Mapping[str, Extent]) -> dict[str, Source]:
+def sources(model: Any, files: Mapping[str, Extent], transformers: ModuleType) -> dict[str, Source]:
     """Where the model's tensors are, by their names in it, or by those in the files where nothing is known of them.
+
+    Args:
+        model: whose.
+        files: the tensors that they hold, by name.
+        transformers: the package.
 
     Raises:
         OffloadError: a tensor would have to be computed.
     """
     try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
-    except ImportError:  # before transformers 5, models had the form of their files
+        mapping = import_module(f"{transformers.__name__}.conversion_mapping")
+        loading = import_module(f"{transformers.__name__}.core_model_loading")
+    except ModuleNotFoundError:  # before transformers 5, models had the form of their files
         return {key: Source.of(extent) for key, extent in files.items()}
-    conversions = get_model_conversion_mapping(model)
-    renamings = [c for c in conversions if not isinstance(c, WeightConverter)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    conversions = mapping.get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if not isinstance(c, loading.WeightConverter)]
+    converters = [c for c in conversions if isinstance(c, loading.WeightConverter)]
     found: dict[str, Source] = {}
     stacked: dict[str, dict[str, list[Extent]]] = defaultdict(lambda: defaultdict(list))
-    for key in sorted(files, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters)
+    for key in sorted(files, key=loading.dot_natural_key):
+        name, pattern = loading.rename_source_key(key, renamings, converters)
         if pattern is None:
             found[name] = Source.of(files[key])
         else:

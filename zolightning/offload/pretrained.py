@@ -56,7 +56,7 @@ def from_pretrained(model_class: Any, source: str | Path, *, dtype: torch.dtype 
         with _hollow():
             model = make(settings, dtype=dtype)
     model.tie_weights()
-    found = sources(model, files)
+    found = sources(model, files, transformers)
     places, missing = _places(model, found, source)
     _initialise(model, missing)
     rows = rows_together(model)

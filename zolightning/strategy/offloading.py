@@ -80,9 +80,9 @@ class Offloading(InMemory):
         self._replayed: Replayed | None = None
         for kind, nbytes in left_in_memory(module).items():
             rank_zero_warn(f"offload does not stream {kind} yet: {nbytes / 1e6:.0f} MB of it stay in memory")
-        away = [entry.nbytes for entry in self.store.entries]
+        size = sum(entry.nbytes for entry in self.store.entries)
         rank_zero_info(
-            f"ZO: {len(away)} matrices, {sum(away) / 1e6:.1f} MB, are offloaded to the {options.tier}; up to "
+            f"ZO: {len(self.away)} matrices, {size / 1e6:.1f} MB, are offloaded to the {options.tier}; up to "
             f"{self.store.pool / 1e6:.1f} MB of them are in memory at once"
         )
 
@@ -154,7 +154,8 @@ class Offloading(InMemory):
             store.start()
         lacking = sum(bool(entry.log) for entry in store.entries)
         rank_zero_info(
-            f"ZO: {count} offloaded matrices go on as the last run left them; {lacking} are brought up from their base"
+            f"ZO: {count} offloaded matrices and parts go on as the last run left them; {lacking} are brought up from their "
+            "base"
         )
 
     @torch.no_grad()
