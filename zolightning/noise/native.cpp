@@ -1,10 +1,10 @@
 // The CPU kernels of zolightning.noise: the bits of reference.py, in one pass and without temporaries.
 //
-// Everything works on a *tile* of 1024 elements that stays in the first-level cache: `noise` writes the sum of c_k z_k
-// into it, and one short loop then combines it with the tensor. Every loop is elementwise, so neither the tiling nor
-// the number of threads can change a bit. Compile with -ffp-contract=off and without -ffast-math: each product and each
-// sum is rounded by itself. Loops are plain C++ for the compiler to vectorise; only Philox names vectors, because
-// compilers do not find the 32x32 -> 64 bit product by themselves.
+// Everything works on a *tile* of 2048 elements that stays in the first-level cache. Where z has one direction and the
+// machine has AVX2 or AVX512, noise is made in registers and combined with the tensor there. Elsewhere `noise` writes the
+// sum of c_k z_k into the tile, and one short loop then combines it with the tensor. Every loop is elementwise, so neither
+// the tiling nor the number of threads can change a bit. Compile with -ffp-contract=off and without -ffast-math: each
+// product and each sum is rounded by itself.
 
 #include <algorithm>
 #include <atomic>
@@ -33,8 +33,10 @@ constexpr int WIDTH = 16;
 // Ahead of a loop whose passes are independent although it may work in place.
 #if defined(__clang__)
 #define ELEMENTWISE _Pragma("clang loop vectorize(assume_safety)")
+#define UNROLL_ROUNDS _Pragma("clang loop unroll(full)")
 #else
 #define ELEMENTWISE _Pragma("GCC ivdep")
+#define UNROLL_ROUNDS _Pragma("GCC unroll 10")
 #endif
 
 namespace {
@@ -83,7 +85,7 @@ template <class Body> void parallel_for(i64 total, i64 batch, int threads, const
 // ----------------------------------------------------------------------------------------------------------- Philox
 
 constexpr int LANES = WIDTH / 8; // blocks computed side by side, each word in the low half of a 64-bit lane
-constexpr int TOGETHER = WIDTH == 64 ? 4 : 2; // groups of lanes, as many as the registers hold
+constexpr int TOGETHER = WIDTH >= 32 ? 4 : 2; // groups of lanes: a round waits for the one before it
 typedef u64 Lanes __attribute__((vector_size(WIDTH)));
 
 inline Lanes product(Lanes word, u64 multiplier) { // of the low halves; the high halves may hold anything
@@ -112,12 +114,26 @@ struct Stream {
     u32 k0, k1, leaf, query;
 };
 
+// The low half of each lane of both, as one number.
+inline Lanes halves(Lanes low, Lanes high) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return (Lanes)_mm256_blend_epi32((__m256i)low, (__m256i)(high << 32), 0xAA);
+#else
+    return (low & 0xFFFFFFFFu) | (high << 32);
+#endif
+}
+
 // Words 0, 1 and words 2, 3 of each block, put together in the blocks' order.
 inline void store_blocks(Lanes first, Lanes last, u32* words) {
 #if defined(__AVX512F__)
     const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
     _mm512_storeu_si512(words, _mm512_permutex2var_epi64((__m512i)first, low, (__m512i)last));
     _mm512_storeu_si512(words + 16, _mm512_permutex2var_epi64((__m512i)first, high, (__m512i)last));
+#elif defined(__AVX2__)
+    const __m256i even = _mm256_unpacklo_epi64((__m256i)first, (__m256i)last);
+    const __m256i odd = _mm256_unpackhi_epi64((__m256i)first, (__m256i)last);
+    _mm256_storeu_si256((__m256i*)words, _mm256_permute2x128_si256(even, odd, 0x20));
+    _mm256_storeu_si256((__m256i*)(words + 8), _mm256_permute2x128_si256(even, odd, 0x31));
 #else
     for (int i = 0; i < LANES; ++i) {
         const u64 block[2] = {first[i], last[i]};
@@ -126,24 +142,27 @@ inline void store_blocks(Lanes first, Lanes last, u32* words) {
 #endif
 }
 
-// GROUPS * LANES blocks from `first` on: a round waits for the one before it, so a processor likes several groups at a time.
-template <int GROUPS> inline void group(const Stream& s, Lanes first, const Lanes* k0, const Lanes* k1, u32* words) {
+// GROUPS * LANES blocks, those of the numbers from `low` on whose high half is `top`. The round constants are added first,
+// aside from the way that the next round waits for; what all blocks of a tile have in common, the compiler takes out.
+template <int GROUPS>
+inline void group(const Stream& s, Lanes low, Lanes top, const Lanes* k0, const Lanes* k1, u32* words) {
     Lanes c0[GROUPS], c1[GROUPS], c2[GROUPS], c3[GROUPS];
     for (int g = 0; g < GROUPS; ++g) {
-        c0[g] = first + u64(g * LANES), c1[g] = c0[g] >> 32;
-        c2[g] = (first & 0) + s.leaf, c3[g] = (first & 0) + s.query;
+        c0[g] = low + u64(g * LANES), c1[g] = top;
+        c2[g] = (low & 0) + s.leaf, c3[g] = (low & 0) + s.query;
     }
+    UNROLL_ROUNDS
     for (int round = 0; round < 10; ++round)
         for (int g = 0; g < GROUPS; ++g) {
             const Lanes p0 = product(c0[g], 0xD2511F53u), p1 = product(c2[g], 0xCD9E8D57u);
-            c0[g] = high(p1) ^ c1[g] ^ k0[round], c1[g] = p1;
-            c2[g] = high(p0) ^ c3[g] ^ k1[round], c3[g] = p0;
+            c0[g] = high(p1) ^ (c1[g] ^ k0[round]), c1[g] = p1;
+            c2[g] = high(p0) ^ (c3[g] ^ k1[round]), c3[g] = p0;
         }
     for (int g = 0; g < GROUPS; ++g)
-        store_blocks((c0[g] & 0xFFFFFFFFu) | (c1[g] << 32), (c2[g] & 0xFFFFFFFFu) | (c3[g] << 32), words + 4 * LANES * g);
+        store_blocks(halves(c0[g], c1[g]), halves(c2[g], c3[g]), words + 4 * LANES * g);
 }
 
-// Blocks first ... first + count of a stream, count a multiple of LANES: four words each, in order.
+// Blocks first ... first + count of a stream, which lie in one tile, count a multiple of LANES: four words each, in order.
 void blocks(const Stream& s, u64 first, i64 count, u32* words) {
     Lanes lane, k0[10], k1[10];
     for (int i = 0; i < LANES; ++i) lane[i] = u64(i);
@@ -151,10 +170,11 @@ void blocks(const Stream& s, u64 first, i64 count, u32* words) {
         k0[round] = (lane & 0) + u64(s.k0 + round * 0x9E3779B9u);
         k1[round] = (lane & 0) + u64(s.k1 + round * 0xBB67AE85u);
     }
+    const Lanes top = (lane & 0) + (first >> 32);
     i64 b = 0;
     for (; b + TOGETHER * LANES <= count; b += TOGETHER * LANES)
-        group<TOGETHER>(s, lane + (first + u64(b)), k0, k1, words + 4 * b);
-    for (; b < count; b += LANES) group<1>(s, lane + (first + u64(b)), k0, k1, words + 4 * b);
+        group<TOGETHER>(s, lane + (first + u64(b)), top, k0, k1, words + 4 * b);
+    for (; b < count; b += LANES) group<1>(s, lane + (first + u64(b)), top, k0, k1, words + 4 * b);
 }
 
 // ---------------------------------------------------------------------------------------------------- distributions
@@ -183,35 +203,61 @@ template <bool ADD> void put_rademacher(const u32* words, i64 count, float c, fl
 #endif
 }
 
+// One number or a register of them: the formulas below are written once, for either.
+typedef float Floats __attribute__((vector_size(WIDTH)));
+typedef u32 Words __attribute__((vector_size(WIDTH)));
+typedef int Ints __attribute__((vector_size(WIDTH)));
+typedef float Unaligned __attribute__((vector_size(WIDTH), aligned(4), may_alias)); // in memory: compilers copy by halves
+constexpr int LANE = WIDTH / 4; // numbers of a register
+
+inline float number(u32 integer) { return float(int(integer)); }
+inline Floats number(Words integers) { return __builtin_convertvector((Ints)integers, Floats); }
+inline float root(float x) { return std::sqrt(x); }
+inline Floats root(Floats x) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_sqrt_ps((__m256)x);
+#else
+    for (int i = 0; i < LANE; ++i) x[i] = std::sqrt(x[i]);
+    return x;
+#endif
+}
+inline float choose(u32 highest_bit, float set, float clear) { return int(highest_bit) < 0 ? set : clear; }
+inline Floats choose(Words highest_bit, Floats set, Floats clear) { return (Ints)highest_bit < 0 ? set : clear; }
+
 // distributions._radius: sqrt(-2 ln u) for u = (2 low half + 1) / 2**17
-inline float radius(u32 word) {
-    const u32 u = bits<u32>(float(int((word & 0xFFFFu) * 2u + 1u)) * 0x1p-17f);
-    const int exponent = int(u - 0x3F3504F3u) >> 23; // of u = mantissa * 2**exponent, mantissa in [sqrt(1/2), sqrt(2))
-    const float x = bits<float>(u - (u32(exponent) << 23)) - 1.0f;
-    const float square = x * x; // -2 ln(1 + x) / x by three lines at once, which is faster than one after another
-    const float y = ((0.28674802f * x + -0.44629266f) * square + (0.50928687f * x + -0.66456061f)) * square +
-                    (0.99971165f * x + -2.000024f);
-    return std::sqrt(float(exponent) * -1.3862944f + y * x);
+template <class F, class W> inline F radius(W word) {
+    const W u = bits<W>(number((word & 0xFFFFu) * 2u + 1u) * 0x1p-17f);
+    const W power = (u - 0x3F3504F3u) & 0xFF800000u; // exponent * 2**23, u = mantissa * 2**exponent, mantissa in [sqrt(1/2), sqrt(2))
+    const F x = bits<F>(u - power) - 1.0f;
+    const F square = x * x; // -2 ln(1 + x) / x by three lines at once, which is faster than one after another
+    const F y = ((0.28674802f * x + -0.44629266f) * square + (0.50928687f * x + -0.66456061f)) * square +
+                (0.99971165f * x + -2.000024f);
+    return root(number(power) * (-1.3862944f * 0x1p-23f) + y * x);
 }
 
 // distributions._cos_sin: 13 bits are the angle in (0, pi/4), the three highest choose among its eight images
-inline void cos_sin(u32 word, float& cos, float& sin) {
-    const float angle = float(int((word >> 15 & 0x3FFEu) | 1u)) * float(0.7853981633974483 / 16384.0);
-    const float square = angle * angle;
-    const float sine = (0.00815299f * square + -0.16662834f) * square * angle + angle;
-    const float cosine = ((-0.00135978f * square + 0.04165629f) * square + -0.49999895f) * square + 1.0f;
-    const bool swap = word & (1u << 29);
-    const float c = swap ? sine : cosine, s = swap ? cosine : sine;
-    cos = bits<float>(bits<u32>(c) | (word & 0x80000000u));
-    sin = bits<float>(bits<u32>(s) | (word << 1 & 0x80000000u));
+template <class F, class W> inline void cos_sin(W word, F& cos, F& sin) {
+    const F angle = number((word >> 15 & 0x3FFEu) | 1u) * float(0.7853981633974483 / 16384.0);
+    const F square = angle * angle;
+    const F sine = (0.00815299f * square + -0.16662834f) * square * angle + angle;
+    const F cosine = ((-0.00135978f * square + 0.04165629f) * square + -0.49999895f) * square + 1.0f;
+    cos = bits<F>(bits<W>(choose(word << 2, sine, cosine)) | (word & 0x80000000u));
+    sin = bits<F>(bits<W>(choose(word << 2, cosine, sine)) | (word << 1 & 0x80000000u));
+}
+
+template <class F, class W> inline void normal_pair(W word, float c, F& first, F& second) {
+    F cos, sin;
+    const F r = radius<F>(word);
+    cos_sin(word, cos, sin);
+    first = r * cos * c, second = r * sin * c;
 }
 
 template <bool ADD> void put_gaussian(const u32* words, i64 count, float c, float* tile) {
     for (i64 i = 0; i < count; ++i) {
-        float cos, sin;
-        const float r = radius(words[i]);
-        cos_sin(words[i], cos, sin);
-        const float first = r * cos * c, second = r * sin * c;
+        float first, second;
+        normal_pair(words[i], c, first, second);
         tile[2 * i] = ADD ? tile[2 * i] + first : first;
         tile[2 * i + 1] = ADD ? tile[2 * i + 1] + second : second;
     }
@@ -223,20 +269,29 @@ struct Noise {
     i64 count;
     u32 leaf;
 
+    i64 per_word() const { return kind == RADEMACHER ? 32 : 2; }
+
+    // The words of a term for [begin, end), which lie in one tile: that of e at e % TILE / per_word, and those that one
+    // call of `blocks` makes with them. A query given replaces the term's. Returns the first element.
+    i64 draw(const Term& t, i64 begin, i64 end, u32* words, const i64* query = nullptr) const {
+        const i64 per_block = 4 * per_word(), span = LANES * per_block;
+        const i64 from = begin / span * span, to = (end + span - 1) / span * span;
+        const Stream stream{t.k0, t.k1, leaf, query ? u32(*query) : t.query};
+        blocks(stream, u64(from / per_block), (to - from) / per_block, words + from % TILE / per_word());
+        return from;
+    }
+
     // tile[e % TILE] = sum of c z(e) for e in [begin, end), which lie in one tile; a query given replaces the terms'.
     void operator()(i64 begin, i64 end, float* tile, const i64* query = nullptr) const {
-        const i64 per_block = kind == RADEMACHER ? 128 : 8, span = LANES * per_block;
-        const i64 from = begin / span * span, to = (end + span - 1) / span * span, n = (to - from) / per_block;
-        float* place = tile + from % TILE;
-        if (!count) std::fill(place, place + (to - from), 0.0f);
+        if (!count) std::fill(tile + begin % TILE, tile + begin % TILE + (end - begin), 0.0f);
         u32 words[TILE / 2];
         for (i64 k = 0; k < count; ++k) {
-            const Term& t = terms[k];
-            blocks({t.k0, t.k1, leaf, query ? u32(*query) : t.query}, u64(from / per_block), n, words);
-            if (kind == RADEMACHER)
-                (k ? put_rademacher<true> : put_rademacher<false>)(words, 4 * n, t.coefficient, place);
-            else
-                (k ? put_gaussian<true> : put_gaussian<false>)(words, 4 * n, t.coefficient, place);
+            const i64 from = draw(terms[k], begin, end, words, query), n = (end - from + per_word() - 1) / per_word();
+            float* place = tile + from % TILE;
+            const u32* own = words + from % TILE / per_word();
+            const float c = terms[k].coefficient;
+            if (kind == RADEMACHER) (k ? put_rademacher<true> : put_rademacher<false>)(own, n, c, place);
+            else (k ? put_gaussian<true> : put_gaussian<false>)(own, n, c, place);
         }
     }
 };
@@ -353,65 +408,154 @@ const Bits16* rounding_bits(const Stream& stream, i64 begin, i64 end, u32 (&word
     return reinterpret_cast<const Bits16*>(words) + begin % TILE;
 }
 
-// Ask for what the next tile will read. (A sweep in place is no faster for it.)
-template <class T> inline void prefetch(const T* at) {
-    for (i64 i = TILE; i < 2 * TILE; i += 64 / i64(sizeof(T))) __builtin_prefetch(at + i);
-}
-
 // ------------------------------------------------------------------------------------------------------------ sweeps
 
-// Thirty-two elements at a time, by the machine's own instructions, for as long as they can: each of these gives the bits of
-// the plain loop behind it, and returns how many elements it did.
+template <class W> inline W multiply_add(W x, W y, W z) { // rounded once
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<W, Floats>) return (Floats)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)z);
+    else
+#elif defined(__AVX2__) && defined(__FMA__)
+    if constexpr (std::is_same_v<W, Floats>) return (Floats)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)z);
+    else
+#endif
+        return std::fma(x, y, z);
+}
+
+// a + x * alpha as torch.add rounds it: once where its kernels use fused multiply-add, else twice
+template <bool FUSED, class W> inline W add(W a, W x, W alpha) {
+    if constexpr (FUSED) return multiply_add(x, alpha, a);
+    else return a + x * alpha;
+}
+
+// Thirty-two elements at a time, in registers, for as long as they can: each of these gives the bits of the plain loop
+// behind it, and returns how many elements it did.
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+constexpr int PARTS = 32 / LANE;
+
+struct Wide {
+    Floats part[PARTS];
+};
+
+template <class F, class... W> inline Wide each(const F& f, const W&... values) {
+    Wide result;
+    for (int p = 0; p < PARTS; ++p) result.part[p] = f(values.part[p]...);
+    return result;
+}
+
+inline Floats all(float value) { return value - Floats{}; } // keeps the sign of a zero
+inline Floats sum(Floats a, Floats b) { return a + b; }
+inline Floats difference(Floats a, Floats b) { return a - b; }
+
+// Ask for what will be read soon, as processors look no further than the page of memory that they read in.
+template <class T> inline void prefetch(const T* at) {
+    const char* soon = (const char*)at + 2048;
+    for (size_t line = 0; line < 32 * sizeof(T); line += 64) __builtin_prefetch(soon + line);
+}
+inline Wide load(const float* from) {
+    Wide value;
+    for (int p = 0; p < PARTS; ++p) value.part[p] = *(const Unaligned*)(from + p * LANE);
+    return value;
+}
+inline void store(const Wide& value, float* to) {
+    for (int p = 0; p < PARTS; ++p) *(Unaligned*)(to + p * LANE) = value.part[p];
+}
+inline bool store_rounded(const Wide& value, const Bits16*, i64 i, float* to) {
+    store(value, to + i);
+    return true;
+}
+
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
-struct Wide { // the first sixteen and the others
-    __m512 low, high;
-};
+template <class T> constexpr bool wide = std::is_same_v<T, float> || std::is_same_v<T, BFloat16>;
 
-template <class F> inline Wide both(const F& f, const Wide& a, const Wide& b) { return {f(a.low, b.low), f(a.high, b.high)}; }
-
-inline __m512 sum(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
-inline __m512 difference(__m512 a, __m512 b) { return _mm512_sub_ps(a, b); }
-
-struct Signs { // z of Rademacher noise, from its bits
-    const u32* words;
-    __m512 plus, minus;
-    Wide operator()(i64 i) const {
-        const u32 word = words[i / 32];
-        return {_mm512_mask_blend_ps(__mmask16(word), plus, minus), _mm512_mask_blend_ps(__mmask16(word >> 16), plus, minus)};
-    }
-};
-
-inline Wide load(const float* from) { return {_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16)}; }
+inline __m512i load16(const void* from) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)); }
+inline Wide load(const BFloat16* from) {
+    const auto whole = [](__m512i raw) { return (Floats)_mm512_slli_epi32(raw, 16); };
+    return {{whole(load16(from)), whole(load16(from + 16))}};
+}
+inline void store(const Wide& value, BFloat16* to) {
+    const __m512i nearest = (__m512i)_mm512_cvtne2ps_pbh((__m512)value.part[1], (__m512)value.part[0]);
+    _mm512_storeu_si512(to, nearest);
+    if (_mm512_testn_epi16_mask(nearest, _mm512_set1_epi16(0x7FFF))) // subnormal numbers, too, are zeros to the instruction
+        for (int i = 0; i < 32; ++i) to[i] = BFloat16(value.part[i / 16][i % 16]);
+}
+// Stochastically; false, and nothing is stored, where a number is beyond the largest finite one.
+inline bool store_rounded(const Wide& value, const Bits16* random, i64 i, BFloat16* to) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF), largest = _mm512_set1_epi32(0x7F7F0000);
+    u16 places[32]; // of the high halves of thirty-two numbers of 32 bits
+    for (int l = 0; l < 32; ++l) places[l] = u16(2 * l + 1);
+    const __m512i low = (__m512i)value.part[0], high = (__m512i)value.part[1];
+    const __m512i most = _mm512_max_epu32(_mm512_and_si512(low, magnitude), _mm512_and_si512(high, magnitude));
+    if (_mm512_cmpgt_epu32_mask(most, largest)) return false;
+    const __m512i a = _mm512_add_epi32(low, load16(random + i)), b = _mm512_add_epi32(high, load16(random + i + 16));
+    _mm512_storeu_si512(to + i, _mm512_permutex2var_epi16(a, _mm512_loadu_si512(places), b));
+    return true;
+}
+#else
+template <class T> constexpr bool wide = std::is_same_v<T, float>;
+#endif
 
 struct Sums { // z that lies in a tile
     const float* z;
     Wide operator()(i64 i) const { return load(z + i); }
 };
 
-template <class T> constexpr bool wide = std::is_same_v<T, float> || std::is_same_v<T, BFloat16>;
+struct Signs { // z of Rademacher noise, from its bits
+    const u32* words;
+    float c;
+    Wide operator()(i64 i) const {
+        const u32 word = words[i / 32];
+        Wide z;
+#if defined(__AVX512F__)
+        const __m512 plus = _mm512_set1_ps(c), minus = _mm512_set1_ps(-c);
+        for (int p = 0; p < PARTS; ++p) z.part[p] = (Floats)_mm512_mask_blend_ps(__mmask16(word >> 16 * p), plus, minus);
+#else
+        for (int p = 0; p < PARTS; ++p) {
+            Words left; // from each lane's bit to the highest
+            for (int l = 0; l < LANE; ++l) left[l] = u32(31 - LANE * p - l);
+            z.part[p] = (Floats)(((word - Words{}) << left & 0x80000000u) ^ bits<u32>(c));
+        }
+#endif
+        return z;
+    }
+};
 
-inline __m512i load16(const void* from) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)); }
-inline Wide load(const BFloat16* from) {
-    const auto whole = [](__m512i raw) { return _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16)); };
-    return {whole(load16(from)), whole(load16(from + 16))};
-}
+struct Normals { // z of Gaussian noise, from its words
+    const u32* words;
+    float c;
+    Wide operator()(i64 i) const {
+        Wide z;
+        for (int p = 0; p < PARTS; p += 2) {
+            Floats first, second;
+            normal_pair((Words)*(const Unaligned*)(words + i / 2 + p / 2 * LANE), c, first, second);
+            interleave(first, second, z.part + p);
+        }
+        return z;
+    }
 
-inline void store(const Wide& value, float* to) {
-    _mm512_storeu_ps(to, value.low);
-    _mm512_storeu_ps(to + 16, value.high);
-}
-inline void store(const Wide& value, BFloat16* to) {
-    const __m512i nearest = (__m512i)_mm512_cvtne2ps_pbh(value.high, value.low);
-    _mm512_storeu_si512(to, nearest);
-    if (_mm512_testn_epi16_mask(nearest, _mm512_set1_epi16(0x7FFF))) // subnormal numbers, too, are zeros to the instruction
-        for (int i = 0; i < 16; ++i) to[i] = BFloat16(value.low[i]), to[i + 16] = BFloat16(value.high[i]);
-}
+  private:
+    static void interleave(Floats first, Floats second, Floats* to) {
+#if defined(__AVX512F__)
+        const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+        to[0] = (Floats)_mm512_permutex2var_ps((__m512)first, low, (__m512)second);
+        to[1] = (Floats)_mm512_permutex2var_ps((__m512)first, high, (__m512)second);
+#else
+        const __m256 even = _mm256_unpacklo_ps((__m256)first, (__m256)second);
+        const __m256 odd = _mm256_unpackhi_ps((__m256)first, (__m256)second);
+        to[0] = (Floats)_mm256_permute2f128_ps(even, odd, 0x20);
+        to[1] = (Floats)_mm256_permute2f128_ps(even, odd, 0x31);
+#endif
+    }
+};
 
 template <class Z, class In, class Out> i64 perturb_wide(const In* in, const Z& z, i64 count, Out* to) {
     if constexpr (!wide<In> || !wide<Out>) return 0;
     else {
         i64 i = 0;
-        for (; i + 32 <= count; i += 32) store(both(sum, load(in + i), z(i)), to + i);
+        for (; i + 32 <= count; i += 32) {
+            prefetch(in + i);
+            store(each(sum, load(in + i), z(i)), to + i);
+        }
         return i;
     }
 }
@@ -421,9 +565,10 @@ template <class Z, class In, class Out> i64 perturb_both_wide(const In* in, cons
     else {
         i64 i = 0;
         for (; i + 32 <= count; i += 32) {
+            prefetch(in + i);
             const Wide stored = load(in + i), noise = z(i);
-            store(both(sum, stored, noise), plus + i);
-            store(both(difference, stored, noise), minus + i);
+            store(each(sum, stored, noise), plus + i);
+            store(each(difference, stored, noise), minus + i);
         }
         return i;
     }
@@ -433,40 +578,27 @@ template <bool FUSED, class Z, class T>
 i64 sgd_wide(const Z& z, const Bits16* random, float step, float decay, i64 count, T* target) {
     if constexpr (!wide<T>) return 0;
     else {
-        const auto add = [](__m512 a, __m512 x, __m512 alpha) {
-            return FUSED ? _mm512_fmadd_ps(x, alpha, a) : _mm512_add_ps(a, _mm512_mul_ps(x, alpha));
+        const Floats by = all(step), weight_decay = all(decay);
+        const auto updated = [&](Floats old, Floats plain) {
+            return add<FUSED>(old, decay != 0.0f ? add<FUSED>(plain, old, weight_decay) : plain, by);
         };
-        const __m512 by = _mm512_set1_ps(step), weight_decay = _mm512_set1_ps(decay);
-        const auto updated = [&](__m512 old, __m512 plain) {
-            return add(old, decay != 0.0f ? add(plain, old, weight_decay) : plain, by);
-        };
-        const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF), largest = _mm512_set1_epi32(0x7F7F0000);
-        u16 places[32]; // of the high halves of thirty-two numbers of 32 bits
-        for (int i = 0; i < 32; ++i) places[i] = u16(2 * i + 1);
-        const __m512i high_halves = _mm512_loadu_si512(places);
         i64 i = 0;
         for (; i + 32 <= count; i += 32) {
-            const Wide value = both(updated, load(target + i), z(i));
-            if constexpr (sizeof(T) == 4) store(value, target + i);
-            else {
-                const __m512i low = _mm512_castps_si512(value.low), high = _mm512_castps_si512(value.high);
-                const __m512i most = _mm512_max_epu32(_mm512_and_si512(low, magnitude), _mm512_and_si512(high, magnitude));
-                if (_mm512_cmpgt_epu32_mask(most, largest)) return i;
-                const __m512i a = _mm512_add_epi32(low, load16(random + i)), b = _mm512_add_epi32(high, load16(random + i + 16));
-                _mm512_storeu_si512(target + i, _mm512_permutex2var_epi16(a, high_halves, b));
-            }
+            prefetch(target + i);
+            if (!store_rounded(each(updated, load(target + i), z(i)), random, i, target)) break;
         }
         return i;
     }
 }
 
-// f(z) for the elements from `begin` to the end of its tile, if z is the signs of one direction
-template <class F> i64 on_signs(const Noise& noise, i64 begin, const F& f) {
-    if (noise.kind != RADEMACHER || noise.count != 1 || begin % 32) return 0;
+// f(z) for the elements begin ... end, which lie in one tile, if z has one direction
+template <class F> i64 in_registers(const Noise& noise, i64 begin, i64 end, const F& f) {
+    if (noise.count != 1 || begin % 32) return 0;
     const Term& t = noise.terms[0];
-    u32 words[TILE / 32];
-    blocks({t.k0, t.k1, noise.leaf, t.query}, u64(begin / TILE * (TILE / 128)), TILE / 128, words);
-    return f(Signs{words + begin % TILE / 32, _mm512_set1_ps(t.coefficient), _mm512_set1_ps(-t.coefficient)});
+    u32 words[TILE / 2];
+    noise.draw(t, begin, end, words);
+    const u32* own = words + begin % TILE / noise.per_word();
+    return noise.kind == RADEMACHER ? f(Signs{own, t.coefficient}) : f(Normals{own, t.coefficient});
 }
 #else
 struct Sums {
@@ -475,7 +607,7 @@ struct Sums {
 template <class... A> i64 perturb_wide(const A&...) { return 0; }
 template <class... A> i64 perturb_both_wide(const A&...) { return 0; }
 template <bool FUSED, class... A> i64 sgd_wide(const A&...) { return 0; }
-template <class F> i64 on_signs(const Noise&, i64, const F&) { return 0; }
+template <class F> i64 in_registers(const Noise&, i64, i64, const F&) { return 0; }
 #endif
 
 template <class In, class Out>
@@ -487,8 +619,7 @@ void perturb(const Noise& noise, i64 start, const i64* rows, i64 n, i64 width, c
         const In* in = source + (row * width + column);
         Out* to = out + (row * width + column);
         const i64 count = end - begin;
-        prefetch(in);
-        i64 i = on_signs(noise, begin, [&](const auto& z) { return perturb_wide(in, z, count, to); });
+        i64 i = in_registers(noise, begin, end, [&](const auto& z) { return perturb_wide(in, z, count, to); });
         if (i == count) return;
         alignas(64) float tile[TILE];
         noise(begin + i, end, tile);
@@ -507,8 +638,7 @@ void perturb_both(const Noise& noise, i64 start, i64 length, const In* source, O
         const In* in = source + column;
         Out *up = plus + column, *down = minus + column;
         const i64 count = end - begin;
-        prefetch(in);
-        i64 i = on_signs(noise, begin, [&](const auto& z) { return perturb_both_wide(in, z, count, up, down); });
+        i64 i = in_registers(noise, begin, end, [&](const auto& z) { return perturb_both_wide(in, z, count, up, down); });
         if (i == count) return;
         alignas(64) float tile[TILE];
         noise(begin + i, end, tile);
@@ -528,12 +658,6 @@ template <class T> void round_tile(const Bits16* random, const float* value, i64
     for (i64 i = 0; i < count; ++i) target[i] = stochastic<T>(value[i], random[i]);
 }
 
-// a + x * alpha as torch.add rounds it: once where its kernels use fused multiply-add, else twice
-template <bool FUSED, class W> inline W add(W a, W x, W alpha) {
-    if constexpr (FUSED) return std::fma(x, alpha, a);
-    else return a + x * alpha;
-}
-
 template <class T, bool FUSED>
 void sgd(const Noise& like, const Stream& rounding_like, const Run* runs, i64 n, double lr, double decay, int threads) {
     using Work = typename Working<T>::type;
@@ -549,7 +673,7 @@ void sgd(const Noise& like, const Stream& rounding_like, const Run* runs, i64 n,
         const Bits16* random = nullptr;
         if constexpr (sizeof(T) == 2) random = rounding_bits(rounding, begin, end, words);
         const auto fast = [&](const auto& z) { return sgd_wide<FUSED>(z, random, float(step), float(weight_decay), count, w); };
-        i64 i = on_signs(noise, begin, fast);
+        i64 i = in_registers(noise, begin, end, fast);
         if (i == count) return;
         alignas(64) float tile[TILE];
         noise(begin + i, end, tile);
