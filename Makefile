@@ -56,7 +56,21 @@ llama: $(VENV)/dev.stamp
 	cd $(LLAMA) && rm *.tgz && ln -s libllama.b10068.so libllama.so
 	LLAMA_CPP_LIB_PATH=$(CURDIR)/$(LLAMA) $(BIN)/python -c "from zolightning.blackbox.llamacpp import library; library()"
 
+# Flower in an environment of its own, on top of the other: it moves packages down that the dashboard needs.
+FLOWER := $(VENV)/flower
+SITE = $$($(1) -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+flower: $(FLOWER)/stamp
+$(FLOWER)/stamp: $(VENV)/dev.stamp
+	$(PYTHON) -m venv $(FLOWER)
+	echo $(call SITE,$(BIN)/python) > $(call SITE,$(FLOWER)/bin/python)/below.pth
+	echo $(CURDIR) > $(call SITE,$(FLOWER)/bin/python)/project.pth
+	$(FLOWER)/bin/python -m pip install -q "flwr==1.42.0"
+	touch $@
+
+test-flower: $(FLOWER)/stamp
+	OMP_NUM_THREADS=1 FLWR_TELEMETRY_ENABLED=0 $(FLOWER)/bin/python -m pytest -q -p no:xdist tests/test_federated_flower.py $(ARGS)
+
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
-.PHONY: demo docs tables llama test test-fast test-slow lint clean
+.PHONY: demo docs flower tables llama test test-flower test-fast test-slow lint clean

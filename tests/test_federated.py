@@ -24,6 +24,7 @@ from zolightning.federated.opening import Opening
 from zolightning.federated.simulation import client_of, run_round
 from zolightning.ledger import LedgerError, fingerprint, read, replay
 from zolightning.ledger.format import Step
+from zolightning.methods.private import PrivateSPSA, noise_for, spent
 from zolightning.types import Key, Term
 
 EXACT = replace(PLAIN, normalize=True, num_queries=2)
@@ -228,6 +229,55 @@ def test_simulated_clients_learn(tmp_path: Path) -> None:
     assert done.bytes_up == sum(each.bytes_up for each in done.rounds) > 60 * 4 * 4 * 8
 
 
+# privacy
+
+
+def linear_client(shard: list[Any], clip: float, noise: float) -> Client:
+    config = ZOConfig(PrivateSPSA(1e-3, 2, clip=clip, noise=noise), select="all", structure="rank1", normalize=False, seed=7)
+    return client(shard, config)
+
+
+def test_private_coefficients_are_clipped_example_by_example_and_noisy() -> None:
+    (x, y), *_ = shard = batches(1, size=6)
+
+    def sent(clip: float, noise: float, part: list[Any]) -> list[float]:
+        server, one = Server(Rules(check_every=10**9)), linear_client(part, clip, noise)
+        server.welcome("c", one.opening.pack())
+        server.receive("c", one.work(server.begin(["c"])["c"]).pack())
+        (share,), _ = server._shares["c"]
+        assert math.isnan(share.step.loss)  # it would tell of the data
+        return [c for _, c in share.step.terms]
+
+    whole = sent(1e9, 0.0, shard)
+    alone = torch.tensor([sent(1e9, 0.0, [(x[i : i + 1], y[i : i + 1])]) for i in range(6)])
+    torch.testing.assert_close(torch.tensor(whole), alone.mean(0), rtol=1e-3, atol=1e-4)
+    clipped = alone * (0.5 / alone.norm(dim=1, keepdim=True)).clamp(max=1.0)
+    assert (alone.norm(dim=1) > 0.5).any()
+    torch.testing.assert_close(torch.tensor(sent(0.5, 0.0, shard)), clipped.mean(0), rtol=1e-3, atol=1e-4)
+    noise = torch.tensor([sent(0.5, 100.0, shard) for _ in range(40)]).sub(clipped.mean(0)).flatten()
+    assert 0.7 < noise.std().item() / (2 * 0.5 * 100 / 6) < 1.3  # 80 draws: four standard errors
+    assert sent(0.5, 1.0, shard) != sent(0.5, 1.0, shard)
+
+
+def test_the_accountant_knows_the_gaussian_mechanism() -> None:
+    pytest.importorskip("dp_accounting", reason='pip install "zolightning[private]"')
+    rho = 300 / (2 * 50.0**2)
+    assert spent(50.0, 300) <= rho + 2 * math.sqrt(rho * math.log(1e5))  # zero-concentrated privacy's bound
+    assert spent(50.0, 300) > rho
+    assert spent(noise_for(2.0, 300), 300) == pytest.approx(2.0, rel=1e-2)
+    assert spent(0.0, 1) == math.inf
+
+
+def test_privacy_needs_a_loss_for_each_example() -> None:
+    config = ZOConfig(PrivateSPSA(1e-3, clip=1.0, noise=1.0), select="all", structure="dense", normalize=False, seed=7)
+    server, one = Server(), client(batches(2), config)
+    server.welcome("c", one.opening.pack())
+    with pytest.raises(ValueError, match="`PrivateSPSA` clips each example's part"):
+        one.work(server.begin(["c"])["c"])
+    with pytest.raises(ValueError, match="must be > 0 and >= 0"):
+        PrivateSPSA(1e-3, clip=0.0, noise=1.0)
+
+
 # refusals
 
 
@@ -246,7 +296,7 @@ def altered(reply: Reply, server: Server, **changes: Any) -> bytes:
     [
         ({"terms": (Term(Key(7, 0, 0), math.nan),)}, "non-finite"),
         ({"terms": (Term(Key(7, 0, 0), math.inf),)}, "non-finite"),
-        ({"loss": math.nan}, "non-finite"),
+        ({"loss": math.inf}, "non-finite"),
         ({"terms": (Term(Key(7, 0, 0), 1e30),)}, "huge"),
         ({"terms": tuple(Term(Key(7, 0, i), 1.0) for i in range(100))}, "huge"),
         ({"terms": (Term(Key(7, 0, 5), 1.0),)}, "foreign keys"),

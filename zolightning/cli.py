@@ -18,6 +18,7 @@ VERBS = {
     "dash": ("commands.dash:dash", "Watch and compare runs live in the browser."),
     "rank": ("commands.rank:rank", "Rank the candidates that a training shows, by mouse or keyboard, in the browser."),
     "bench": ("commands.bench.main:Bench", "Measure time and memory of a ZO step, two forwards, MeZO and backprop."),
+    "federated": ("commands.federated:Federated", "Make a Flower app: clients keep their data and send coefficients."),
     "replay": ("commands.replay:replay_run", "Rebuild a run's weights at any step from its ledger."),
     "send-pending": ("commands.send:send", "Send metrics that a run could not send."),
 }

@@ -36,7 +36,6 @@ class Client:
         optimizer: the same for all; its learning rates are those of the first client.
         forward: batch → loss, or losses of shape (B,).
         examples: that its numbers stand for; None: those that it saw in the round.
-        protect: changes the coefficients before they leave, as :class:`~zolightning.federated.privacy.Private`.
 
     Raises:
         ValueError: the method has parts that no federation can share.
@@ -51,10 +50,9 @@ class Client:
         forward: Forward,
         *,
         examples: int | None = None,
-        protect: Callable[[Sequence[Term]], Sequence[Term]] | None = None,
     ) -> None:
         self.config = federated(config)
-        self.module, self._forward, self._examples, self._protect = module, forward, examples, protect
+        self.module, self._forward, self._examples = module, forward, examples
         self._batches = _endless(batches)
         self._held = [next(self._batches)]
         self._place = _Place()
@@ -152,10 +150,8 @@ class Client:
         record = session.update()
         terms = record.terms if self._moves else self._place.estimate.terms
         slots = self._place.slots
-        own = [Term(key._replace(query=key.query // slots), c) for key, c in terms]
-        if self._protect is not None:
-            own = list(self._protect(own))
-        return Step(record.step, 0, tuple(own), (), record.loss, record.unread)
+        own = tuple(Term(key._replace(query=key.query // slots), c) for key, c in terms)
+        return Step(record.step, 0, own, (), record.loss, record.unread)
 
     def _apply(
         self, optimizer: Optimizer, leaves: Sequence[Leaf], terms: Sequence[Term], key: Key, *, measure: bool = False

@@ -60,7 +60,7 @@ def _check(step: Step, key: Key, rules: Rules) -> None:
             raise Refused("non-finite", f"its coefficient {query} is {c}")
         if abs(c) > rules.largest:
             raise Refused("huge", f"its coefficient {query} is {c:g}; allowed: {rules.largest:g}")
-    if step.terms and not math.isfinite(step.loss):
+    if math.isinf(step.loss):  # nan: it does not tell
         raise Refused("non-finite", f"its loss is {step.loss}")
 
 

@@ -16,7 +16,7 @@ from ..methods.config import ZOConfig
 from ..methods.ranking import forward_of
 from ..methods.recipes import recipe
 from ..mixin import ZOMixin
-from ..types import Batch, Forward, Term
+from ..types import Batch, Forward
 from .client import Client
 from .messages import Refused, Task
 from .rules import Rules
@@ -70,7 +70,6 @@ def simulate(
     keys: Literal["shared", "own"] = "shared",
     rules: Rules | None = None,
     schedule: Callable[[int], float] = lambda number: 1.0,
-    protect: Callable[[Sequence[Term]], Sequence[Term]] | None = None,
     evaluate: Callable[[nn.Module], float] | None = None,
     every: int = 100,
     on_round: Callable[[Round, Mapping[str, float]], None] | None = None,
@@ -88,7 +87,6 @@ def simulate(
         keys: 'shared' or 'own', see :class:`Rules`.
         rules: the server's other settings.
         schedule: round → factor of the learning rates.
-        protect: changes the coefficients before they leave a client.
         evaluate: the module → a value, called every so many rounds and after the last.
         every: rounds between evaluations.
         on_round: gets each round and what was evaluated in it, as 'value'.
@@ -103,7 +101,7 @@ def simulate(
     clients = {}
     for number, shard in enumerate(shards):
         own = module if number == 0 else copy.deepcopy(module)
-        clients[name_of(number)] = client_of(own, shard, config, protect=protect)
+        clients[name_of(number)] = client_of(own, shard, config)
     for name, client in clients.items():
         server.welcome(name, client.opening.pack())
     done = Simulated(server, clients, [], {})
@@ -146,18 +144,12 @@ def method_of(method: HasConfig | ZOConfig | str, queries: int | None = None) ->
     return config if queries is None else config.override(num_queries=queries)
 
 
-def client_of(
-    module: nn.Module,
-    batches: Iterable[Batch],
-    config: ZOConfig,
-    *,
-    protect: Callable[[Sequence[Term]], Sequence[Term]] | None = None,
-) -> Client:
+def client_of(module: nn.Module, batches: Iterable[Batch], config: ZOConfig) -> Client:
     """The client around a module with ``zo_objective``, or a LightningModule with a ``training_step``."""
     optimizer = _optimizer(module, config)
     dataset: Any = getattr(batches, "dataset", None)
     examples = len(dataset) if hasattr(dataset, "__len__") and getattr(batches, "batch_size", None) is not None else None
-    return Client(module, batches, config, optimizer, _forward(module, config), examples=examples, protect=protect)
+    return Client(module, batches, config, optimizer, _forward(module, config), examples=examples)
 
 
 def _forward(module: nn.Module, config: ZOConfig) -> Forward:
