@@ -54,7 +54,7 @@ clientapp = "app:client"
 
 @dataclass
 class Federated:
-    """Make a Flower app whose clients keep their data. Example: zolightning federated task.py --out app
+    """Make a Flower app: clients keep their data and send coefficients. Example: zolightning federated task.py --out app
 
     Then start Flower's servers and run it, see examples/federated/README.md.
     """

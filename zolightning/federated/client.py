@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..ledger.replay import Replay, check_base
 from ..methods.config import ZOConfig
 from ..methods.estimators import Estimator
 from ..methods.optimizers import is_plain_sgd
+from ..methods.surrogate import Surrogate
 from ..parallel import Alone, Part
 from ..parallel.ranks import Joint, Standing
 from ..probing.batches import batch_examples
@@ -67,6 +69,8 @@ class Client:
 
     def _describe(self, optimizer: Optimizer) -> Opening:
         leaves = self.session.subspace(self._forward, self._held[0]).view.leaves
+        if isinstance(self.session.estimator, Surrogate):
+            self.session.estimator.bind(leaves)
         stepper, names = self.session.stepper(optimizer), {id(p): name for name, p in self._parameters.items()}
         settings = plain({**self.config.to_dict(), "lrs": self._lrs})
         header = header_of(self.module, self.session.seed, 0, settings, fingerprint(self._parameters.items()))
@@ -175,8 +179,12 @@ def federated(config: ZOConfig) -> ZOConfig:
     if config.conservative or config.backprop is not None:
         name = "conservative" if config.conservative else "backprop"
         raise ValueError(f"`{name}` depends on one client's data, and no ledger record says it; leave it out of a federation")
-    changes: dict[str, Any] = {"lr": "module"} if config.lr == "auto" else {}
-    return config.override(**changes, **({"seed": 0} if config.seed is None else {}))
+    changes: dict[str, Any] = {"estimator": copy.deepcopy(config.estimator)}  # it may keep what it was told
+    if config.lr == "auto":
+        changes["lr"] = "module"
+    if config.seed is None:
+        changes["seed"] = 0
+    return config.override(**changes)
 
 
 class _Place(Alone):
