@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import subprocess
 import sys
@@ -114,6 +115,15 @@ def test_every_module_has_its_layer() -> None:
 
 def test_imports_name_modules_that_exist() -> None:
     assert {name for needs in graph().values() for name in needs} <= MODULES.keys()
+
+
+def test_scripts_that_tests_start_name_modules_that_exist() -> None:
+    """Some of them run on machines with a GPU's compiler only."""
+    root = Path(__file__).parent.parent
+    texts = [path.read_text() for folder in ("tests", "examples") for path in (root / folder).rglob("*.py")]
+    named = {name for text in texts for name in re.findall(r"^\s*from (zolightning(?:\.\w+)*) import", text, re.MULTILINE)}
+    assert len(named) > 50
+    assert not [name for name in sorted(named) if importlib.util.find_spec(name) is None]
 
 
 def test_imports_go_down() -> None:

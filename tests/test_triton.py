@@ -19,7 +19,7 @@ import torch
 from triton_rounding import nearest
 from zolightning.noise import triton_kernels
 from zolightning.noise.selftest import verify_triton
-from zolightning.noise.triton_library import TritonBackend
+from zolightning.noise.triton_backend import TritonBackend
 
 triton_kernels._nearest = nearest
 
