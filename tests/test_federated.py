@@ -9,15 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from helpers import PLAIN, PerExampleTask, Task, batches, loader, mlp, per_example_mse
+from helpers import PLAIN, PerExampleTask, Task, batches, loader, mlp, mse, per_example_mse
+from mlflow import MlflowClient
+from sklearn.gaussian_process import GaussianProcessRegressor
+from sklearn.gaussian_process.kernels import Matern
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from zolightning import Session, ZOConfig, ZOStrategy
-from zolightning.federated import Client, Refused, Reply, Rules, Server, simulate
+from zolightning import Session, ZOConfig, ZOMixin, ZOStrategy
+from zolightning.federated import Client, Refused, Reply, RoundLog, Rules, Server, simulate
 from zolightning.federated import Task as Work
+from zolightning.federated.client import federated
 from zolightning.federated.joining import Share, union
 from zolightning.federated.messages import START
 from zolightning.federated.opening import Opening
@@ -25,6 +30,7 @@ from zolightning.federated.simulation import client_of, run_round
 from zolightning.ledger import LedgerError, fingerprint, read, replay
 from zolightning.ledger.format import Step
 from zolightning.methods.private import PrivateSPSA, noise_for, spent
+from zolightning.methods.surrogate import Surrogate
 from zolightning.types import Key, Term
 
 EXACT = replace(PLAIN, normalize=True, num_queries=2)
@@ -229,6 +235,30 @@ def test_simulated_clients_learn(tmp_path: Path) -> None:
     assert done.bytes_up == sum(each.bytes_up for each in done.rounds) > 60 * 4 * 4 * 8
 
 
+def test_rounds_are_logged_for_the_dashboard(tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path / 'm.db'}"
+    shards = [batches(4, seed=i) for i in range(2)]
+    with RoundLog(store, name="both") as log:
+        done = simulate(
+            PerExampleTask(mlp(), per_example_mse), shards, EXACT, rounds=3, evaluate=lambda module: 0.5, every=2, on_round=log
+        )
+    client = MlflowClient(store)
+    runs = {run.info.run_name: run for run in client.search_runs([e.experiment_id for e in client.search_experiments()])}
+    assert set(runs) == {"both, server", "both, client-0000", "both, client-0001"}
+    assert {run.data.tags["zo.federation"] for run in runs.values()} == {"both"}
+    server = runs["both, server"].data.metrics
+    assert server["zo/clients/bytes_up"] == done.bytes_up
+    assert server["zo/clients/bytes_down"] == done.bytes_down
+    assert server["zo/clients/joined"] == 2
+    assert server["zo/clients/refused"] == 0
+    assert server["val/accuracy"] == 0.5
+    history = client.get_metric_history(runs["both, server"].info.run_id, "val/accuracy")
+    assert [point.step for point in history] == [2, 3]
+    each = [run.data.metrics["zo/clients/bytes_up"] for name, run in runs.items() if name != "both, server"]
+    assert sum(each) == done.bytes_up
+    assert all(run.info.status == "FINISHED" for run in runs.values())
+
+
 # privacy
 
 
@@ -276,6 +306,61 @@ def test_privacy_needs_a_loss_for_each_example() -> None:
         one.work(server.begin(["c"])["c"])
     with pytest.raises(ValueError, match="must be > 0 and >= 0"):
         PrivateSPSA(1e-3, clip=0.0, noise=1.0)
+
+
+# few weights
+
+
+def test_the_surrogates_gradient_is_that_of_its_mean() -> None:
+    """Against central differences of scikit-learn's own prediction, and exact along as many directions as weights."""
+    config = ZOConfig(Surrogate(0.1, 30, probes=4, candidates=10), select="all", normalize=False, lr=1e-2, seed=7)
+    net = PerExampleTask(nn.Linear(4, 3), mse)
+    session = Session(net, SGD(net.parameters(), lr=1e-2), federated(config))
+    surrogate = session.estimator
+    assert isinstance(surrogate, Surrogate)
+    batch = batches(1)[0]
+    surrogate.bind(session.subspace(net.zo_objective, batch).view.leaves)
+    for _ in range(6):
+        estimate = session.estimate(net.zo_objective, batch)
+        session.update()
+    assert estimate is not None
+    assert estimate.forwards == 5
+    assert len(surrogate._seen) == 30
+    here, points = surrogate._seen[-5][0], torch.stack([x for x, _ in surrogate._seen])
+    losses = np.array([value for _, value in surrogate._seen])
+    kernel = Matern(surrogate.length, nu=2.5)
+    process = GaussianProcessRegressor(kernel, alpha=surrogate.noise, optimizer=None)
+    process.fit(points.numpy(), (losses - losses.mean()) / losses.std())
+    sides = [process.predict((here + side * 1e-4 * torch.eye(15).double()).numpy()) for side in (1, -1)]
+    expected = (sides[0] - sides[1]) / 2e-4 * losses.std()
+    found = sum(
+        c * torch.cat([leaf.gradient([Term(z, 1.0)]).flatten() for leaf in session.view().leaves]) for z, c in estimate.terms
+    )
+    np.testing.assert_allclose(np.asarray(found) / len(estimate.terms), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_surrogate_needs_few_losses_in_a_federation() -> None:
+    target = torch.linspace(-1, 1, 12).double()
+
+    class Bowl(ZOMixin, nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.x = nn.Parameter(torch.zeros(12).double())
+
+        def zo_objective(self, batch: Tensor) -> Tensor:
+            return (self.x - target - batch[0]).square().mean()
+
+    module = Bowl()
+    shards = [[torch.tensor([shift]).double()] for shift in (-0.2, 0.2)]
+    config = ZOConfig(Surrogate(0.05, 12, probes=3, candidates=12), select="all", structure="dense", normalize=False, lr=1.0)
+    before = float((module.x - target).square().mean())
+    done = simulate(module, shards, config, rounds=8, local_steps=3)
+    assert not any(each.refused for each in done.rounds)
+    assert float((module.x - target).square().mean()) < 0.05 * before
+    with pytest.raises(ValueError, match="1 <= probes <= candidates"):
+        Surrogate(0.1, 4, probes=5)
+    with pytest.raises(ValueError, match="call bind"):
+        Surrogate(0.1, 50).tell(Key(0, 0), [])
 
 
 # refusals

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ class Nodes:
 def run(nodes: Nodes, rounds: int, path: Path, watch: Callable[[Round], None] = lambda done: None, **rules: Any) -> list[Round]:
     done: list[Round] = []
 
-    def on_round(each: Round) -> None:
+    def on_round(each: Round, values: Mapping[str, float]) -> None:
         done.append(each)
         watch(each)
 

@@ -9,5 +9,6 @@ from .messages import Refused, Reply, Task
 from .rules import Rules
 from .server import Round, Server
 from .simulation import Simulated, simulate
+from .tracking import RoundLog
 
-__all__ = ["Client", "Refused", "Reply", "Round", "Rules", "Server", "Simulated", "Task", "simulate"]
+__all__ = ["Client", "Refused", "Reply", "Round", "RoundLog", "Rules", "Server", "Simulated", "Task", "simulate"]

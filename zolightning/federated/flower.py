@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from hashlib import blake2b
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -86,7 +86,7 @@ def server_app(
     clients: int = 2,
     timeout: float = 600.0,
     schedule: Callable[[int], float] = lambda number: 1.0,
-    on_round: Callable[[Round], None] = lambda done: _log.info(told(done)),
+    on_round: Callable[[Round, Mapping[str, float]], None] = lambda done, values: _log.info(told(done)),
 ) -> ServerApp:
     """The server's side. It keeps its ledger in a file, and goes on with it where one is there.
 
@@ -97,7 +97,7 @@ def server_app(
         clients: to wait for before the first round.
         timeout: seconds that a round, or the wait for clients, may take.
         schedule: round → factor of the learning rates.
-        on_round: gets each round.
+        on_round: gets each round, and values that were evaluated in it: none, since nobody here has the model.
     """
     app = _part("serverapp").ServerApp()
 
@@ -116,7 +116,7 @@ def server_app(
                     raise TimeoutError(f"{len(nodes)} of {clients} clients have come within {timeout:g} s")
                 time.sleep(0.5)
                 continue
-            on_round(_round(grid, server, names, timeout))
+            on_round(_round(grid, server, names, timeout), {})
             began = time.monotonic()
         server.end()
 

@@ -35,6 +35,7 @@ class Round(NamedTuple):
         refused: client → why its reply does not.
         bytes_down: of all tasks.
         bytes_up: of all replies, refused ones included.
+        sent: client → bytes of its replies.
         skipped: why nothing moved; "" where something did.
     """
 
@@ -46,6 +47,7 @@ class Round(NamedTuple):
     refused: Mapping[str, str]
     bytes_down: int
     bytes_up: int
+    sent: Mapping[str, int]
     skipped: str = ""
 
 
@@ -89,7 +91,8 @@ class Server:
         self._asked: dict[str, int] = {}  # client → slot, of the round that is open
         self._shares: dict[str, tuple[list[Share], str]] = {}
         self._failed: dict[str, str] = {}
-        self._up = self._down = 0
+        self._sent: Counter[str] = Counter()
+        self._down = 0
         self._claim = None if path is None else claim(Path(path))
         self._path = None if path is None else Path(path)
         self._writer: LedgerWriter | None = None
@@ -143,7 +146,7 @@ class Server:
         """Open a round with these clients, which were welcomed: the task of each."""
         assert self.opening is not None
         self._asked = {name: slot for slot, name in enumerate(clients)}
-        self._shares, self._failed, self._up, self._down = {}, {}, 0, 0
+        self._shares, self._failed, self._sent, self._down = {}, {}, Counter(), 0
         factor, tasks = self._schedule(self.rounds), {}
         check = self._checked < 0 or self.rounds - self._checked >= self.rules.check_every
         for name, slot in self._asked.items():
@@ -169,7 +172,7 @@ class Server:
         Raises:
             Refused: it is no such reply; the client's part of the round is left out.
         """
-        self._up += len(data)
+        self._sent[client] += len(data)
         try:
             if client not in self._asked or client in self._shares:
                 raise Refused("uninvited", "it was not asked in this round, or has replied already")
@@ -211,7 +214,8 @@ class Server:
             joined=tuple(name for name, (share, _) in self._shares.items() if share),
             refused=absent | self._failed,
             bytes_down=self._down,
-            bytes_up=self._up,
+            bytes_up=self._sent.total(),
+            sent=dict(self._sent),
             skipped=skipped,
         )
         self.rounds += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from importlib import import_module
@@ -11,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..space import Leaf
+from ..noise import sample
+from ..space import DenseLeaf, Leaf
 from ..types import Answer, Estimate, Key, Point, Shared, Term
 from .estimators import FiniteDifference
 
 _FLOOR = 1e-12
+_RANK = 1e-4  # some square matrices of ±1 are singular
 
 
 class Surrogate(FiniteDifference):
@@ -76,7 +79,7 @@ class Surrogate(FiniteDifference):
     def ask(self, key: Key, examples: int | None = None) -> Sequence[Point]:
         keys, chosen = self.directions(key), list(range(self.probes))
         if self._leaves:
-            here, basis = self._position(), torch.stack([self._along(z) for z in keys], 1)
+            here, basis = self._position(), self._directions(keys)
             if len(self._seen) >= 2:
                 points = here + self.eps * basis[:, : self.candidates].T
                 spread = torch.from_numpy(self._fit(here, points)[1])
@@ -96,7 +99,7 @@ class Surrogate(FiniteDifference):
         self._steps += 1
         directions = self.directions(key)
         gradient = self._fit(here)[0] if len(self._seen) >= 2 else torch.zeros_like(here)
-        found = torch.linalg.lstsq(basis, gradient[:, None], driver="gels").solution[:, 0] * len(directions)
+        found = torch.linalg.lstsq(basis, gradient[:, None], rcond=_RANK, driver="gelsy").solution[:, 0] * len(directions)
         return Estimate.of(map(Term, directions, found.tolist()), answers)
 
     def _fit(self, here: Tensor, points: Tensor | None = None) -> tuple[Tensor, Any]:
@@ -108,10 +111,12 @@ class Surrogate(FiniteDifference):
         gaussian, kernels = _sklearn("gaussian_process"), _sklearn("gaussian_process.kernels")
         distance = float((x - here).norm(dim=1).median()) or 1.0
         fits = points is None and self._steps % self.refit in (0, 1)
-        start = max(self.length, 1.01 * distance) if self._steps > 1 else 5 * distance
-        kernel = kernels.Matern(length_scale=start, length_scale_bounds=(distance, distance * 1e4), nu=2.5)
+        start = min(max(self.length, distance), 100 * distance) if self._steps > 1 else 3 * distance
+        kernel = kernels.Matern(length_scale=start, length_scale_bounds=(distance, 100 * distance), nu=2.5)
         process = gaussian.GaussianProcessRegressor(kernel, alpha=self.noise, optimizer="fmin_l_bfgs_b" if fits else None)
-        process.fit((x - here).numpy(), ((losses - losses.mean()) / scale).numpy())
+        with warnings.catch_warnings():  # a length at its bound is as good as any
+            warnings.simplefilter("ignore", _sklearn("exceptions").ConvergenceWarning)
+            process.fit((x - here).numpy(), ((losses - losses.mean()) / scale).numpy())
         self.length = float(process.kernel_.length_scale)
         if points is not None:
             return here, process.predict((points - here).numpy(), return_std=True)[1]
@@ -122,8 +127,17 @@ class Surrogate(FiniteDifference):
     def _position(self) -> Tensor:
         return torch.cat([leaf.parameter.detach().double().flatten() for leaf in self._leaves]).cpu()
 
-    def _along(self, key: Key) -> Tensor:
-        return torch.cat([leaf.gradient([Term(key, 1.0)]).double().flatten() for leaf in self._leaves]).cpu()
+    def _directions(self, keys: Sequence[Key]) -> Tensor:
+        """A column for each key, which are of one step."""
+        queries = torch.tensor([key.query for key in keys])
+        columns = []
+        for leaf in self._leaves:
+            if type(leaf) is DenseLeaf:  # all at once
+                starts, numel = torch.zeros_like(queries), leaf.parameter.numel()
+                columns.append(sample(leaf.distribution, keys[0], leaf.index, starts, numel, queries))
+            else:
+                columns.append(torch.stack([leaf.gradient([Term(key, 1.0)]).flatten().cpu() for key in keys]))
+        return torch.cat(columns, 1).double().T
 
 
 def _sklearn(name: str) -> Any:
