@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import math
 import random
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from zolightning import Session, ZOConfig, ZOMixin, ZOStrategy
+from zolightning.commands.federated import Federated
 from zolightning.federated import Client, Refused, Reply, RoundLog, Rules, Server, simulate
 from zolightning.federated import Task as Work
 from zolightning.federated.client import federated
@@ -306,6 +309,44 @@ def test_privacy_needs_a_loss_for_each_example() -> None:
         one.work(server.begin(["c"])["c"])
     with pytest.raises(ValueError, match="must be > 0 and >= 0"):
         PrivateSPSA(1e-3, clip=0.0, noise=1.0)
+
+
+# the verb
+
+TASK = Path(__file__).with_name("federated_task.py")
+
+
+def test_the_verb_writes_a_flower_app(tmp_path: Path) -> None:
+    Federated(TASK, tmp_path / "My App", rounds=3, local_steps=7, keys="own", ledger=tmp_path / "f.zo")()
+    assert (tmp_path / "My App" / "task.py").read_text() == TASK.read_text()
+    project = tomllib.loads((tmp_path / "My App" / "pyproject.toml").read_text())
+    assert project["project"]["name"] == "my-app"
+    assert project["tool"]["flwr"]["app"]["components"] == {"serverapp": "app:server", "clientapp": "app:client"}
+    said = (tmp_path / "My App" / "app.py").read_text()
+    tree = ast.parse(said)
+    assert "local_steps=7" in said
+    assert repr(str(tmp_path / "f.zo")) in said
+    assert {name.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(name := node.func, ast.Name)} >= {
+        "Rules", "client_app", "server_app"
+    }  # fmt: skip
+    with pytest.raises(FileExistsError):
+        Federated(TASK, tmp_path / "My App")()
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "message"),
+    [
+        ("method = 'mezo'", {}, "must define module, batches"),
+        ("def", {}, "is not Python"),
+        (TASK.read_text(), {"rounds": 0}, "must be >= 1"),
+        (TASK.read_text(), {"keys": "own", "average": "median"}, "needs keys='shared'"),
+    ],
+)
+def test_the_verb_refuses_and_writes_nothing(tmp_path: Path, text: str, settings: dict[str, Any], message: str) -> None:
+    (tmp_path / "t.py").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Federated(tmp_path / "t.py", tmp_path / "app", **settings)()
+    assert not (tmp_path / "app").exists()
 
 
 # few weights
