@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu where other programs share the machine")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("bench-table.json"))
     options = parser.parse_args()
@@ -94,7 +95,8 @@ def main() -> None:
         spec = Spec(options.model, goal.batch, goal.length, goal.dtype, goal.master, "last", "cpu", options.threads)
         names = select_methods(["reference-mezo", *OURS], goal.master is not None)
         memory = not options.no_memory
-        facts, rows = run(spec, names, repeats=options.repeats, warmup=options.warmup, memory=memory, say=print)
+        counts = {"repeats": options.repeats, "warmup": options.warmup, "memory": memory, "clock": options.clock}
+        facts, rows = run(spec, names, say=print, **counts)
         lines.append(line(goal, {row.method: row for row in rows}))
         results.append({**facts, "goal": goal._asdict(), "rows": [asdict(row) for row in rows]})
         options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")  # what is done is kept

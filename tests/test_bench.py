@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -17,7 +18,7 @@ from torch import nn
 from zolightning.adapt.matmul import fastest_dtype
 from zolightning.cli import main
 from zolightning.commands.bench.main import Bench, select_methods
-from zolightning.commands.bench.measure import Gemm, count_flops, interleave, is_exact
+from zolightning.commands.bench.measure import Gemm, count_flops, interleave, is_exact, timed
 from zolightning.commands.bench.methods import DEFAULT_METHODS, METHODS, Method, Running, forward
 from zolightning.commands.bench.models import ARCHITECTURES, random_model
 from zolightning.commands.bench.peak import Memory
@@ -25,6 +26,8 @@ from zolightning.commands.bench.reference_mezo import ReferenceMeZO
 from zolightning.commands.bench.report import Row, make_row, text_table
 from zolightning.commands.bench.run import Session
 from zolightning.commands.bench.workload import Spec, Workload
+from zolightning.commands.clock import Clock
+from zolightning.probing.isolation import Isolation
 
 pytestmark = pytest.mark.integration
 
@@ -262,6 +265,28 @@ def test_steps_are_interleaved() -> None:
     assert order == ["a", "b", "c"] * 3
     assert seconds == {"a": [1.0] * 3, "b": [2.0] * 3, "c": [3.0] * 3}
     assert rounds == [1, 2, 3]
+
+
+def test_zo_steps_are_timed_after_the_first_looks_for_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    everything = Isolation.everything
+    monkeypatch.setattr(Isolation, "everything", lambda self: looks.append(self) or everything(self))
+    running = METHODS["spsa-rademacher"].setup(Workload(spec()))
+    assert looks
+    looks.clear()
+    running.step(0.0)
+    assert not looks
+
+
+@pytest.mark.parametrize("clock", ["wall", "cpu"])
+def test_the_clock_counts_what_it_says(clock: Clock) -> None:
+    """Waiting takes no CPU time."""
+
+    def waits(lr: float) -> None:
+        time.sleep(0.05)
+
+    seconds = timed(Running(waits, torch.nn.Identity(), 0), torch.device("cpu"), clock)
+    assert seconds < 0.05 if clock == "cpu" else seconds >= 0.05
 
 
 def test_flops_of_the_two_forwards() -> None:

@@ -256,6 +256,11 @@ class Session:
             self._subspaces[id(optimizer)] = space
         return space
 
+    @property
+    def looking(self) -> bool:
+        """Whether the next step, as a fit's first ones, takes longer to look for state that the module keeps."""
+        return self._isolation.due
+
     def view(self, optimizer: Optimizer | None = None) -> View:
         """The subspace that this optimizer's steps search now; known from its first estimate on."""
         return self._subspaces[id(optimizer or self.optimizers[0])].runner.view

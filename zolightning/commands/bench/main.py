@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ..clock import Clock
 from ..console import pick, say
 
 if TYPE_CHECKING:
@@ -43,7 +44,11 @@ class Bench:
     repeats: int = 7
     """The number of timed steps of each method."""
     warmup: int = 2
-    """The number of steps of each method before the timed ones."""
+    """The number of steps of each method before the timed ones. A ZO method has taken a fit's first five before, in which it
+    looks for state that the module keeps."""
+    clock: Clock = "wall"
+    """The clock of the seconds. cpu counts the CPU time of all threads, which is fair where other programs share the machine;
+    not for a GPU."""
     memory: bool = True
     """Measure peak memory in addition, each method in a process of its own."""
     threads: int | None = None
@@ -76,15 +81,17 @@ class Bench:
         keep_few_shapes()  # for all methods, also in the processes that measure peaks
         chosen = select_methods(self.methods, self.master is not None)
         spec = self._spec()
+        if self.clock == "cpu" and (spec.device == "cuda" or "lightning" in chosen):
+            raise ValueError("`clock=cpu` counts neither a GPU's work nor the steps of `lightning`; use clock=wall")
         json_path, csv_path = self._outputs()
-        facts, rows = run(spec, chosen, repeats=self.repeats, warmup=self.warmup, memory=self.memory, say=say)
+        facts, rows = run(spec, chosen, repeats=self.repeats, warmup=self.warmup, memory=self.memory, say=say, clock=self.clock)
         write_json(json_path, facts, rows)
         write_csv(csv_path, facts, rows)
         if self.store is not None:
             log_to_mlflow(self.store, facts, rows)
         say("\n" + text_table(rows))
         say(
-            f"\nMedian of {self.repeats} interleaved steps, {spec.threads} CPU threads, noise kernels: "
+            f"\nMedian of {self.repeats} interleaved steps in {self.clock} seconds, {spec.threads} CPU threads, noise kernels: "
             f"{facts['machine']['kernels']}; a matrix product reaches {facts['gemm']['gflops']:.0f} GFLOP/s.\n"
             f"{json_path} and {csv_path} have all results."
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,18 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..clock import Clock, now
 from .methods import LR, Running, synchronize
 
 Timed = Callable[[], float]
 
 
-def timed(running: Running, device: torch.device) -> float:
+def timed(running: Running, device: torch.device, clock: Clock) -> float:
     """Seconds of one step, with the device idle before and after."""
     synchronize(device)
-    started = time.perf_counter()
+    started = now(clock)
     own = running.step(LR)
     synchronize(device)
-    return time.perf_counter() - started if own is None else own
+    return now(clock) - started if own is None else own
 
 
 def interleave(steps: Mapping[str, Timed], rounds: int, each_round: Callable[[int], None]) -> dict[str, list[float]]:
@@ -86,10 +86,11 @@ class Gemm:
         dtype: The dtype of the factors.
         device: The device on which it runs.
         size: rows and columns; None: 2048 on a CPU, 8192 on a GPU.
+        clock: Of the seconds.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, size: int | None = None) -> None:
-        self.device, self.size = device, size or (8192 if device.type == "cuda" else 2048)
+    def __init__(self, dtype: torch.dtype, device: torch.device, size: int | None = None, clock: Clock = "wall") -> None:
+        self.device, self.clock, self.size = device, clock, size or (8192 if device.type == "cuda" else 2048)
         self._x = torch.randn(self.size, self.size, device=device).to(dtype)
         self._weight = torch.randn(self.size, self.size, device=device).to(dtype)
 
@@ -97,10 +98,10 @@ class Gemm:
     def __call__(self) -> float:
         """Seconds of one product."""
         synchronize(self.device)
-        started = time.perf_counter()
+        started = now(self.clock)
         F.linear(self._x, self._weight)
         synchronize(self.device)
-        return time.perf_counter() - started
+        return now(self.clock) - started
 
     def gflops(self, seconds: float) -> float:
         return 2 * self.size**3 / seconds / 1e9

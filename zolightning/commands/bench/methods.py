@@ -127,6 +127,9 @@ def zeroth_order(work: Workload, config: ZOConfig) -> Running:
             if graphs.refused:
                 raise Unavailable(graphs.refused)
             step(LR)
+    step(LR)
+    while session.looking:
+        step(LR)
     return Running(step, model, space.view.numel)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ...records.memory import tensor_bytes
+from ..clock import Clock
 from ..processes import quiet_libraries
 from .machine import machine, versions
 from .measure import Gemm, Timed, count_flops, fits, interleave, is_exact, out_of_memory, timed
@@ -27,7 +28,7 @@ _GEMM = "matrix product"
 
 @quiet_libraries()
 def run(
-    spec: Spec, names: Sequence[str], *, repeats: int, warmup: int, memory: bool, say: Say
+    spec: Spec, names: Sequence[str], *, repeats: int, warmup: int, memory: bool, say: Say, clock: Clock = "wall"
 ) -> tuple[dict[str, Any], list[Row]]:
     """Measure the methods.
 
@@ -38,13 +39,14 @@ def run(
         warmup: steps of each before that.
         memory: measure peak memory too.
         say: told about progress.
+        clock: of the seconds.
 
     Returns:
         the facts that the figures depend on, and the rows.
     """
     torch.set_num_threads(spec.threads)
     peaks = _memory(spec, names, say) if memory else {}
-    session = Session(spec, peaks)
+    session = Session(spec, peaks, clock)
     say(f"{session.work!r} on {spec.device}, {spec.threads} CPU threads")
     for i, name in enumerate(names):
         session.start(name, warmup)
@@ -54,7 +56,7 @@ def run(
     gemm_gflops = session.gemm.gflops(min(seconds[_GEMM]))
     facts = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "settings": asdict(spec) | {"repeats": repeats, "warmup": warmup},
+        "settings": asdict(spec) | {"repeats": repeats, "warmup": warmup, "clock": clock},
         "machine": machine(session.work.device),
         "versions": versions(),
         "model": {"name": spec.model, "parameters": session.work.numel, "bytes": tensor_bytes(session.work.model.parameters())},
@@ -78,13 +80,14 @@ class Session:
     Args:
         spec: the workload.
         peaks: memory of each method, where it was measured.
+        clock: of the seconds.
     """
 
-    def __init__(self, spec: Spec, peaks: Mapping[str, Memory]) -> None:
-        self.peaks = peaks
+    def __init__(self, spec: Spec, peaks: Mapping[str, Memory], clock: Clock = "wall") -> None:
+        self.peaks, self.clock = peaks, clock
         self.work = Workload(spec)
         self.plain = Workload(spec.plain) if spec.master else self.work
-        self.gemm = Gemm(spec.compute_dtype, self.work.device)
+        self.gemm = Gemm(spec.compute_dtype, self.work.device, clock=clock)
         self.running: dict[str, Running] = {}
         self.exact: dict[str, bool | None] = {}
         self.flops: dict[str, int] = {}
@@ -124,7 +127,7 @@ class Session:
     def time(self, repeats: int, say: Say) -> dict[str, list[float]]:
         """Seconds of each step, the matrix product's among them."""
         steps: dict[str, Timed] = {_GEMM: self.gemm}
-        steps |= {name: partial(timed, running, self.work.device) for name, running in self.running.items()}
+        steps |= {name: partial(timed, running, self.work.device, self.clock) for name, running in self.running.items()}
         self.gemm()
         return interleave(steps, repeats, lambda number: say(f"[round {number}/{repeats}]"))
 

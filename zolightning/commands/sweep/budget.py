@@ -15,9 +15,8 @@ from ...records.monitor import ZOMonitor
 from ...strategy._lightning import Callback, pl
 from ...strategy.strategy import ZOStrategy
 from ...types import Batch, StepOutput
+from ..clock import Clock, now
 from ..demo.module import PromptClassifier, PromptData
-
-Clock = Literal["wall", "cpu"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Budget:
     """Seconds of the clock, or forward passes."""
 
     clock: Clock = "wall"
-    """'wall', or 'cpu': the process's CPU time on all its threads, which other programs on the machine hardly change."""
+    """Of the seconds."""
 
     def __post_init__(self) -> None:
         if not 0 < self.amount < math.inf:
@@ -41,7 +40,7 @@ class Budget:
         return f"{self.amount:g} " + ("forward passes" if self.unit == "forwards" else f"{self.clock} seconds")
 
     def now(self) -> float:
-        return time.process_time() if self.clock == "cpu" else time.perf_counter()
+        return now(self.clock)
 
 
 class Meter(Callback):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from ..clock import Clock
 from ..console import say
 from ..demo.main import prepare, settle_precision
 from ..demo.run import Task
-from .budget import Budget, Clock
+from .budget import Budget
 from .entries import Entry, choose
 from .plan import Plan, finish
 from .report import check_target, target_accuracy, text, write
