@@ -37,6 +37,8 @@ from zolightning_dashboard.screens import parts, tradeoffs
 from zolightning_dashboard.source import open_source
 from zolightning_dashboard.view import View
 
+from zolightning.federated import Round, RoundLog
+
 pytestmark = pytest.mark.integration
 
 ROOT = Path(zolightning_dashboard.__file__).parent
@@ -163,6 +165,19 @@ def test_every_page_draws_every_store(page: str, store: str, request: pytest.Fix
     app = open_app(request.getfixturevalue(store), page)
     assert not app.exception
     assert not app.error
+
+
+def test_a_federations_clients_are_on_the_health_page(tmp_path: Path) -> None:
+    with RoundLog(f"sqlite:///{tmp_path / 'm.db'}", name="digits") as rounds:
+        for number in range(3):
+            asked, sent = ("anna", "ben"), {"anna": 100, "ben": 50 * (number < 2)}
+            done = Round(number, number + 1, 0.5, asked, asked[: 2 - number // 2], {}, 300, sum(sent.values()), sent)
+            rounds(done, {"value": 0.1 * number})
+    app = open_app(tmp_path / "m.db", "health")
+    assert not app.exception
+    shown = next(one.value for one in app.dataframe if "zo/clients/bytes_up" in one.value.columns)
+    assert len(shown) == 3
+    assert set(shown["zo/clients/joined"]) == {"1", "3", "2"}
 
 
 @pytest.mark.parametrize("page", PAGES)

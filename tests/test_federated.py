@@ -139,6 +139,20 @@ def test_a_strange_client_moves_the_median_little() -> None:
         Rules(average="median", keys="own")
 
 
+def test_the_default_recipe_trains_in_a_federation() -> None:
+    net = PerExampleTask(mlp(), per_example_mse, lambda parameters: SGD(parameters, lr=1e-3))
+    shards = [[(x, y * 0) for x, y in batches(2, seed=i)] for i in range(2)]
+
+    def loss(module: nn.Module) -> float:
+        with torch.no_grad():
+            return sum(float(per_example_mse(net.net, batch).mean()) for shard in shards for batch in shard)
+
+    before = loss(net)
+    done = simulate(net, shards, rounds=40, keys="own")
+    assert not any(each.refused for each in done.rounds)
+    assert loss(net) < 0.9 * before
+
+
 # coming and going
 
 
@@ -249,6 +263,7 @@ def test_rounds_are_logged_for_the_dashboard(tmp_path: Path) -> None:
     runs = {run.info.run_name: run for run in client.search_runs([e.experiment_id for e in client.search_experiments()])}
     assert set(runs) == {"both, server", "both, client-0000", "both, client-0001"}
     assert {run.data.tags["zo.federation"] for run in runs.values()} == {"both"}
+    assert all("zo.recipe" in run.data.tags for run in runs.values())  # the dashboard's Health page looks for it
     server = runs["both, server"].data.metrics
     assert server["zo/clients/bytes_up"] == done.bytes_up
     assert server["zo/clients/bytes_down"] == done.bytes_down

@@ -20,7 +20,8 @@ class RoundLog:
             simulate(module, shards, method, rounds=300, evaluate=accuracy, on_round=log)
 
     The server's run has the loss, bytes up and down so far, clients asked, joined and refused by round, and what was
-    evaluated; a client's its bytes and rounds so far. The step of all is the federation's.
+    evaluated; a client's its bytes and rounds so far. The step of all is the federation's. The dashboard's Health page shows
+    them, and its charts take runs together by a tag.
 
     Args:
         store: an SQLite file ``sqlite:///path`` or a server's URL.
@@ -82,7 +83,8 @@ class RoundLog:
 
         if client not in self._runs:
             named = f"{self._name}, {client or 'server'}"
-            tags: dict[str, Any] = {"zo.federation": self._name, "zo.role": "client" if client else "server"}
+            role = "client" if client else "server"
+            tags: dict[str, Any] = {"zo.recipe": "federated", "zo.federation": self._name, "zo.role": role}
             self._runs[client] = self._client.create_run(self._experiment, run_name=named, tags=tags).info.run_id
         now = int(time.time() * 1000)
         entries = [Metric(name, float(value), now, step) for name, value in metrics.items()]
