@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--local-steps", type=int, default=10)
     parser.add_argument("--lr", type=float, nargs="+", default=[0.5], help="of FZooS")
+    parser.add_argument("--correction", type=float, nargs="+", default=[0.0], help="gamma of FZooS")
     parser.add_argument("--eps", type=float, default=0.01)
     parser.add_argument("--fedzo-queries", type=int, nargs="+", default=[5, 20, 50])
     parser.add_argument("--fedzo-lr", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.4])
@@ -93,10 +95,11 @@ def main() -> None:
     plain = {"select": "all", "structure": "dense", "normalize": False}
     for seed in args.seeds:
         if args.only != "fedzo":
-            for lr in args.lr:
-                surrogate = Surrogate(args.eps, WEIGHTS)
+            for lr, gamma in product(args.lr, args.correction):
+                surrogate = Surrogate(args.eps, WEIGHTS, correction=gamma)
                 config = ZOConfig(surrogate, lr=lr, seed=seed, **plain)
-                show(method="fzoos", lr=lr, seed=seed, **run(config, surrogate.probes + 1, args.rounds, args.local_steps, seed))
+                found = run(config, surrogate.probes + 1, args.rounds, args.local_steps, seed)
+                show(method="fzoos", lr=lr, correction=gamma, seed=seed, **found)
         if args.only != "fzoos":
             for queries in args.fedzo_queries:
                 for lr in args.fedzo_lr:

@@ -413,6 +413,13 @@ def test_the_surrogate_needs_few_losses_in_a_federation() -> None:
     done = simulate(module, shards, config, rounds=8, local_steps=3)
     assert not any(each.refused for each in done.rounds)
     assert float((module.x - target).square().mean()) < 0.05 * before
+    config = replace(config, estimator=Surrogate(0.05, 12, probes=3, candidates=12, correction=0.5))
+    corrected = simulate(Bowl(), shards, config, rounds=8, local_steps=3)
+    shifts = [each._surrogate._shift for each in corrected.clients.values() if each._surrogate is not None]
+    assert shifts[0] is not None
+    assert shifts[1] is not None  # two clients, on either side of their mean but for directions that depend on each other
+    torch.testing.assert_close(shifts[0], -shifts[1], rtol=0.1, atol=5e-3)
+    assert shifts[0].norm() > 0.05
     with pytest.raises(ValueError, match="1 <= probes <= candidates"):
         Surrogate(0.1, 4, probes=5)
     with pytest.raises(ValueError, match="call bind"):

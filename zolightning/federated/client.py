@@ -59,6 +59,8 @@ class Client:
         self._held = [next(self._batches)]
         self._place = _Place()
         self.session = Session(module, optimizer, self.config, apply=self._apply, ranks=self._place)
+        estimator = self.session.estimator
+        self._surrogate = estimator if isinstance(estimator, Surrogate) else None
         self._parameters = dict(module.named_parameters())
         self._lrs = tuple(float(group["lr"]) for group in optimizer.param_groups)
         self.head = START
@@ -69,8 +71,8 @@ class Client:
 
     def _describe(self, optimizer: Optimizer) -> Opening:
         leaves = self.session.subspace(self._forward, self._held[0]).view.leaves
-        if isinstance(self.session.estimator, Surrogate):
-            self.session.estimator.bind(leaves)
+        if self._surrogate is not None:
+            self._surrogate.bind(leaves)
         stepper, names = self.session.stepper(optimizer), {id(p): name for name, p in self._parameters.items()}
         settings = plain({**self.config.to_dict(), "lrs": self._lrs})
         header = header_of(self.module, self.session.seed, 0, settings, fingerprint(self._parameters.items()))
@@ -109,6 +111,8 @@ class Client:
             if fits and self._replay is not None:
                 self._replay.take(record)
                 self.head = digest
+                if self._surrogate is not None and isinstance(record, Step):
+                    self._surrogate.hear(record.step, record.terms)
             fits = fits or digest == self.head
         if not fits:
             stands = self.head.hex() if self.head else "the start"
@@ -132,6 +136,8 @@ class Client:
         for group, lr in zip(optimizer.param_groups, task.lrs, strict=True):
             group["lr"] = lr
         session.step = task.step
+        if self._surrogate is not None:
+            self._surrogate.begin_round()
         before = [p.detach().clone() for p in self._trained()] if self._moves else []
         records: list[Step | Check] = [Check(self.step, self.fingerprint())] if task.check else []
         seen = 0

@@ -42,6 +42,8 @@ class Surrogate(FiniteDifference):
         nearest: losses that the process is fitted to, >= 2.
         noise: σ² of the losses, once they are scaled to variance 1, > 0.
         refit: steps between fits of the length scale l, >= 1.
+        correction: γ >= 0: local step t of a federation's client goes along ĝ + γ/(t + 1)·(the clients' mean − its own), both
+            at the start of the round before; the paper's correction by random features has them at the weights of now.
 
     Raises:
         ValueError: a value is out of range.
@@ -57,6 +59,7 @@ class Surrogate(FiniteDifference):
         nearest: int = 150,
         noise: float = 1e-6,
         refit: int = 10,
+        correction: float = 0.0,
     ) -> None:
         super().__init__(eps, num_queries)
         if not 1 <= probes <= candidates <= num_queries or nearest < 2 or refit < 1 or not noise > 0:
@@ -65,16 +68,36 @@ class Surrogate(FiniteDifference):
                 f"{probes}, {candidates}, {num_queries}, {nearest}, {refit} and {noise}"
             )
         self.probes, self.candidates, self.nearest, self.noise, self.refit = probes, candidates, nearest, noise, refit
+        if not 0 <= correction < math.inf:
+            raise ValueError(f"`Surrogate(correction=...)` must be >= 0, got {correction}")
+        self.correction = correction
         self.length = 1.0
         """The length scale, as fitted last."""
         self._leaves: Sequence[Leaf] = ()
         self._seen: deque[tuple[Tensor, float]] = deque(maxlen=20 * nearest)
-        self._steps = 0
+        self._steps = self._local = 0
+        self._own: tuple[int, Tensor] | None = None  # the first local step, and the gradient there
+        self._union: tuple[Term, ...] = ()
+        self._shift: Tensor | None = None
         self._asked: tuple[Key, Tensor, Tensor] | None = None  # the directions, and where the loss is wanted
 
     def bind(self, leaves: Sequence[Leaf]) -> None:
         """Say what is trained: the positions of past probes are kept."""
         self._leaves = tuple(leaves)
+
+    def begin_round(self) -> None:
+        """A client's first local step comes next."""
+        self._local = 0
+        if self._union and self._own is not None:
+            terms = self._union
+            mean = self._directions([z for z, _ in terms]) @ torch.tensor([c for _, c in terms], dtype=torch.float64)
+            self._shift = mean - self._own[1]
+        self._union, self._own = (), None
+
+    def hear(self, step: int, terms: Sequence[Term]) -> None:
+        """All clients' step, of which the own was a part."""
+        if self.correction and self._own is not None and self._own[0] == step:
+            self._union = tuple(terms)
 
     def ask(self, key: Key, examples: int | None = None) -> Sequence[Point]:
         keys, chosen = self.directions(key), list(range(self.probes))
@@ -99,6 +122,11 @@ class Surrogate(FiniteDifference):
         self._steps += 1
         directions = self.directions(key)
         gradient = self._fit(here)[0] if len(self._seen) >= 2 else torch.zeros_like(here)
+        if self._local == 0:
+            self._own = key.step, gradient
+        if self.correction and self._shift is not None:
+            gradient = gradient + self.correction / (self._local + 1) * self._shift
+        self._local += 1
         found = torch.linalg.lstsq(basis, gradient[:, None], rcond=_RANK, driver="gelsy").solution[:, 0] * len(directions)
         return Estimate.of(map(Term, directions, found.tolist()), answers)
 
