@@ -6,8 +6,11 @@ import ast
 import copy
 import math
 import random
+import subprocess
+import sys
 import tomllib
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ from zolightning.federated.messages import START
 from zolightning.federated.opening import Opening
 from zolightning.federated.simulation import client_of, run_round
 from zolightning.ledger import LedgerError, fingerprint, read, replay
-from zolightning.ledger.format import Step
+from zolightning.ledger.format import Header, Step, opening
 from zolightning.methods.private import PrivateSPSA, noise_for, spent
 from zolightning.methods.surrogate import Surrogate
 from zolightning.types import Key, Term
@@ -218,6 +221,47 @@ def test_a_server_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     assert [each.number for each in done] == [7, 8, 9, 10, 11]
     assert marks(again, clients) == marks(whole, others)
     again.end()
+
+
+@pytest.mark.integration
+def test_a_server_that_gets_a_sigkill_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "federation.zo"
+    script = (
+        "import os, sys; from pathlib import Path; from test_federated import federation, go\n"
+        "server, clients = federation(path=Path(sys.argv[1]))\n"
+        "for _ in range(4): go(server, clients)\n"
+        "server.begin(sorted(clients)); os.kill(os.getpid(), 9)\n"
+    )
+    command = [sys.executable, "-c", script, str(path)]
+    assert subprocess.run(command, cwd=Path(__file__).parent, check=False).returncode == -9
+    whole, others = federation()
+    for _ in range(6):
+        go(whole, others)
+    again, (_, clients) = Server(path=path), federation()
+    for name, each in clients.items():
+        each._batches = cycle(batches(6, seed=int(name[1:])))
+        each._held = [next(each._batches) for _ in range(5)][4:]  # where the loaders of the others stand
+        again.welcome(name, each.opening.pack())
+    assert again.step == again.rounds == 4
+    for _ in range(2):
+        go(again, clients)
+    assert marks(again, clients) == marks(whole, others)
+    again.end()
+
+
+def test_a_server_refuses_a_file_that_is_no_federations(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.zo"
+    for data, match in (
+        (b"hello", "is not a replay ledger"),
+        (opening(Header(1, 0, "0" * 32, {}, (), "cpu", {}, {}, None)), "no"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(LedgerError, match=match):
+            Server(path=path)
+        assert path.read_bytes() == data
+    path.unlink()
+    server = Server(path=path)  # the right to write was given back
+    server.end()
 
 
 def test_the_ledger_is_a_replay_ledger(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..engine.step import finish
-from ..ledger.format import DIGEST, Check, Record, Step, encode, scan
+from ..ledger.format import DIGEST, Check, LedgerError, Record, Step, encode, scan
 from ..ledger.reader import read
 from ..ledger.writer import LedgerWriter, claim
 from ..methods.shaping import State, state_from
@@ -97,7 +97,11 @@ class Server:
         self._path = None if path is None else Path(path)
         self._writer: LedgerWriter | None = None
         if self._path is not None and self._path.exists():
-            self._resume(self._path)
+            try:
+                self._resume(self._path)
+            except BaseException:
+                self.end()
+                raise
 
     # clients
 
@@ -289,10 +293,13 @@ class Server:
     def _resume(self, path: Path) -> None:
         ledger = read(path)
         if ledger.damage:
-            raise Refused("damaged", ledger.damage)
+            raise LedgerError(ledger.damage)
         data = ledger.data[: ledger.end]
-        first = list(scan(data))[2][1]
-        self.opening = Opening.unpack(data[:first])
+        try:
+            self.opening = Opening.unpack(data[: [end for _, end in scan(data)][:3][-1]])
+            self.opening.lrs()
+        except Refused as refused:
+            raise LedgerError(f"{path} is no federation's ledger, and a server would go on with it: {refused}") from refused
         self._data = bytearray(data)
         self._ends = {self._data_digest(end): end for _, end in scan(data)}
         self.step = ledger.last
