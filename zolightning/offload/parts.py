@@ -83,7 +83,8 @@ class Parts:
             IndexError: there is no such row.
         """
         rows = numbers.reshape(-1).to(self._entries[0].device, torch.int64)
-        out = self._memory(rows.numel())
+        entry = self._entries[0]
+        out = torch.empty(rows.numel(), *entry.shape[1:], dtype=entry.dtype, device=entry.device)  # an activation
         for place in torch.unique(rows // self._step).tolist():
             if not 0 <= place < len(self._entries):
                 raise IndexError("index out of range in self")

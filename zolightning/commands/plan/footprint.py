@@ -30,12 +30,12 @@ class Footprint(NamedTuple):
 
     Args:
         peak: bytes at most, those that were there before included.
-        waiting: bytes at most where a matrix is about to be read.
+        lockstep: bytes at most of two forwards that read each matrix together: one computes while the other waits at one.
         flops: of its products.
     """
 
     peak: int
-    waiting: int
+    lockstep: int
     flops: int
 
 
@@ -44,7 +44,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = self.flops = 0
+        self.peak = self.recent = self.flops = 0
+        """Most bytes, those since somebody set ``recent``, and operations."""
         self._most = 0  # alive, as far as is known: some may have gone since
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
@@ -56,8 +57,9 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             size = storage.nbytes() if size is None else size
             self._alive[place] = StorageWeakRef(storage), size  # type: ignore[no-untyped-call]
             self._most += size
-            if self._most > self.peak:
-                self.peak = max(self.peak, self.now)
+            if self._most > self.recent:
+                self.recent = max(self.recent, self.now)
+                self.peak = max(self.peak, self.recent)
 
     @property
     def now(self) -> int:
@@ -102,14 +104,20 @@ class Reads(TorchFunctionMode):
     def __init__(self, live: LiveBytes, scratch: Scratch | None, copies: int, coded: frozenset[int]) -> None:
         super().__init__()
         self._live, self._scratch, self._copies, self._coded = live, scratch, copies, coded
-        self.waiting = 0
+        self._shared, self._before, self.lockstep = live.now, 0, 0
+
+    def note(self) -> None:
+        """A matrix is about to be read, or the forward has ended: the other one waits here, or at the matrix before."""
+        own = self._live.now - self._shared - (0 if self._scratch is None else self._scratch.buffer.nbytes)
+        self.lockstep = max(self.lockstep, self._live.recent + max(self._before, own))
+        self._before, self._live.recent = own, self._live.now
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         weight = args[1] if func is F.linear and len(args) > 1 else None
         if not isinstance(weight, nn.Parameter):
             return func(*args, **kwargs)
-        self.waiting = max(self.waiting, self._live.now)
+        self.note()
         x, bias = args[0], args[2] if len(args) > 2 else kwargs.get("bias")
         if id(weight) in self._coded:
             return _Decoded.apply(x, weight, bias)  # type: ignore[no-untyped-call]
@@ -140,5 +148,6 @@ def footprint(
         scratch = Scratch(work.numel) if probes else None
         with live, Reads(live, scratch, probes, codes) as reads:
             step()
+            reads.note()
     vectors = probes * sum(p.nbytes for p in work.model.parameters() if p.dim() == 1 and p.numel() <= SMALL)
-    return Footprint(live.peak + vectors, reads.waiting + vectors, live.flops)
+    return Footprint(live.peak + vectors, reads.lockstep + 2 * vectors, live.flops)

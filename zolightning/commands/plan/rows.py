@@ -94,18 +94,17 @@ def resident(spec: Spec) -> Need:
 
 
 def offloaded(spec: Spec, tier: str) -> Need:
-    """The same with a pool in the place of the matrices; forwards in lockstep hold activations while they wait:
+    """The same with a pool in the place of the matrices; of two forwards in lockstep, one holds activations while it waits:
 
-    device = resident − matrices + 2·largest + waiting activations
+    device = resident, or both forwards − matrices + 2·largest
     """
     work = Imagined(spec)
     found, forwards = _probed(work)
     moved = work.moved
     away, pool = sum(moved), 2 * max(moved, default=0)
-    waiting = found.waiting - work.weights if forwards == 2 else 0
     disk = tier == "disk"
     return Need(
-        device=found.peak - away + pool + waiting,
+        device=(found.lockstep if forwards == 2 else found.peak) - away + pool,
         host=0 if disk else away,
         disk=2 * away if disk else 0,
         read=away,
