@@ -90,6 +90,29 @@ def test_a_fit_and_a_resumed_fit_end_with_the_bits_of_memory(offload: Any) -> No
     assert os.path.getsize("offloaded/step=3.ckpt") < 30_000
 
 
+class Stacked(nn.Module):
+    """Three experts in one tensor, of which each step reads two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.Parameter(torch.randn(3, WIDTH, WIDTH) * 0.05)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.experts[0]) @ self.experts[2]
+
+
+@exact_epochs
+def test_a_resumed_fit_goes_on_from_the_parts_that_its_work_files_hold() -> None:
+    def make() -> Watched:
+        return Watched(Stacked(), optimizer=lambda p: AdamW(p, lr=1e-3))
+
+    expected = fitted(None, "memory", make=make)
+    assert same(fitted("disk", "offloaded", make=make), expected)
+    gc.collect()
+    assert same(fitted("disk", "offloaded", ckpt_path="offloaded/step=3.ckpt", make=make), expected)
+
+
 @exact_epochs
 def test_adamw_accumulation_schedule_clipping_and_early_stopping() -> None:
     def make() -> Watched:
