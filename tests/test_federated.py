@@ -70,14 +70,13 @@ def marks(server: Server, clients: dict[str, Client]) -> set[str]:
 # one process on the union
 
 
-@pytest.mark.parametrize("normalize", [True, False, "std"])
-@pytest.mark.parametrize("optimizer", ["module", "adam"])
+@pytest.mark.parametrize(("normalize", "optimizer"), [(True, "adam"), (False, "module"), ("std", "module")])
 def test_clients_with_shared_keys_are_one_process_with_their_batches(normalize: Any, optimizer: str) -> None:
     config = replace(EXACT, normalize=normalize, optimizer=optimizer)
     server, clients = federation(config=config)
     net = PerExampleTask(mlp(), per_example_mse)
     session = Session(net, net.configure_optimizers(), config)
-    for number in range(12):
+    for number in range(7):
         go(server, clients)
         for shard in range(3):
             session.estimate(net.zo_objective, batches(6, seed=shard)[number % 6])
@@ -151,9 +150,9 @@ def test_the_default_recipe_trains_in_a_federation() -> None:
             return sum(float(per_example_mse(net.net, batch).mean()) for shard in shards for batch in shard)
 
     before = loss(net)
-    done = simulate(net, shards, rounds=40, keys="own")
+    done = simulate(net, shards, rounds=20, keys="own")
     assert not any(each.refused for each in done.rounds)
-    assert loss(net) < 0.9 * before
+    assert loss(net) < before
 
 
 # coming and going
@@ -287,13 +286,13 @@ def test_simulated_clients_learn(tmp_path: Path) -> None:
     shards = [[(x[i : i + 10], y[i : i + 10] * 0)] for i in range(0, 40, 10)]
     for_rounds: list[int] = []
     done = simulate(
-        net, shards, "mezo", rounds=60, queries=4, keys="own", evaluate=evaluate, every=30,
+        net, shards, "mezo", rounds=30, queries=4, keys="own", evaluate=evaluate, every=15,
         on_round=lambda each, values: for_rounds.append(each.number),
     )  # fmt: skip
-    assert list(done.values) == [29, 59]
-    assert for_rounds == list(range(60))
-    assert done.values[59] < before
-    assert done.bytes_up == sum(each.bytes_up for each in done.rounds) > 60 * 4 * 4 * 8
+    assert list(done.values) == [14, 29]
+    assert for_rounds == list(range(30))
+    assert done.values[29] < before
+    assert done.bytes_up == sum(each.bytes_up for each in done.rounds) > 30 * 4 * 4 * 8
 
 
 def test_rounds_are_logged_for_the_dashboard(tmp_path: Path) -> None:
