@@ -271,10 +271,12 @@ def test_zo_steps_are_timed_after_the_first_looks_for_state(monkeypatch: pytest.
     looks = []
     everything = Isolation.everything
     monkeypatch.setattr(Isolation, "everything", lambda self: looks.append(self) or everything(self))
-    running = METHODS["spsa-rademacher"].setup(Workload(spec()))
+    session = Session(spec(), {})
+    for name in ("forward", "spsa-rademacher"):
+        session.start(name, 0)
     assert looks
     looks.clear()
-    running.step(0.0)
+    session.running["spsa-rademacher"].step(0.0)
     assert not looks
 
 

@@ -43,6 +43,9 @@ class Running:
     trained: int
     """Weights that a step perturbs or updates."""
 
+    looking: Callable[[], bool] = lambda: False
+    """Whether the next step takes longer than most, to look for state that the module keeps."""
+
 
 Setup = Callable[[Workload], Running]
 
@@ -127,10 +130,7 @@ def zeroth_order(work: Workload, config: ZOConfig) -> Running:
             if graphs.refused:
                 raise Unavailable(graphs.refused)
             step(LR)
-    step(LR)
-    while session.looking:
-        step(LR)
-    return Running(step, model, space.view.numel)
+    return Running(step, model, space.view.numel, lambda: session.looking)
 
 
 class _Module(ZOMixin, pl.LightningModule):

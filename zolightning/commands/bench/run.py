@@ -114,6 +114,8 @@ class Session:
             flops = count_flops(running) if counted else self.flops[FORWARD.name]
             for _ in range(warmup):
                 running.step(LR)
+            while running.looking():
+                running.step(LR)
         except Unavailable as error:
             self.skipped[name] = str(error)
         except Exception as error:
