@@ -156,7 +156,7 @@ class Session:
             space.runner.view.check()
             if not self._window:
                 trial = partial(self._trial, forward, batch, space)
-                self._looks = self._sizes.look(place, optimizer, space.runner.view.leaves, trial)
+                self._looks = self._sizes.look(place, optimizer, space.runner.view.leaves, trial, self._steppers[id(optimizer)])
                 looks = len(self._looks)
                 space.runner.view.read.clear()
             ran = space.runner.run(forward, batch, part.ask)

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from ..methods.optimizers import is_plain_sgd
 from ..space import Leaf
 from ..types import Key, StepRecord, Term
 from .rates import base_lr
 
 START = 1e-2  # of the RMS of the trained weights; it trains SmolLM2 on the demo's task
 _BOUNDS = (1e-3, 1.0)  # likewise
+_STATEFUL = 3e-2  # likewise the most where an optimizer takes other ways than the one that is looked at
 _SEARCH = (0.0, 1.0, 2.0, 4.0)  # multiples of a way: the best one for the first few steps is too long for later ones
 _LOOK = (0.0, 1.0, 2.0)
 _FIRST, _EVERY = 5, 10  # steps of the way that is searched, and of those that are looked at
@@ -45,6 +47,9 @@ class StepSize:
     .. math:: m^* = 1 + \frac{\ell(0) - \ell(2)}{2\,(\ell(0) - 2 \ell(1) + \ell(2))}, \qquad
               \eta \leftarrow \eta \min(\max(m^*, \tfrac45), \tfrac54)
 
+    An optimizer with state, such as AdamW, moves the weights another way than D, which says less about it: its size stays below
+    3 % of the RMS.
+
     Everything is a number of this class, so that a checkpoint holds it; the ledger holds the rates that came of it.
     """
 
@@ -64,13 +69,15 @@ class StepSize:
     """Likewise, as a schedule left them."""
     terms: list[tuple[tuple[int, ...], float]] = field(default_factory=list)
     """-D, at full size."""
+    most: float = _BOUNDS[1]
+    """The largest size, as a share of the RMS."""
 
     @classmethod
-    def at(cls, leaves: Sequence[Leaf]) -> StepSize | None:
-        """The first one, for these weights; None where all are 0."""
+    def at(cls, leaves: Sequence[Leaf], plain: bool = True) -> StepSize | None:
+        """The first one, for these weights under plain SGD or an optimizer with state; None where all are 0."""
         squares = math.fsum(float(leaf.parameter.detach().double().square().sum()) for leaf in leaves)
         rms = math.sqrt(squares / sum(leaf.parameter.numel() for leaf in leaves))
-        return cls(rms, START * rms) if rms > 0 else None
+        return cls(rms, START * rms, most=_BOUNDS[1] if plain else _STATEFUL) if rms > 0 else None
 
     @property
     def searching(self) -> bool:
@@ -98,7 +105,7 @@ class StepSize:
             self.size *= best or 0.5
         else:
             self.size *= min(max(_lowest(*losses), 1 / _CHANGE), _CHANGE)
-        self.size = min(max(self.size, _BOUNDS[0] * self.rms), _BOUNDS[1] * self.rms)
+        self.size = min(max(self.size, _BOUNDS[0] * self.rms), self.most * self.rms)
 
     def took(self, record: StepRecord) -> None:
         """Note a step."""
@@ -138,12 +145,22 @@ class StepSizes:
         self._found: dict[int, StepSize | None] = {}
 
     @torch.no_grad()
-    def look(self, place: int, optimizer: Optimizer, leaves: Sequence[Leaf], loss: Loss) -> list[float]:
-        """Begin, or look at the last step where that is due: the losses for :meth:`choose`, each of a forward pass."""
+    def look(
+        self, place: int, optimizer: Optimizer, leaves: Sequence[Leaf], loss: Loss, stepper: Optimizer | None = None
+    ) -> list[float]:
+        """Begin, or look at the last step where that is due: the losses for :meth:`choose`, each of a forward pass.
+
+        Args:
+            place: of the optimizer.
+            optimizer: whose rates are scaled.
+            leaves: its trained weights.
+            loss: of terms, see :data:`Loss`.
+            stepper: applies its steps in its place, see :meth:`~zolightning.Session.stepper`.
+        """
         if not self.wanted:
             return []
         if place not in self._found:
-            begun = self._decide(lambda: _plain(StepSize.at(leaves)))
+            begun = self._decide(lambda: _plain(StepSize.at(leaves, is_plain_sgd(stepper or optimizer))))
             self._found[place] = found = None if begun is None else StepSize(**begun)
             base = base_lr(optimizer.param_groups[0])
             if found is None:

@@ -145,7 +145,7 @@ ADAMW = Method("adamw", "backprop AdamW", lr=2e-5)
 CHECKPOINTED = Method("checkpointed", "backprop AdamW, checkpointed", lr=2e-5, checkpointing=True)
 LORA = Method("lora", "backprop AdamW on LoRA", lr=5e-4, lora=True)
 QLORA = Method("qlora", "backprop AdamW on LoRA, NF4 base (QLoRA)", lr=5e-4, lora=True, nf4=True)
-VECTORS = Method("vectors", "backprop AdamW on the same vectors", lr=1e-3, interventions=True, decay=True)
+VECTORS = Method("vectors", "backprop AdamW on the same vectors", lr=3e-3, interventions=True, decay=True)
 PROBE = Method("probe", "linear probe (scikit-learn)", probe=True)
 
 
@@ -175,7 +175,7 @@ def _methods(zo: int, reft: int, gguf: int, other_zo: int, backprop: int, batch_
         replace(SPSA, steps=other_zo, batch_size=batch_size),
         replace(MEZO, steps=other_zo),
         *(replace(m, steps=backprop) for m in (ADAMW, CHECKPOINTED, LORA, QLORA)),
-        replace(VECTORS, steps=15, batch_size=32),
+        replace(VECTORS, steps=30),
         replace(PROBE, steps=10),
     )
 
