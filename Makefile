@@ -7,8 +7,8 @@ ARGS ?=
 demo: $(VENV)/demo.stamp
 	$(BIN)/zolightning demo $(ARGS)
 
-# One process a core; a file's tests stay together, so that what they share is made once, and long files come first.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+# One process a core; a file's tests stay together, so that what they share is made once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 test: lint
 	$(PYTEST) $(ARGS)

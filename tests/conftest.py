@@ -30,12 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Files that wait for servers and browsers first, since a core would be left with one of them at the end.
-
-    With ``--cases N``: products over recipes and modules are looked at here and there only.
-    """
-    long = {item.path for item in items if item.get_closest_marker("integration")}
-    items.sort(key=lambda item: item.path not in long)
+    """With ``--cases N``: products over recipes and modules are looked at here and there only."""
     most = config.getoption("cases")
     if most is None:
         return
