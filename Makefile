@@ -7,7 +7,7 @@ ARGS ?=
 demo: $(VENV)/demo.stamp
 	$(BIN)/zolightning demo $(ARGS)
 
-# One process a core; a file's tests stay together, so that what they share is made once.
+# One process a core and one more, as some wait for servers; a file's tests stay together, so that what they share is made once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 test: lint

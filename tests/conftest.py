@@ -20,9 +20,9 @@ settings.load_profile("suite")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """One worker for each core that this process may use; beyond eight they would wait for the longest file."""
+    """One worker more than cores that this process may use, as some wait for servers; beyond eight for the longest file."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 8)
+    return min(cores + 1, 8)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
