@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._answers import needs
 from .candidates import evaluating
 from .likelihood import answer_log_likelihood
 
@@ -19,9 +20,10 @@ def general_text(most: int = 64) -> list[str]:
         most: how many paragraphs, those of at least 20 words.
 
     Raises:
-        ModuleNotFoundError: scikit-learn is missing; ``pip install "zolightning[demo]"`` brings it.
+        ImportError: scikit-learn is missing.
     """
-    files = sorted(resources.files("sklearn.datasets.descr").iterdir(), key=lambda file: file.name)
+    with needs("sklearn", "`general_text`", "zolightning[demo]"):
+        files = sorted(resources.files("sklearn.datasets.descr").iterdir(), key=lambda file: file.name)
     paragraphs = [
         " ".join(part.split()) for file in files if file.name.endswith(".rst") for part in file.read_text().split("\n\n")
     ]

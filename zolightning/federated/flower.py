@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .._answers import needs
 from ..methods.config import ZOConfig
 from ..types import Batch
 from .client import Client
 from .messages import START, Refused, Task
 from .rules import Rules
 from .server import Round, Server
-from .simulation import HasConfig, client_of, method_of
+from .simulation import HasConfig, client_of, config_of
 
 if TYPE_CHECKING:
     from flwr.app import Context, Message, RecordDict
@@ -51,7 +52,7 @@ def client_app(
     def client(context: Context) -> Client:
         node = context.node_config
         part, parts = int(node.get("partition-id", 0)), int(node.get("num-partitions", 1))
-        return client_of(module(), batches(part, parts), method_of(method))
+        return client_of(module(), batches(part, parts), config_of(method))
 
     def hello(message: Message, context: Context) -> Message:
         kept = _get(context.state, "ledger")
@@ -187,7 +188,5 @@ def _seed(node: int, step: int) -> int:
 
 def _part(name: str) -> Any:
     """A module of Flower's."""
-    try:
+    with needs("flwr", "a federation over Flower", "zolightning[federated]"):
         return import_module(f"flwr.{name}")
-    except ModuleNotFoundError as error:
-        raise ImportError(f'this federation runs over Flower ({error}); run `pip install "zolightning[federated]"`') from error

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..ledger.format import PROLOGUE, Header, LedgerError, Method, Options, Record, decode, intact, opening, scan
+from ..ledger.format import DIGEST, PROLOGUE, Header, LedgerError, Method, Options, Record, decode, intact, opening, scan
 from ..ledger.format import encode as encoded
 from ..ledger.reader import Ledger
 from ..methods.config import ZOConfig
@@ -36,7 +36,7 @@ class Opening:
     def pack(self) -> bytes:
         data = opening(self.header)
         for record in (self.method, self.options):
-            data += encoded(record, data[-8:], self.header.seed)
+            data += encoded(record, data[-DIGEST:], self.header.seed)
         return data
 
     @classmethod

@@ -151,7 +151,7 @@ class Server:
         assert self.opening is not None
         self._asked = {name: slot for slot, name in enumerate(clients)}
         self._shares, self._failed, self._sent, self._down = {}, {}, Counter(), 0
-        factor, tasks = self._schedule(self.rounds), {}
+        lrs, tasks = self._lrs, {}
         check = self._checked < 0 or self.rounds - self._checked >= self.rules.check_every
         for name, slot in self._asked.items():
             tasks[name] = Task(
@@ -163,7 +163,7 @@ class Server:
                 local_steps=self.rules.local_steps,
                 own=self.rules.keys == "own",
                 check=check,
-                lrs=tuple(lr * factor for lr in self.opening.lrs()),
+                lrs=lrs,
                 records=self.since(self._stands[name]),
             )
             self._down += len(tasks[name].pack())
@@ -239,7 +239,7 @@ class Server:
     def _joined(self, shares: Sequence[Share]) -> tuple[float, str]:
         """One step of all: its loss, and why nothing moved."""
         assert self.opening is not None
-        lrs = tuple(lr * self._schedule(self.rounds) for lr in self.opening.lrs())
+        lrs = self._lrs
         found = union(shares, len(self._asked), self.rules)
         step, self.step = self.step, self.step + 1
         if self.rules.local_steps > 1:
@@ -265,6 +265,13 @@ class Server:
                 self._failed[name] = f"apart: its weights have the fingerprint {mark}, those of most clients {usual}"
                 del self._shares[name], self._stands[name]  # until it is welcomed again
         self._append(Check(self.step, usual))
+
+    @property
+    def _lrs(self) -> tuple[float, ...]:
+        """The learning rates of the round."""
+        assert self.opening is not None
+        factor = self._schedule(self.rounds)
+        return tuple(lr * factor for lr in self.opening.lrs())
 
     @property
     def _seed(self) -> int:

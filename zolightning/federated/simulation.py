@@ -96,7 +96,7 @@ def simulate(
         ValueError: a setting is out of range.
         Refused: a client cannot take part.
     """
-    config = method_of(method, queries)
+    config = config_of(method, queries)
     server = Server(replace(rules or Rules(), local_steps=local_steps, keys=keys), ledger, schedule)
     clients = {}
     for number, shard in enumerate(shards):
@@ -137,7 +137,7 @@ def name_of(number: int) -> str:
     return f"client-{number:04d}"
 
 
-def method_of(method: HasConfig | ZOConfig | str, queries: int | None = None) -> ZOConfig:
+def config_of(method: HasConfig | ZOConfig | str, queries: int | None = None) -> ZOConfig:
     """The settings of a method, however it is given."""
     named = recipe(method) if isinstance(method, str) else method
     config = named if isinstance(named, ZOConfig) else named.config

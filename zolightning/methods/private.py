@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .._answers import needs
 from ..types import Answer, Estimate, Key, PerExample, Point, Term
 from .estimators import SPSA
 
@@ -100,10 +101,6 @@ def noise_for(epsilon: float, steps: int, delta: float = 1e-5) -> float:
 
 
 def _accounting() -> Any:
-    try:
+    with needs("dp_accounting", "the accountant of privacy", "zolightning[private]"):
         import_module("dp_accounting.rdp")
         return import_module("dp_accounting")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f'the accountant is a package of its own ({error}); run `pip install "zolightning[private]"`'
-        ) from error

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._answers import needs
 from ..noise import sample
 from ..space import DenseLeaf, Leaf
 from ..types import Answer, Estimate, Key, Point, Shared, Term
@@ -169,9 +170,5 @@ class Surrogate(FiniteDifference):
 
 
 def _sklearn(name: str) -> Any:
-    try:
+    with needs("sklearn", "`Surrogate`", "scikit-learn>=1.4"):
         return import_module(f"sklearn.{name}")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f'the Gaussian process is scikit-learn\'s ({error}); run `pip install "scikit-learn>=1.4"`'
-        ) from error

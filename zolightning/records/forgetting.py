@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..noise import pieces
 from ..strategy._lightning import Callback, MisconfigurationException, pl, rank_zero_warn
 from ..strategy.strategy import ZOStrategy
 from .mlflow_logger import MetricBuffer
-
-_PIECE = 1 << 20  # elements that are looked at together: more would count as memory of the training
 
 
 class StartingWeights:
@@ -41,7 +40,7 @@ class StartingWeights:
 
     def _pieces(self) -> Iterator[Tensor]:
         for tensor in self.tensors:
-            yield from torch.split(tensor.detach().reshape(-1), _PIECE)
+            yield from (piece for _, piece in pieces(tensor.detach()))
 
     def drift(self) -> float:
         r""":math:`\lVert\theta - \theta_0\rVert / \lVert\theta_0\rVert`, in float64; nan where all weights began at zero."""
@@ -49,7 +48,7 @@ class StartingWeights:
         with self.path.open("rb") as file:
             for piece in self._pieces():
                 raw = bytearray(file.read(piece.numel() * piece.element_size()))
-                before = torch.frombuffer(raw, dtype=piece.dtype).double()
+                before = torch.frombuffer(raw, dtype=piece.dtype).view(piece.shape).double()
                 moved += float((piece.cpu().double() - before).square().sum())
                 began += float(before.square().sum())
         return math.sqrt(moved / began) if began else math.nan
