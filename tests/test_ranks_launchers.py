@@ -36,7 +36,7 @@ def said(*started: subprocess.Popen[str]) -> str:
 
 def weights(text: str) -> list[str]:
     """Of each rank, at its end."""
-    return re.findall(r"weights (\w+)", text)
+    return re.findall(r"weights ([0-9a-f]{32})", text)
 
 
 @pytest.fixture(scope="module")
