@@ -48,7 +48,8 @@ def main() -> None:
         scaling_config=ScalingConfig(num_workers=args.workers),
         run_config=RunConfig(storage_path=str(args.out.absolute()), failure_config=FailureConfig(max_failures=3)),
     )
-    print(trainer.fit().metrics)
+    trainer.fit()
+    print(f"checkpoints and ledger are in {args.out}")
 
 
 if __name__ == "__main__":
