@@ -155,6 +155,51 @@ def test_the_default_recipe_trains_in_a_federation() -> None:
     assert loss(net) < before
 
 
+class Encoding(PerExampleTask):
+    """A frozen encoder in front of the trained layers, whose output all probes share."""
+
+    def __init__(self, prepares: bool) -> None:
+        super().__init__(mlp(), per_example_mse, lambda parameters: SGD([p for p in parameters if p.requires_grad], lr=1e-2))
+        self.encoder = nn.Linear(4, 4).requires_grad_(False)
+        nn.init.eye_(self.encoder.weight)
+        self.prepares, self.encoded = prepares, 0
+
+    def zo_prepare(self, batch: Any) -> Any:
+        self.encoded += 1
+        return (self.encoder(batch[0]), batch[1], True) if self.prepares else None
+
+    def zo_objective(self, batch: Any) -> Any:
+        x, y, *encoded = batch
+        return self.loss(self.net, (x if encoded else self.encoder(x), y))
+
+
+def test_clients_prepare_a_batch_once_a_step_and_share_frozen_weights() -> None:
+    found = []
+    for prepares in (True, False):
+        done = simulate(net := Encoding(prepares), [batches(3, seed=i) for i in range(2)], EXACT, rounds=4)
+        assert not any(each.refused for each in done.rounds)
+        found.append(fingerprint(net.named_parameters()))
+        other: Any = done.clients["client-0001"].module
+        assert other.encoder.weight is net.encoder.weight
+        assert other.net[0].weight is not net.net[0].weight
+        assert net.encoded == 4  # a call a step; the look for the weights that it reads leaves no trace
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("given", ["two lists", "mapping"])
+def test_schedulers_of_the_module_are_refused_by_name(given: str) -> None:
+    net = PerExampleTask(mlp(), per_example_mse)
+    optimizer = SGD(net.parameters(), lr=1e-2)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    made: Any = ([optimizer], [scheduler]) if given == "two lists" else {"optimizer": optimizer, "lr_scheduler": scheduler}
+    net.configure_optimizers = lambda: made  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"gives a learning rate scheduler, .* give `schedule=...`"):
+        simulate(net, [batches(2)], EXACT, rounds=1)
+    net.configure_optimizers = lambda: [optimizer, optimizer]  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="must give one optimizer"):
+        simulate(net, [batches(2)], EXACT, rounds=1)
+
+
 # coming and going
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .types import Batch
+from .types import Batch, Prepare
 
 
 class ZOMixin:
@@ -68,3 +68,8 @@ class ZOMixin:
                 "train on; use Trainer(strategy=ZOStrategy())"
             )
         return loss.mean()
+
+
+def prepare_of(module: ZOMixin) -> Prepare | None:
+    """The module's ``zo_prepare``; None where it defines none."""
+    return None if type(module).zo_prepare is ZOMixin.zo_prepare else module.zo_prepare

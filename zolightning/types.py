@@ -17,6 +17,9 @@ StepOutput: TypeAlias = Any
 Forward: TypeAlias = Callable[[Batch], StepOutput]
 """The user's step: it evaluates the batch that it is given."""
 
+Prepare: TypeAlias = Callable[[Batch], Batch]
+"""Makes, once for all probes, the value that the user's step gets in place of the batch; None: it gets the batch."""
+
 StateDict: TypeAlias = dict[str, Any]
 """A checkpoint, or the part of it that one object keeps: values that ``torch.save`` takes, by name."""
 

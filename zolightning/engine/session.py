@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -33,7 +33,7 @@ from ..probing.isolation import Isolation, rng_state, set_rng_state
 from ..probing.objective import loss_value
 from ..probing.runner import Muted
 from ..space import View
-from ..types import Batch, Estimate, Forward, Key, Shared, SkipStep, StateDict, StepRecord, Term
+from ..types import Batch, Estimate, Forward, Key, Prepare, Shared, SkipStep, StateDict, StepRecord, Term
 from .advice import take_over
 from .hybrid import gradients_of
 from .notices import Notices, Say, SkipWatch
@@ -61,8 +61,7 @@ class Session:
         device: where the forwards run. None: where the parameters are.
         repeatable: whether the forwards given to :meth:`estimate` evaluate the batch that they are given.
         muted: makes the context of forwards that are to log nothing: all of a step but the first.
-        ledger: where the steps are recorded before they are applied, as a :class:`~zolightning.ledger.PendingLedger`; None:
-            nowhere.
+        ledger: records the steps before they are applied, as a :class:`~zolightning.ledger.PendingLedger`; None: no record.
         apply: has a step reach the weights, those that are not in memory too.
         ranks: the processes that take each step together, as a :class:`~zolightning.parallel.Team`.
         epoch: says how many optimizer steps an epoch has, where the method asks.
@@ -131,7 +130,7 @@ class Session:
         batch: Batch = None,
         *,
         optimizer: Optimizer | None = None,
-        prepare: Callable[[Batch], Batch] | None = None,
+        prepare: Prepare | None = None,
         counts: bool = True,
     ) -> Estimate | None:
         """Run the probes of one micro-batch; its estimate counts in the next :meth:`update`.
@@ -140,8 +139,7 @@ class Session:
             forward: batch → loss: a number, a tensor, per-example losses of shape (B,), or a mapping with 'loss'.
             batch: examples along dimension 0 of its tensors.
             optimizer: whose parameters are perturbed. None: the first one.
-            prepare: makes once, for all probes, the value that ``forward`` gets in place of the batch, and counts as a forward
-                pass; reads no trained weight. None: there was nothing to make, and ``forward`` gets the batch.
+            prepare: see :data:`~zolightning.types.Prepare`; it counts as a forward pass, and reads no trained weight.
 
         Returns:
             None when ``forward`` returned None: the micro-batch is skipped.
@@ -238,7 +236,9 @@ class Session:
     def _place(self, optimizer: Optimizer) -> int:
         return [id(o) for o in self.optimizers].index(id(optimizer))
 
-    def subspace(self, forward: Forward, batch: Batch, optimizer: Optimizer | None = None) -> Subspace:
+    def subspace(
+        self, forward: Forward, batch: Batch, optimizer: Optimizer | None = None, prepare: Prepare | None = None
+    ) -> Subspace:
         """The subspace that the optimizer's steps search, found by trying ``forward`` on the batch when it is not known yet.
 
         Raises:
@@ -250,6 +250,8 @@ class Session:
             if space is not None:
                 self._calibration.both = None  # measured on other weights
             with torch.no_grad():
+                if prepare is not None and (tried := self._isolation.tried(prepare, batch)) is not None:
+                    batch = tried
                 space = find_subspace(self._setting, optimizer, forward, batch, self._calibration, self.ranks)
             self.ranks.found(place)
             self.notices.inform(space.describe(self.estimator, sum(p.numel() for p in self.module.parameters())))
@@ -317,12 +319,10 @@ class Session:
         for space in self._subspaces.values():
             space.release()
 
-    def _prepared(self, prepare: Callable[[Batch], Batch], forward: Forward, batch: Batch, optimizer: Optimizer) -> Batch:
-        if (space := self._subspaces.get(id(optimizer))) is None:
-            tried = self._isolation.tried(prepare, batch)  # it decides the subspace, and no probe may be run on it
-            space = self.subspace(forward, batch if tried is None else tried, optimizer)
+    def _prepared(self, prepare: Prepare, forward: Forward, batch: Batch, optimizer: Optimizer) -> Batch:
+        space = self._subspaces.get(id(optimizer)) or self.subspace(forward, batch, optimizer, prepare)
         with space.view.refusing_reads():
-            return prepare(batch)
+            return prepare(batch)  # again: no probe may be run on the value that was tried
 
     def _tried(self, trials: Sequence[Loss], examples: int, steps: Sequence[Sequence[Term]]) -> list[float]:
         """The loss after each of a few steps, over all batches of this one."""

@@ -11,9 +11,8 @@ from torch.optim import Optimizer
 
 from ..engine.session import Session
 from ..engine.updates import UpdateStats, apply_update
-from ..ledger.format import DIGEST, Check, LedgerError, Step
+from ..ledger.format import Check, LedgerError, Step
 from ..ledger.recorder import header_of, method_of, options_of, unplain
-from ..ledger.replay import Replay, check_base
 from ..methods.config import ZOConfig
 from ..methods.estimators import Estimator
 from ..methods.optimizers import is_plain_sgd
@@ -23,12 +22,13 @@ from ..parallel.ranks import Joint, Standing
 from ..probing.batches import batch_examples
 from ..space import Leaf
 from ..space.fingerprint import fingerprint
-from ..types import Answer, Batch, Estimate, Forward, Key, PerExample, Point, Shared, Tangent, Term
-from .messages import START, Reply, Task, chained
-from .opening import Opening, begun, plain
+from ..types import Answer, Batch, Estimate, Forward, Key, PerExample, Point, Prepare, Shared, Tangent, Term
+from .follower import Follower
+from .messages import Reply, Task
+from .opening import Opening, plain
 
 
-class Client:
+class Client(Follower):
     """One client of a federation, whose data stays with it.
 
     Args:
@@ -38,6 +38,7 @@ class Client:
         optimizer: the same for all; its learning rates are those of the first client.
         forward: batch → loss, or losses of shape (B,).
         examples: that its numbers stand for; None: those that it saw in the round.
+        prepare: makes of a batch, once for all probes of a step, the value that ``forward`` gets; None: it gets the batch.
 
     Raises:
         ValueError: the method has parts that no federation can share.
@@ -52,25 +53,23 @@ class Client:
         forward: Forward,
         *,
         examples: int | None = None,
+        prepare: Prepare | None = None,
     ) -> None:
+        super().__init__(module)
         self.config = federated(config)
-        self.module, self._forward, self._examples = module, forward, examples
+        self._forward, self._prepare, self._examples = forward, prepare, examples
         self._batches = _endless(batches)
         self._held = [next(self._batches)]
         self._place = _Place()
         self.session = Session(module, optimizer, self.config, apply=self._apply, ranks=self._place)
         estimator = self.session.estimator
         self._surrogate = estimator if isinstance(estimator, Surrogate) else None
-        self._parameters = dict(module.named_parameters())
         self._lrs = tuple(float(group["lr"]) for group in optimizer.param_groups)
-        self.head = START
-        """Digest of the last record that it has applied; zeros before the first."""
-        self._replay: Replay | None = None
         self._moves = False
         self.opening = self._describe(optimizer)
 
     def _describe(self, optimizer: Optimizer) -> Opening:
-        leaves = self.session.subspace(self._forward, self._held[0]).view.leaves
+        leaves = self.session.subspace(self._forward, self._held[0], prepare=self._prepare).view.leaves
         if self._surrogate is not None:
             self._surrogate.bind(leaves)
         stepper, names = self.session.stepper(optimizer), {id(p): name for name, p in self._parameters.items()}
@@ -81,42 +80,9 @@ class Client:
             raise ValueError(f"a federation needs steps that can be replayed: {reason}")
         return Opening.unpack(Opening(header, method, options).pack())
 
-    @property
-    def step(self) -> int:
-        """Optimizer steps of the federation that it has applied."""
-        return 0 if self._replay is None else self._replay.state.step
-
-    def fingerprint(self) -> str:
-        """Of its weights."""
-        return fingerprint(self._parameters.items())
-
-    def catch_up(self, data: bytes, since: bytes) -> None:
-        """Apply those records of the federation's ledger that it has not applied yet.
-
-        Args:
-            data: bytes of the ledger.
-            since: digest of the record that they follow; zeros: they are all of the ledger.
-
-        Raises:
-            LedgerError: they do not continue what it has, or its weights are not those of the federation.
-        """
-        if since == START:
-            ledger, data = begun(data)
-            since = ledger.data[-DIGEST:]
-            if self._replay is None:
-                check_base(ledger, self._parameters)
-                self._replay, self.head = Replay(ledger, self._parameters, None), since
-        fits = since == self.head
-        for record, digest in chained(since, data, self.session.seed):
-            if fits and self._replay is not None:
-                self._replay.take(record)
-                self.head = digest
-                if self._surrogate is not None and isinstance(record, Step):
-                    self._surrogate.hear(record.step, record.terms)
-            fits = fits or digest == self.head
-        if not fits:
-            stands = self.head.hex() if self.head else "the start"
-            raise LedgerError(f"this client stands at {stands}, from where the server's records do not go on")
+    def _heard(self, step: Step) -> None:
+        if self._surrogate is not None:
+            self._surrogate.hear(step.step, step.terms)
 
     def work(self, task: Task) -> Reply:
         """Catch up, take the local steps, and leave the weights where the ledger has them.
@@ -154,7 +120,7 @@ class Client:
     def _one(self, batch: Batch, task: Task) -> Step:
         """A local step; its terms have the client's own numbers."""
         session = self.session
-        if session.estimate(self._forward, batch) is None:
+        if session.estimate(self._forward, batch, prepare=self._prepare) is None:
             session.step += 1
             return Step(session.step - 1, 0, (), (), float("nan"))
         record = session.update()

@@ -15,7 +15,7 @@ from torch.optim import SGD, Optimizer
 from ..methods.config import ZOConfig
 from ..methods.ranking import forward_of
 from ..methods.recipes import recipe
-from ..mixin import ZOMixin
+from ..mixin import ZOMixin, prepare_of
 from ..types import Batch, Forward
 from .client import Client
 from .messages import Refused, Task
@@ -100,8 +100,7 @@ def simulate(
     server = Server(replace(rules or Rules(), local_steps=local_steps, keys=keys), ledger, schedule)
     clients = {}
     for number, shard in enumerate(shards):
-        own = module if number == 0 else copy.deepcopy(module)
-        clients[name_of(number)] = client_of(own, shard, config)
+        clients[name_of(number)] = client_of(copy_of(module) if number else module, shard, config)
     for name, client in clients.items():
         server.welcome(name, client.opening.pack())
     done = Simulated(server, clients, [], {})
@@ -137,6 +136,11 @@ def name_of(number: int) -> str:
     return f"client-{number:04d}"
 
 
+def copy_of(module: nn.Module) -> nn.Module:
+    """A copy for another client, which shares the frozen weights: no client writes to them."""
+    return copy.deepcopy(module, {id(p): p for p in module.parameters() if not p.requires_grad})
+
+
 def config_of(method: HasConfig | ZOConfig | str, queries: int | None = None) -> ZOConfig:
     """The settings of a method, however it is given."""
     named = recipe(method) if isinstance(method, str) else method
@@ -149,7 +153,8 @@ def client_of(module: nn.Module, batches: Iterable[Batch], config: ZOConfig) -> 
     optimizer = _optimizer(module, config)
     dataset: Any = getattr(batches, "dataset", None)
     examples = len(dataset) if hasattr(dataset, "__len__") and getattr(batches, "batch_size", None) is not None else None
-    return Client(module, batches, config, optimizer, _forward(module, config), examples=examples)
+    prepare = prepare_of(module) if isinstance(module, ZOMixin) else None
+    return Client(module, batches, config, optimizer, _forward(module, config), examples=examples, prepare=prepare)
 
 
 def _forward(module: nn.Module, config: ZOConfig) -> Forward:
@@ -163,19 +168,28 @@ def _forward(module: nn.Module, config: ZOConfig) -> Forward:
 
 def _optimizer(module: nn.Module, config: ZOConfig) -> Optimizer:
     """The module's own, and SGD where it has none."""
-    configure: Any = getattr(module, "configure_optimizers", None)
-    if configure is None:
+    configure: Any = getattr(module, "configure_optimizers", lambda: None)
+    if (given := configure()) is None:
         if config.own_lr is None:
             raise ValueError(f"{type(module).__name__} has no `configure_optimizers`; give the method a learning rate: lr=1e-3")
         return SGD(module.parameters(), lr=config.own_lr)
-    made = configure()
-    while isinstance(made, (tuple, list)) and made:
-        made = made[0]
-    if isinstance(made, Mapping):
-        made = made.get("optimizer")
-    if not isinstance(made, Optimizer):
-        raise ValueError(f"`{type(module).__name__}.configure_optimizers` must give an optimizer, got {made!r}")
+    made, schedulers = _parts(given)
+    if len(made) != 1 or not isinstance(made[0], Optimizer):
+        raise ValueError(f"`{type(module).__name__}.configure_optimizers` must give one optimizer, got {made!r}")
+    if schedulers:
+        raise ValueError(
+            f"`{type(module).__name__}.configure_optimizers` gives a learning rate scheduler, and in a federation the server "
+            "sets the rates: return the optimizer only, and give `schedule=...` (round → factor) to `simulate` or `server_app`"
+        )
     if config.own_lr is not None:
-        for group in made.param_groups:
+        for group in made[0].param_groups:
             group["lr"] = config.own_lr
-    return made
+    return made[0]
+
+
+def _parts(made: Any) -> tuple[list[Any], list[Any]]:
+    """Optimizers and schedulers, in each of the forms in which Lightning takes them."""
+    pair = isinstance(made, (tuple, list)) and len(made) == 2 and all(isinstance(part, list) for part in made)
+    each, schedulers = made if pair else (made if isinstance(made, (tuple, list)) else [made], [])
+    schedulers = [*schedulers, *(one["lr_scheduler"] for one in each if isinstance(one, Mapping) and "lr_scheduler" in one)]
+    return [one.get("optimizer") if isinstance(one, Mapping) else one for one in each], schedulers

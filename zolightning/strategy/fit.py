@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ..engine.session import Session
 from ..methods.ranking import forward_of
-from ..mixin import ZOMixin
+from ..mixin import ZOMixin, prepare_of
 from ..probing.isolation import set_rng_state
 from ..types import Batch, Forward, StateDict, StepOutput, StepRecord
 from ._lightning import MisconfigurationException, Precision, pl
@@ -59,7 +59,8 @@ class Fit:
         if isinstance(batch, Iterator):
             raise MisconfigurationException(DRAWS_BATCHES)
         if isinstance(module, ZOMixin):
-            prepare = None if type(module).zo_prepare is ZOMixin.zo_prepare else self._in_precision(module.zo_prepare)
+            prepare = prepare_of(module)
+            prepare = None if prepare is None else self._in_precision(prepare)
             forward = self._in_precision(forward_of(module, session.estimator))
             estimate = session.estimate(forward, batch, prepare=prepare, counts=counts)
         else:
