@@ -31,7 +31,7 @@ class Backend(ABC):
 
     @abstractmethod
     def updates(self, dtype: torch.dtype) -> bool:
-        """Whether :meth:`sgd_` takes weights of this type."""
+        """Whether :meth:`sgd_` and :meth:`outer_sgd_` take weights of this type."""
 
     @abstractmethod
     def noise(
@@ -81,13 +81,9 @@ class Backend(ABC):
     def outer_sum(self, a: Tensor, b: Tensor) -> Tensor:
         """Σ_k a_k b_kᵀ in the order of k, float32."""
 
-    def updates_by_outer(self, dtype: torch.dtype) -> bool:
-        """Whether :meth:`outer_sgd_` takes weights of this type; else the sum is made first, piece by piece."""
-        return False
-
+    @abstractmethod
     def outer_sgd_(self, target: Tensor, a: Tensor, b: Tensor, leaf: int, lr: float, weight_decay: float, key: Key) -> None:
-        """target −= lr · (Σ_k a_k b_kᵀ + weight_decay · target) of a whole leaf, in one pass."""
-        raise NotImplementedError
+        """target −= lr · (Σ_k a_k b_kᵀ + weight_decay · target) of a whole leaf, a and b in float32."""
 
     @abstractmethod
     def keep_large_(self, out: Tensor, stored: Tensor, limit: float) -> None:

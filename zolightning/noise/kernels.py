@@ -246,7 +246,7 @@ def outer_sgd_(target: Tensor, a: Tensor, b: Tensor, leaf: int, lr: float, weigh
         key: names the rounding bits.
     """
     backend = _backend_for(target, a, b)
-    if backend is None or not backend.updates_by_outer(target.dtype):
+    if backend is None or a.dtype != torch.float32 or not backend.updates(target.dtype):
         reference.outer_sgd_(target, a, b, leaf, lr, weight_decay, key, outer_sum)
     else:
         backend.outer_sgd_(target, a, b, leaf, lr, weight_decay, key)

@@ -296,6 +296,34 @@ struct Noise {
     }
 };
 
+// sum over k, in order, of a[k, row] * b[k, column + j]: a library's product would sum in an order of its own
+struct Outer {
+    static constexpr i64 SPAN = 256; // columns at a time, so that those of b stay in the first-level cache
+    const float *a, *b;
+    i64 count, rows, columns;
+    u32 leaf = 0;
+
+    void span(i64 row, i64 column, i64 width, float* out) const { // width <= SPAN
+        float sum[SPAN] = {};
+        for (i64 k = 0; k < count; ++k) {
+            const float factor = a[k * rows + row];
+            const float* right = b + (k * columns + column);
+            ELEMENTWISE
+            for (i64 j = 0; j < width; ++j) sum[j] += factor * right[j];
+        }
+        std::memcpy(out, sum, size_t(width) * sizeof(float));
+    }
+
+    // tile[e % TILE] = that of element e for e in [begin, end), which lie in one tile
+    void operator()(i64 begin, i64 end, float* tile) const {
+        for (i64 at = begin, width; at < end; at += width) {
+            const i64 column = at % columns;
+            width = std::min({SPAN, end - at, columns - column});
+            span(at / columns, column, width, tile + at % TILE);
+        }
+    }
+};
+
 // body(begin, end) for every part of [begin, end) that lies in one tile
 template <class Body> inline void tiles(i64 begin, i64 end, const Body& body) {
     for (i64 at = begin, next; at < end; at = next) {
@@ -600,6 +628,7 @@ template <class F> i64 in_registers(const Noise& noise, i64 begin, i64 end, cons
     const u32* own = words + begin % TILE / noise.per_word();
     return noise.kind == RADEMACHER ? f(Signs{own, t.coefficient}) : f(Normals{own, t.coefficient});
 }
+template <class F> i64 in_registers(const Outer&, i64, i64, const F&) { return 0; }
 #else
 struct Sums {
     const float* z;
@@ -607,7 +636,7 @@ struct Sums {
 template <class... A> i64 perturb_wide(const A&...) { return 0; }
 template <class... A> i64 perturb_both_wide(const A&...) { return 0; }
 template <bool FUSED, class... A> i64 sgd_wide(const A&...) { return 0; }
-template <class F> i64 in_registers(const Noise&, i64, i64, const F&) { return 0; }
+template <class Source, class F> i64 in_registers(const Source&, i64, i64, const F&) { return 0; }
 #endif
 
 template <class In, class Out>
@@ -658,13 +687,14 @@ template <class T> void round_tile(const Bits16* random, const float* value, i64
     for (i64 i = 0; i < count; ++i) target[i] = stochastic<T>(value[i], random[i]);
 }
 
-template <class T, bool FUSED>
-void sgd(const Noise& like, const Stream& rounding_like, const Run* runs, i64 n, double lr, double decay, int threads) {
+// w -= lr * (z + decay * w), z being a Noise or an Outer of each run's leaf
+template <class T, bool FUSED, class Source>
+void sgd(const Source& like, const Stream& rounding_like, const Run* runs, i64 n, double lr, double decay, int threads) {
     using Work = typename Working<T>::type;
     const Work step = Work(-lr), weight_decay = Work(decay);
     const bool decays = decay != 0.0;
     sweep_runs(runs, n, threads, [&](const Run& run, i64 begin, i64 end) {
-        Noise noise = like;
+        Source noise = like;
         Stream rounding = rounding_like;
         noise.leaf = rounding.leaf = u32(run.leaf);
         T* w = static_cast<T*>(run.data) + (begin - run.start);
@@ -691,23 +721,12 @@ void sgd(const Noise& like, const Stream& rounding_like, const Run* runs, i64 n,
     });
 }
 
-// out[i, j] = sum over k, in order, of a[k, i] * b[k, j]: a library's product would sum in an order of its own
-void outer_sum(const float* a, const float* b, i64 count, i64 rows, i64 columns, float* out, int threads) {
-    constexpr i64 SPAN = 256; // columns at a time, so that those of b stay in the first-level cache
-    parallel_for(rows, std::max(i64(1), GRAIN / columns), threads, [&](i64 first, i64 last) {
-        for (i64 left = 0; left < columns; left += SPAN) {
-            const i64 width = std::min(SPAN, columns - left);
-            for (i64 i = first; i < last; ++i) {
-                float sum[SPAN] = {};
-                for (i64 k = 0; k < count; ++k) {
-                    const float factor = a[k * rows + i];
-                    const float* row = b + (k * columns + left);
-                    ELEMENTWISE
-                    for (i64 j = 0; j < width; ++j) sum[j] += factor * row[j];
-                }
-                std::memcpy(out + (i * columns + left), sum, size_t(width) * sizeof(float));
-            }
-        }
+void outer_sum(const Outer& outer, float* out, int threads) {
+    const i64 columns = outer.columns;
+    parallel_for(outer.rows, std::max(i64(1), GRAIN / columns), threads, [&](i64 first, i64 last) {
+        for (i64 left = 0; left < columns; left += Outer::SPAN)
+            for (i64 i = first; i < last; ++i)
+                outer.span(i, left, std::min(Outer::SPAN, columns - left), out + (i * columns + left));
     });
 }
 
@@ -823,13 +842,25 @@ void zol_sgd(int kind, const Term* terms, i64 count, const Run* runs, i64 n, u32
     const Stream rounding{k0, k1, 0, query};
     dispatch(type, [&](auto* to) {
         using T = std::remove_pointer_t<decltype(to)>;
-        const auto update = fused ? sgd<T, (sizeof(T) > 2)> : sgd<T, false>;
+        const auto update = fused ? sgd<T, (sizeof(T) > 2), Noise> : sgd<T, false, Noise>;
         update(noise, rounding, runs, n, lr, decay, threads);
     });
 }
 
+// the same of one run that is a whole leaf, by a sum of outer products
+void zol_outer_sgd(const float* a, const float* b, i64 count, i64 rows, i64 columns, const Run* run, u32 k0, u32 k1,
+                   u32 query, double lr, double decay, int fused, int type, int threads) {
+    const Outer outer{a, b, count, rows, columns};
+    const Stream rounding{k0, k1, 0, query};
+    dispatch(type, [&](auto* to) {
+        using T = std::remove_pointer_t<decltype(to)>;
+        const auto update = fused ? sgd<T, (sizeof(T) > 2), Outer> : sgd<T, false, Outer>;
+        update(outer, rounding, run, 1, lr, decay, threads);
+    });
+}
+
 void zol_outer_sum(const float* a, const float* b, i64 count, i64 rows, i64 columns, float* out, int threads) {
-    outer_sum(a, b, count, rows, columns, out, threads);
+    outer_sum(Outer{a, b, count, rows, columns}, out, threads);
 }
 
 void zol_keep_large(i64 count, double limit, int stored_type, const void* stored, int out_type, void* out,

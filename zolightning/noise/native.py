@@ -23,6 +23,7 @@ from torch import Tensor
 from ..cache import cache_dir, private
 from ..types import Key, Term
 from .backend import Backend
+from .openmp import parallel_region
 from .philox import philox_key, rounding_query, step_words
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # the codes of native.cpp
@@ -46,14 +47,17 @@ class _Run(ctypes.Structure):
 _I32, _I64, _U32, _F64, _P = ctypes.c_int, ctypes.c_int64, ctypes.c_uint32, ctypes.c_double, ctypes.c_void_p
 _DIRECTIONS = (_I32, _P, _I64)  # kind, terms, count
 _NOISE = (*_DIRECTIONS, _U32)  # and the leaf
+_OUTER = (_P, _P, _I64, _I64, _I64)  # a, b, count, rows, columns
+_RULE = (_U32, _U32, _U32, _F64, _F64, _I32)  # the rounding stream, learning rate, weight decay, fused
 _SIGNATURES = {
     "zol_set_parallel": (_P,),
     "zol_noise": (*_NOISE, _P, _P, _I64, _I64, _P, _I32),
     "zol_perturb": (*_NOISE, _I64, _P, _I64, _I64, _I32, _P, _I32, _P, _I32),
     "zol_perturb_both": (*_NOISE, _I64, _I64, _I32, _P, _I32, _P, _P, _I32),
     "zol_round": (_U32, _U32, _U32, _U32, _I64, _I64, _P, _I32, _P, _I32),
-    "zol_sgd": (*_DIRECTIONS, _P, _I64, _U32, _U32, _U32, _F64, _F64, _I32, _I32, _I32),
-    "zol_outer_sum": (_P, _P, _I64, _I64, _I64, _P, _I32),
+    "zol_sgd": (*_DIRECTIONS, _P, _I64, *_RULE, _I32, _I32),
+    "zol_outer_sum": (*_OUTER, _P, _I32),
+    "zol_outer_sgd": (*_OUTER, _P, *_RULE, _I32, _I32),
     "zol_keep_large": (_I64, _F64, _I32, _P, _I32, _P, _I32),
     "zol_mixed_sum": (_P, _I64, _I64, _P, _I32),
 }
@@ -78,7 +82,7 @@ class NativeBackend(Backend):
         for name, arguments in _SIGNATURES.items():
             function = getattr(self._c, name)
             function.argtypes, function.restype = arguments, None
-        region = _parallel_region()
+        region = parallel_region()
         self._c.zol_set_parallel(region)
         self.fused: bool | None = None
         self.description = path.name if region else f"{path.name}, one thread: torch brings no OpenMP"
@@ -160,10 +164,9 @@ class NativeBackend(Backend):
         lr: float, weight_decay: float, key: Key,
     ) -> None:  # fmt: skip
         runs = [_Run(leaf, start, target.numel(), target.data_ptr()) for target, leaf in zip(targets, leaves, strict=True)]
-        rounding = (*philox_key(key), rounding_query(key))
-        rule = (lr, weight_decay, bool(self.fused))
         data = (DTYPES[targets[0].dtype], torch.get_num_threads())
-        self._c.zol_sgd(*_directions(kind, terms), (_Run * len(runs))(*runs), len(runs), *rounding, *rule, *data)
+        rule = self._rule(lr, weight_decay, key)
+        self._c.zol_sgd(*_directions(kind, terms), (_Run * len(runs))(*runs), len(runs), *rule, *data)
         for target in targets:
             _touch(target)
 
@@ -173,6 +176,16 @@ class NativeBackend(Backend):
         shape = (a.shape[0], *out.shape)
         self._c.zol_outer_sum(a.data_ptr(), b.data_ptr(), *shape, out.data_ptr(), torch.get_num_threads())
         return out
+
+    def outer_sgd_(self, target: Tensor, a: Tensor, b: Tensor, leaf: int, lr: float, weight_decay: float, key: Key) -> None:
+        run = _Run(leaf, 0, target.numel(), target.data_ptr())
+        data = (DTYPES[target.dtype], torch.get_num_threads())
+        outer = (a.data_ptr(), b.data_ptr(), a.shape[0], *target.shape)
+        self._c.zol_outer_sgd(*outer, ctypes.byref(run), *self._rule(lr, weight_decay, key), *data)
+        _touch(target)
+
+    def _rule(self, lr: float, weight_decay: float, key: Key) -> tuple[float, ...]:
+        return (*philox_key(key), rounding_query(key), lr, weight_decay, bool(self.fused))
 
     def keep_large_(self, out: Tensor, stored: Tensor, limit: float) -> None:
         data = (DTYPES[stored.dtype], stored.data_ptr(), DTYPES[out.dtype], out.data_ptr())
@@ -199,24 +212,6 @@ def _touch(tensor: Tensor) -> None:
     """Tell autograd of the write, as an in-place operation of torch would."""
     if not tensor.is_inference():
         torch.autograd.graph.increment_version(tensor)
-
-
-def _parallel_region() -> int | None:
-    """Address of ``GOMP_parallel`` in the OpenMP runtime that torch uses, which libgomp, libomp and libiomp5 all have.
-
-    Linking a runtime of our own could load a second one, whose threads would spin beside torch's.
-    """
-    candidates: list[str | None] = [None]
-    maps = Path("/proc/self/maps")
-    if maps.exists():
-        files = {line.split(maxsplit=5)[-1].strip() for line in maps.read_text().splitlines() if "omp" in line}
-        candidates += sorted(f for f in files if Path(f).name.startswith(("libgomp", "libomp", "libiomp")))
-    for name in candidates:  # the global scope first: torch's own calls are bound in that order
-        try:
-            return ctypes.cast(ctypes.CDLL(name).GOMP_parallel, ctypes.c_void_p).value
-        except (OSError, AttributeError):
-            continue
-    return None
 
 
 def load(verify: Callable[[NativeBackend], str], extra_flags: Sequence[str] = ()) -> NativeBackend:

@@ -230,6 +230,19 @@ def _sums_outer_products(backend: NativeBackend, _: Distribution) -> bool:
     return same_bits(backend.outer_sum(a, b), reference.outer_sum(a, b))
 
 
+def _updates_by_outer_products(backend: NativeBackend, _: Distribution) -> bool:
+    agree = True
+    dtypes = [dtype for dtype in (torch.bfloat16, torch.float16, torch.float32) if backend.updates(dtype)]
+    for dtype, (height, columns), decay in product(dtypes, ((37, 51), (21, 96), (4, 520)), (0.0, 0.1)):
+        a, b = (specimens(torch.float32)[-4 * n :].view(4, n).clamp(-9, 9).contiguous() for n in (height, columns))
+        native = specimens(dtype)[9 : 9 + height * columns].clone().view(height, columns)
+        expected = native.clone()
+        backend.outer_sgd_(native, a, b, _LEAF, 0.3, decay, _KEY)
+        reference.outer_sgd_(expected, a, b, _LEAF, 0.3, decay, _KEY)
+        agree &= same_bits(native, expected)
+    return agree
+
+
 def _keeps_large(backend: NativeBackend, _: Distribution) -> bool:
     agree = True
     for stored in map(specimens, DTYPES):
@@ -259,6 +272,7 @@ _CHECKS: dict[str, Callable[[NativeBackend, Distribution], bool]] = {
     "the update": _updates_narrow,
     "the wide update": _updates_wide,
     "the sum of outer products": _sums_outer_products,
+    "the update by outer products": _updates_by_outer_products,
     "the kept weights": _keeps_large,
     "the sum for fingerprints": _sums_fingerprints,
 }

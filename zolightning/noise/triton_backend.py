@@ -112,9 +112,6 @@ class TritonBackend(Backend):
         _launch(kernels.outer_sum, out.numel(), a, b, out, a.shape[0], *out.shape)
         return out
 
-    def updates_by_outer(self, dtype: torch.dtype) -> bool:
-        return self.updates(dtype)
-
     def outer_sgd_(self, target: Tensor, a: Tensor, b: Tensor, leaf: int, lr: float, weight_decay: float, key: Key) -> None:
         height, columns = target.shape
         if not target.numel():
