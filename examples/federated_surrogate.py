@@ -45,7 +45,7 @@ def problem(seed: int) -> tuple[list[list[tuple[Tensor, Tensor]]], tuple[Tensor,
     return shards, (torch.tensor(a.mean(1)), torch.tensor(b.mean(1))), torch.tensor(draw.uniform(size=WEIGHTS))
 
 
-def run(config: ZOConfig, queries: int, rounds: int, local_steps: int, seed: int) -> dict[str, float]:
+def run(config: ZOConfig, queries: int, rounds: int, local_steps: int, decay: float, seed: int) -> dict[str, float]:
     """Queries, of all clients together, to a gap of 0.05, and the gap at the end."""
     shards, mean, start = problem(seed)
     module = Quadratic(start)
@@ -57,7 +57,10 @@ def run(config: ZOConfig, queries: int, rounds: int, local_steps: int, seed: int
             return float(module.zo_objective(mean)) - best
 
     began = time.process_time()
-    done = simulate(module, shards, config, rounds=rounds, local_steps=local_steps, evaluate=gap, every=1)
+    done = simulate(
+        module, shards, config, rounds=rounds, local_steps=local_steps, evaluate=gap, every=1,
+        schedule=lambda number: 1 / (1 + decay * number),
+    )  # fmt: skip
     spent = [(number + 1) * local_steps * queries * CLIENTS for number in done.values]
     reached = [n for n, value in zip(spent, done.values.values(), strict=True) if value <= 0.05]
     return {
@@ -75,6 +78,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--local-steps", type=int, default=10)
     parser.add_argument("--lr", type=float, nargs="+", default=[0.5], help="of FZooS")
+    parser.add_argument("--decay", type=float, nargs="+", default=[0.0], help="of both: the rate is lr/(1 + decay·round)")
     parser.add_argument("--correction", type=float, nargs="+", default=[0.0], help="gamma of FZooS")
     parser.add_argument("--eps", type=float, default=0.01)
     parser.add_argument("--fedzo-queries", type=int, nargs="+", default=[5, 20, 50])
@@ -95,18 +99,17 @@ def main() -> None:
     plain = {"select": "all", "structure": "dense", "normalize": False}
     for seed in args.seeds:
         if args.only != "fedzo":
-            for lr, gamma in product(args.lr, args.correction):
+            for lr, decay, gamma in product(args.lr, args.decay, args.correction):
                 surrogate = Surrogate(args.eps, WEIGHTS, correction=gamma)
                 config = ZOConfig(surrogate, lr=lr, seed=seed, **plain)
-                found = run(config, surrogate.probes + 1, args.rounds, args.local_steps, seed)
-                show(method="fzoos", lr=lr, correction=gamma, seed=seed, **found)
+                found = run(config, surrogate.probes + 1, args.rounds, args.local_steps, decay, seed)
+                show(method="fzoos", lr=lr, decay=decay, correction=gamma, seed=seed, **found)
         if args.only != "fzoos":
-            for queries in args.fedzo_queries:
-                for lr in args.fedzo_lr:
-                    config = ZOConfig("one_sided", num_queries=queries, eps=args.eps, lr=lr, seed=seed, **plain)
-                    rounds = max(1, args.fedzo_rounds * 6 // (queries + 1))
-                    found = run(config, queries + 1, rounds, args.local_steps, seed)
-                    show(method="fedzo", num_queries=queries, lr=lr, seed=seed, **found)
+            for queries, lr, decay in product(args.fedzo_queries, args.fedzo_lr, args.decay):
+                config = ZOConfig("one_sided", num_queries=queries, eps=args.eps, lr=lr, seed=seed, **plain)
+                rounds = max(1, args.fedzo_rounds * 6 // (queries + 1))
+                found = run(config, queries + 1, rounds, args.local_steps, decay, seed)
+                show(method="fedzo", num_queries=queries, lr=lr, decay=decay, seed=seed, **found)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,12 @@ import ast
 import copy
 import math
 import random
+import sqlite3
 import subprocess
 import sys
 import tomllib
+import warnings
+from contextlib import closing
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from federation import EXACT, client, federation, go, marks
 from helpers import PLAIN, PerExampleTask, Task, batches, loader, mlp, mse, per_example_mse
 from mlflow import MlflowClient
 from sklearn.gaussian_process import GaussianProcessRegressor
@@ -26,46 +30,17 @@ from torch.optim import SGD
 
 from zolightning import Session, ZOConfig, ZOMixin, ZOStrategy
 from zolightning.commands.federated import Federated
-from zolightning.federated import Client, Refused, Reply, RoundLog, Rules, Server, simulate
+from zolightning.federated import Client, Refused, Reply, Round, RoundLog, Rules, Server, simulate
 from zolightning.federated import Task as Work
 from zolightning.federated.client import federated
 from zolightning.federated.joining import Share, union
 from zolightning.federated.messages import START
 from zolightning.federated.opening import Opening
-from zolightning.federated.simulation import client_of, run_round
 from zolightning.ledger import LedgerError, fingerprint, read, replay
 from zolightning.ledger.format import Header, Step, opening
 from zolightning.methods.private import PrivateSPSA, noise_for, spent
 from zolightning.methods.surrogate import Surrogate
 from zolightning.types import Key, Term
-
-EXACT = replace(PLAIN, normalize=True, num_queries=2)
-
-
-def client(shard: list[Any], config: ZOConfig = EXACT, net: nn.Module | None = None) -> Client:
-    return client_of(PerExampleTask(mlp() if net is None else net, per_example_mse), shard, config)
-
-
-def federation(
-    count: int = 3, rules: Rules | None = None, config: ZOConfig = EXACT, path: Path | None = None
-) -> tuple[Server, dict[str, Client]]:
-    server = Server(rules, path)
-    clients = {f"c{i}": client(batches(6, seed=i), config) for i in range(count)}
-    for name, each in clients.items():
-        server.welcome(name, each.opening.pack())
-    return server, clients
-
-
-def go(server: Server, clients: dict[str, Client], names: list[str] | None = None) -> Any:
-    return run_round(server, names or sorted(clients), lambda name, task: clients[name].work(task).pack())
-
-
-def marks(server: Server, clients: dict[str, Client]) -> set[str]:
-    """The fingerprints of all clients once they have the whole ledger."""
-    for each in clients.values():
-        each.catch_up(server.since(each.head), each.head)
-    return {each.fingerprint() for each in clients.values()}
-
 
 # one process on the union
 
@@ -271,7 +246,7 @@ def test_a_server_goes_on_where_it_was_killed(tmp_path: Path) -> None:
 def test_a_server_that_gets_a_sigkill_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "federation.zo"
     script = (
-        "import os, sys; from pathlib import Path; from test_federated import federation, go\n"
+        "import os, sys; from pathlib import Path; from federation import federation, go\n"
         "server, clients = federation(path=Path(sys.argv[1]))\n"
         "for _ in range(4): go(server, clients)\n"
         "server.begin(sorted(clients)); os.kill(os.getpid(), 9)\n"
@@ -365,6 +340,33 @@ def test_rounds_are_logged_for_the_dashboard(tmp_path: Path) -> None:
     assert all(run.info.status == "FINISHED" for run in runs.values())
 
 
+def test_the_log_of_a_server_that_starts_again_goes_on(tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path / 'm.db'}"
+
+    def done(number: int) -> Round:
+        return Round(number, number + 1, 0.5, ("anna", "ben"), ("anna",), {"ben": "no reply"}, 300, 100, {"anna": 100})
+
+    for start in (0, 0, 2):  # another federation, one that is killed, and the same again
+        with RoundLog(store, name="it's") as log:
+            for number in range(start, start + 2):
+                log(done(number), {})
+    client = MlflowClient(store)
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert len(runs) == 6
+    assert sorted(run.data.metrics["zo/clients/bytes_up"] for run in runs) == [0, 0, 200, 200, 400, 400]
+    servers = {r.info.run_id: r.data.metrics for r in runs if r.data.tags["zo.role"] == "server"}
+    assert sorted(found["zo/clients/refused"] for found in servers.values()) == [2, 4]
+    assert {r.data.tags["mlflow.parentRunId"] for r in runs if r.data.tags["zo.role"] == "client"} == set(servers)
+    log = RoundLog(store)
+    log(done(0), {})
+    with closing(sqlite3.connect(tmp_path / "m.db")) as database:
+        database.execute("ALTER TABLE metrics RENAME TO elsewhere")
+    with pytest.warns(UserWarning, match="round 1 could not be logged"):
+        log(done(1), {})
+    with warnings.catch_warnings(action="error"):
+        log(done(2), {})  # told once
+
+
 # privacy
 
 
@@ -429,11 +431,17 @@ def test_the_verb_writes_a_flower_app(tmp_path: Path) -> None:
     tree = ast.parse(said)
     assert "local_steps=7" in said
     assert repr(str(tmp_path / "f.zo")) in said
+    assert "FLWR_TELEMETRY_ENABLED=0" in (tmp_path / "My App" / "flower.env").read_text()
+    assert f"log=RoundLog('sqlite:///{Path.cwd() / 'mlflow.db'}', name='my-app')" in said
+    assert "watch=Watch(task.module, task.evaluate)" in said
     assert {name.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(name := node.func, ast.Name)} >= {
         "Rules", "client_app", "server_app"
     }  # fmt: skip
     with pytest.raises(FileExistsError):
         Federated(TASK, tmp_path / "My App")()
+    (tmp_path / "t.py").write_text("module = batches = method = None")
+    Federated(tmp_path / "t.py", tmp_path / "bare", store="none")()
+    assert "log=None,\n    watch=None," in (tmp_path / "bare" / "app.py").read_text()
 
 
 @pytest.mark.parametrize(
@@ -622,6 +630,22 @@ def test_a_client_whose_weights_have_come_apart_is_found() -> None:
     assert server.choose(sorted(clients)) == ["c0", "c1", "c2"]
     assert not go(server, clients).refused
     assert len(marks(server, clients)) == 1
+
+
+def test_of_two_clients_that_have_come_apart_none_is_believed() -> None:
+    server, clients = federation(2, Rules(check_every=2))
+    assert not go(server, clients).refused
+    assert not go(server, clients).refused
+    with torch.no_grad():
+        next(clients["c0"].module.parameters()).add_(1.0)
+    before = server.head
+    done = go(server, clients)
+    assert set(done.refused) == {"c0", "c1"}
+    assert all("as many others have" in reason for reason in done.refused.values())
+    assert server.head == before  # no step, and no fingerprint that a replay would not find
+    server.welcome("c1", clients["c1"].opening.pack())
+    assert go(server, clients, ["c1"]).joined == ("c1",)
+    assert len(marks(server, {"c1": clients["c1"]})) == 1
 
 
 def test_a_client_refuses_a_server_that_it_does_not_fit() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import signal
@@ -23,7 +24,9 @@ pytest.importorskip("flwr", reason="flwr is not installed; make test-flower make
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.serde import message_to_proto
+from flwr.supercore import telemetry
 from flwr.supercore.task_identity import TaskIdentity
+from mlflow import MlflowClient
 
 from zolightning.commands.federated import Federated
 from zolightning.federated import Round, Rules
@@ -105,6 +108,30 @@ def test_a_federation_inside_flowers_apps(tmp_path: Path) -> None:
     openings = 3 * 2000
     assert ours < nodes.up < ours + openings + 21 * 400  # Flower's envelope is less than 400 bytes a message
     print(f"up: {ours} bytes by us, {nodes.up} in Flower's messages; down: {nodes.down}")
+
+
+def test_the_apps_log_rounds_and_accuracy_and_send_no_telemetry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `zolightning federated` writes them; the processes that load them have imported Flower by then."""
+    monkeypatch.delenv("FLWR_TELEMETRY_ENABLED", raising=False)
+    monkeypatch.setattr(telemetry, "FLWR_TELEMETRY_ENABLED", "1")
+    store = f"sqlite:///{tmp_path / 'm.db'}"
+    Federated(Path(task.__file__), tmp_path / "app", rounds=3, ledger=tmp_path / "f.zo", store=store)()
+    monkeypatch.syspath_prepend(tmp_path / "app")
+    monkeypatch.delitem(sys.modules, "task", raising=False)
+    app = importlib.import_module("app")
+    assert telemetry.FLWR_TELEMETRY_ENABLED == os.environ["FLWR_TELEMETRY_ENABLED"] == "0"
+    nodes = Nodes(2)
+    nodes.app = app.client
+    app.server(nodes, Context(1, 0, {}, RecordDict(), {}))
+    client = MlflowClient(store)
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert {run.info.run_name for run in runs} == {"app, server", "app, 10", "app, 11"}
+    (server,) = (run for run in runs if run.data.tags["zo.role"] == "server")
+    assert server.data.metrics["zo/clients/joined"] == 2
+    assert server.data.metrics["zo/clients/bytes_up"] > 3 * 2 * 20 * 4 * 8
+    points = client.get_metric_history(server.info.run_id, "val/accuracy")
+    assert [point.step for point in points] == [20, 40, 60]
+    assert points[-1].value == task.evaluate(weights_of(tmp_path / "f.zo"))  # type: ignore[arg-type]
 
 
 def test_clients_vanish_fail_and_come_back(tmp_path: Path) -> None:

@@ -9,22 +9,25 @@ from pathlib import Path
 from typing import Literal
 
 from ..federated.rules import Rules
+from ..records.mlflow_logger import DEFAULT_STORE
 from .console import say
 
 _APP = '''"""A Flower app: `task.py` says what is trained, this file how."""
 
-from task import batches, method, module
+import task
 
-from zolightning.federated import Rules
-from zolightning.federated.flower import client_app, server_app
+from zolightning.federated import RoundLog, Rules
+from zolightning.federated.flower import Watch, client_app, server_app
 
-client = client_app(module, batches, method)
+client = client_app(task.module, task.batches, task.method)
 server = server_app(
     {rules!r},
     rounds={rounds},
     clients={clients},
     timeout={timeout},
     path={path!r},
+    log={log},
+    watch={watch},
 )
 '''
 
@@ -52,6 +55,14 @@ clientapp = "app:client"
 """
 
 
+_ENVIRONMENT = """\
+# For flower-superlink, flower-supernode and flwr, which read it when they start.
+FLWR_TELEMETRY_ENABLED=0
+FLWR_DISABLE_UPDATE_CHECK=1
+FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
+"""
+
+
 @dataclass
 class Federated:
     """Make a Flower app: clients keep their data and send coefficients. Example: zolightning federated task.py --out app
@@ -61,7 +72,7 @@ class Federated:
 
     task: Path
     """A Python file with `module()`, `batches(partition, partitions)` and `method`: what is trained, each client's loader, and
-    a ZOStrategy, a ZOConfig or a recipe's name."""
+    a ZOStrategy, a ZOConfig or a recipe's name. With `evaluate(module)`, an accuracy, the server logs it after each round."""
     out: Path = Path("federated-app")
     """The app's folder, which is made."""
     rounds: int = 10
@@ -80,6 +91,9 @@ class Federated:
     """Clients to wait for before the first round, >= 1."""
     timeout: float = 600.0
     """Seconds that a round may take."""
+    store: str = DEFAULT_STORE
+    """The MLflow store in which the server logs rounds, bytes, participation and accuracy for `zolightning dash`: an SQLite
+    file of the server's machine, or an address; 'none': no log."""
     ledger: Path = Path("federation.zo")
     """The server's ledger, from which `zolightning replay` makes the weights."""
 
@@ -100,16 +114,28 @@ class Federated:
             largest=self.largest,
         )
         text = self.task.read_text()
-        if missing := [name for name in ("module", "batches", "method") if name not in _defined(text, self.task)]:
+        defined = _defined(text, self.task)
+        if missing := [name for name in ("module", "batches", "method") if name not in defined]:
             raise ValueError(f"{self.task} must define {', '.join(missing)}; `zolightning federated --help` says more")
         self.out.mkdir(parents=True)
         shutil.copy(self.task, self.out / "task.py")
+        name = _plain(self.out.resolve().name)
         app = _APP.format(
-            rules=rules, rounds=self.rounds, clients=self.clients, timeout=self.timeout, path=str(self.ledger.absolute())
+            rules=rules,
+            rounds=self.rounds,
+            clients=self.clients,
+            timeout=self.timeout,
+            path=str(self.ledger.absolute()),
+            log=None if self.store == "none" else f"RoundLog({_absolute(self.store)!r}, name={name!r})",
+            watch="Watch(task.module, task.evaluate)" if "evaluate" in defined else None,
         )
         (self.out / "app.py").write_text(app)
-        (self.out / "pyproject.toml").write_text(_PROJECT.format(name=_plain(self.out.resolve().name)))
-        say(f"{self.out} is a Flower app; start flower-superlink and flower-supernode, then `flwr run {self.out} local`")
+        (self.out / "pyproject.toml").write_text(_PROJECT.format(name=name))
+        (self.out / "flower.env").write_text(_ENVIRONMENT)
+        say(
+            f"{self.out} is a Flower app. In each shell: `set -a; . {self.out / 'flower.env'}; set +a`, which has Flower's "
+            f"telemetry off. Start flower-superlink and flower-supernode, then `flwr run {self.out} local`"
+        )
 
 
 def _defined(text: str, path: Path) -> set[str]:
@@ -129,6 +155,12 @@ def _defined(text: str, path: Path) -> set[str]:
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             names.update(alias.asname or alias.name for alias in node.names)
     return names
+
+
+def _absolute(store: str) -> str:
+    """The store, wherever Flower starts the server."""
+    path = store.removeprefix("sqlite:///")
+    return store if path == store else f"sqlite:///{Path(path).absolute()}"
 
 
 def _plain(name: str) -> str:

@@ -7,8 +7,11 @@ round is worth several local steps.
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from hashlib import blake2b
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -20,18 +23,45 @@ from .._answers import needs
 from ..methods.config import ZOConfig
 from ..types import Batch
 from .client import Client
+from .follower import Follower
 from .messages import START, Refused, Task
 from .rules import Rules
 from .server import Round, Server
 from .simulation import HasConfig, client_of, config_of
+from .tracking import RoundLog
 
 if TYPE_CHECKING:
     from flwr.app import Context, Message, RecordDict
     from flwr.clientapp import ClientApp
     from flwr.serverapp import Grid, ServerApp
 
-_log = logging.getLogger("zolightning")
+_log = logging.getLogger("flwr")  # Flower shows it
 _NAME = "zolightning"
+_TELEMETRY = "flwr.supercore.telemetry"
+
+
+class Watch:
+    """A model beside the server, which replays the ledger after each round.
+
+    Args:
+        module: makes it, with the weights that the clients' have.
+        evaluate: the module → its accuracy, or another value.
+    """
+
+    def __init__(self, module: Callable[[], nn.Module], evaluate: Callable[[nn.Module], float]) -> None:
+        self._module, self._evaluate = module, evaluate
+        self._follower: Follower | None = None
+
+    def __call__(self, server: Server) -> dict[str, float]:
+        """The value at the server's last step.
+
+        Raises:
+            LedgerError: the module is not the federation's.
+        """
+        follower = self._follower = self._follower or Follower(self._module())
+        follower.catch_up(server.since(follower.head), follower.head)
+        with torch.no_grad():
+            return {"value": self._evaluate(follower.module)}
 
 
 def client_app(
@@ -87,7 +117,9 @@ def server_app(
     clients: int = 2,
     timeout: float = 600.0,
     schedule: Callable[[int], float] = lambda number: 1.0,
-    on_round: Callable[[Round, Mapping[str, float]], None] = lambda done, values: _log.info(told(done)),
+    log: RoundLog | None = None,
+    watch: Watch | None = None,
+    on_round: Callable[[Round, Mapping[str, float]], None] = lambda done, values: None,
 ) -> ServerApp:
     """The server's side. It keeps its ledger in a file, and goes on with it where one is there.
 
@@ -98,7 +130,9 @@ def server_app(
         clients: to wait for before the first round.
         timeout: seconds that a round, or the wait for clients, may take.
         schedule: round → factor of the learning rates.
-        on_round: gets each round, and values that were evaluated in it: none, since nobody here has the model.
+        log: gets each round, and writes it into an MLflow store for the dashboard.
+        watch: evaluates the model, which the server has in no other place. None: nobody here has it.
+        on_round: gets each round, and its accuracy as 'value' where there is a ``watch``.
     """
     app = _part("serverapp").ServerApp()
 
@@ -106,19 +140,25 @@ def server_app(
         server = Server(rules, path, schedule)
         known: set[int] = set()
         began = time.monotonic()
-        while server.rounds < rounds:
-            nodes = sorted(grid.get_node_ids())
-            if strangers := [node for node in nodes if node not in known]:
-                _greet(grid, server, strangers, timeout)
-                known.update(strangers)
-            names = server.choose([str(node) for node in nodes])
-            if len(names) < min(clients, server.rules.fewest) or (not server.rounds and len(nodes) < clients) or not names:
-                if time.monotonic() - began > timeout:
-                    raise TimeoutError(f"{len(nodes)} of {clients} clients have come within {timeout:g} s")
-                time.sleep(0.5)
-                continue
-            on_round(_round(grid, server, names, timeout), {})
-            began = time.monotonic()
+        with log or nullcontext():
+            while server.rounds < rounds:
+                nodes = sorted(grid.get_node_ids())
+                if strangers := [node for node in nodes if node not in known]:
+                    _greet(grid, server, strangers, timeout)
+                    known.update(strangers)
+                names = server.choose([str(node) for node in nodes])
+                if len(names) < min(clients, server.rules.fewest) or (not server.rounds and len(nodes) < clients) or not names:
+                    if time.monotonic() - began > timeout:
+                        raise TimeoutError(f"{len(nodes)} of {clients} clients have come within {timeout:g} s")
+                    time.sleep(0.5)
+                    continue
+                done = _round(grid, server, names, timeout)
+                values = watch(server) if watch is not None else {}
+                _log.info(told(done) + "".join(f", value {value:.4f}" for value in values.values()))
+                for tell in (log, on_round):
+                    if tell is not None:
+                        tell(done, values)
+                began = time.monotonic()
         server.end()
 
     app.main()(main)
@@ -187,6 +227,16 @@ def _seed(node: int, step: int) -> int:
 
 
 def _part(name: str) -> Any:
-    """A module of Flower's."""
+    """A module of Flower's, which sends nobody its telemetry."""
+    _no_telemetry()
     with needs("flwr", "a federation over Flower", "zolightning[federated]"):
         return import_module(f"flwr.{name}")
+
+
+def _no_telemetry() -> None:
+    """Switch it off in this process and those that it starts, unless somebody has asked for it.
+
+    Flower reads the variable when it is imported, which in a SuperNode's or SuperLink's processes comes before the app.
+    """
+    if os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0") == "0" and _TELEMETRY in sys.modules:
+        sys.modules[_TELEMETRY].FLWR_TELEMETRY_ENABLED = "0"  # type: ignore[attr-defined]

@@ -254,17 +254,24 @@ class Server:
         return found.loss, skipped
 
     def _compare(self) -> None:
-        """The clients' fingerprints, where they were asked for: those of most clients count."""
+        """The clients' fingerprints, where they were asked for: those of most clients count, and none where none has most."""
         found = {name: mark for name, (_, mark) in self._shares.items() if mark}
         if not found:
             return
-        usual, _ = Counter(found.values()).most_common(1)[0]
+        (usual, count), *others = Counter(found.values()).most_common(2)
+        decided = not others or count > others[0][1]
         for name, mark in found.items():
-            if mark != usual:
+            if mark != usual or not decided:
                 self._count(name, "apart")
-                self._failed[name] = f"apart: its weights have the fingerprint {mark}, those of most clients {usual}"
+                those = (
+                    f"those of most clients {usual}"
+                    if decided
+                    else f"as many others have {usual if mark != usual else others[0][0]}"
+                )
+                self._failed[name] = f"apart: its weights have the fingerprint {mark}, {those}"
                 del self._shares[name], self._stands[name]  # until it is welcomed again
-        self._append(Check(self.step, usual))
+        if decided:
+            self._append(Check(self.step, usual))
 
     @property
     def _lrs(self) -> tuple[float, ...]:
