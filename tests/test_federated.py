@@ -327,6 +327,8 @@ def test_rounds_are_logged_for_the_dashboard(tmp_path: Path) -> None:
     assert set(runs) == {"both, server", "both, client-0000", "both, client-0001"}
     assert {run.data.tags["zo.federation"] for run in runs.values()} == {"both"}
     assert all("zo.recipe" in run.data.tags for run in runs.values())  # the dashboard's Health page looks for it
+    roles = {name: run.data.params["role"] for name, run in runs.items()}
+    assert roles == {"both, server": "server", "both, client-0000": "client", "both, client-0001": "client"}
     server = runs["both, server"].data.metrics
     assert server["zo/clients/bytes_up"] == done.bytes_up
     assert server["zo/clients/bytes_down"] == done.bytes_down

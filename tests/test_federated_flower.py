@@ -11,10 +11,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import federated_task as task
 import pytest
@@ -28,6 +29,7 @@ from flwr.supercore import telemetry
 from flwr.supercore.task_identity import TaskIdentity
 from mlflow import MlflowClient
 
+from zolightning import ZOConfig
 from zolightning.commands.federated import Federated
 from zolightning.federated import Round, Rules
 from zolightning.federated.flower import client_app, server_app
@@ -134,6 +136,31 @@ def test_the_apps_log_rounds_and_accuracy_and_send_no_telemetry(tmp_path: Path, 
     assert points[-1].value == task.evaluate(weights_of(tmp_path / "f.zo"))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
+def test_bytes_of_the_digits_in_flowers_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten clients with two classes each, as in examples/federated.py."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    digits = importlib.import_module("federated")
+    shards, _ = digits.data(0)
+
+    def module() -> torch.nn.Module:
+        torch.manual_seed(0)
+        net: torch.nn.Module = digits.Digits(32)
+        return net
+
+    method = ZOConfig("one_sided", select="all", structure="dense", lr=0.02, optimizer="adam", seed=0, num_queries=20)
+    found = []
+    for rounds in (2, 12):
+        nodes = Nodes(10)
+        nodes.app = client_app(module, lambda part, parts: [shards[part]], method)
+        done = run(nodes, rounds, tmp_path / f"{rounds}.zo", check_every=1000)
+        assert not any(each.refused for each in done)
+        found.append((sum(e.bytes_up for e in done), nodes.up, sum(e.bytes_down for e in done), nodes.down))
+    ours_up, up, ours_down, down = ((b - a) / 10 for a, b in zip(*found, strict=True))
+    print(f"a round of ten clients: up {ours_up:.0f} bytes by us, {up:.0f} in messages; down {ours_down:.0f} by us, {down:.0f}")
+    assert ours_up < up < ours_up + 10 * 400
+
+
 def test_clients_vanish_fail_and_come_back(tmp_path: Path) -> None:
     nodes = Nodes(3)
 
@@ -185,12 +212,47 @@ def test_another_model_is_told_and_never_asked(tmp_path: Path) -> None:
 # Flower's own processes on loopback
 
 
-class Counter:
+class Frames:
+    """One way of an HTTP/2 connection (RFC 9113): the bytes of each stream, which is a call.
+
+    Args:
+        preface: bytes in front of the frames.
+    """
+
+    def __init__(self, preface: int) -> None:
+        self._rest, self._preface = b"", preface
+        self.bytes: Counter[int] = Counter()
+        self.content: Counter[int] = Counter()
+
+    def feed(self, data: bytes) -> None:
+        self._rest += data
+        while len(self._rest) >= self._preface + 9:
+            start = self._preface
+            end = start + 9 + int.from_bytes(self._rest[start : start + 3])
+            if len(self._rest) < end:
+                return
+            kind, stream = self._rest[start + 3], int.from_bytes(self._rest[start + 5 : start + 9]) & 0x7FFFFFFF
+            self.bytes[stream] += end - start
+            self.content[stream] += (end - start) * (kind == 0)
+            self._rest, self._preface = self._rest[end:], 0
+
+
+class Sample(NamedTuple):
+    """Bytes so far: all that went through TCP, and those of the calls that carried a message."""
+
+    up: int
+    down: int
+    up_carrying: int
+    down_carrying: int
+
+
+class Relay:
     """A TCP relay to a port on loopback; counts the bytes of both ways."""
 
     def __init__(self, target: int) -> None:
         self.up = self.down = 0
         self._target = target
+        self._calls: list[tuple[Frames, Frames]] = []
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._socket.getsockname()[1]
         threading.Thread(target=self._serve, daemon=True).start()
@@ -202,19 +264,32 @@ class Counter:
             except OSError:
                 return
             far = socket.create_connection(("127.0.0.1", self._target))
-            threading.Thread(target=self._copy, args=(near, far, "up"), daemon=True).start()
-            threading.Thread(target=self._copy, args=(far, near, "down"), daemon=True).start()
+            up, down = Frames(24), Frames(0)
+            self._calls.append((up, down))
+            threading.Thread(target=self._copy, args=(near, far, "up", up), daemon=True).start()
+            threading.Thread(target=self._copy, args=(far, near, "down", down), daemon=True).start()
 
-    def _copy(self, source: socket.socket, sink: socket.socket, way: str) -> None:
+    def _copy(self, source: socket.socket, sink: socket.socket, way: str, frames: Frames) -> None:
         try:
             while data := source.recv(65536):
                 setattr(self, way, getattr(self, way) + len(data))
+                frames.feed(data)
                 sink.sendall(data)
         except OSError:
             pass
         finally:
             source.close()
             sink.close()
+
+    def sample(self) -> Sample:
+        """Without TLS. Heartbeats, and questions for work of which there is none, have less than 100 bytes of content."""
+        carrying = [
+            (up.bytes[call], down.bytes[call])
+            for up, down in self._calls
+            for call in list(up.bytes)
+            if call and max(up.content[call], down.content[call]) > 100
+        ]
+        return Sample(self.up, self.down, sum(up for up, _ in carrying), sum(down for _, down in carrying))
 
     def close(self) -> None:
         self._socket.close()
@@ -305,8 +380,8 @@ def test_two_supernodes_on_loopback(tmp_path: Path, secure: bool) -> None:
     (home / "config.toml").write_text(
         f'[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = "127.0.0.1:{port}"\n{where}\n'
     )
-    ledger = tmp_path / "f.zo"
-    Federated(root / "federated_task.py", tmp_path / "app", rounds=2, local_steps=10, ledger=ledger)()
+    ledger, rounds, store = tmp_path / "f.zo", 2 if secure else 5, f"sqlite:///{tmp_path / 'm.db'}"
+    Federated(root / "federated_task.py", tmp_path / "app", rounds=rounds, local_steps=10, ledger=ledger, store=store)()
     link = [program("flower-superlink"), "--port", str(port), "--insecure"]
     node_tls: list[str] = ["--insecure"]
     if secure:
@@ -314,10 +389,10 @@ def test_two_supernodes_on_loopback(tmp_path: Path, secure: bool) -> None:
         tls = ("--ssl-ca-certfile", "ca.crt", "--ssl-certfile", "server.pem", "--ssl-keyfile", "server.key")
         link = [*link[:3], *(str(tmp_path / w) if not w.startswith("--") else w for w in tls), "--enable-supernode-auth"]
         node_tls = ["--root-certificates", str(tmp_path / "ca.crt")]
-    counter = Counter(port)
+    relay = Relay(port)
 
     def node(number: int, name: str) -> Any:
-        words = [program("flower-supernode"), *node_tls, "--superlink", f"127.0.0.1:{counter.port}", "--port", str(free())]
+        words = [program("flower-supernode"), *node_tls, "--superlink", f"127.0.0.1:{relay.port}", "--port", str(free())]
         if secure:
             key_pair(tmp_path, name)
             words += ["--auth-supernode-private-key", str(tmp_path / name)]
@@ -332,10 +407,45 @@ def test_two_supernodes_on_loopback(tmp_path: Path, secure: bool) -> None:
         with node(0, "anna"), node(1, "ben"):
             run_app = [program("flwr"), "run", str(tmp_path / "app"), "local"]
             subprocess.run(run_app, env=env, check=True, capture_output=True, timeout=120)
-            until(lambda: ledger.exists() and read(ledger).last >= 20, tmp_path)
+            found: dict[int, Sample] = {}  # after so many steps
+
+            def ended() -> bool:
+                last = read(ledger).last if ledger.exists() else 0
+                found.setdefault(last, relay.sample())
+                return last >= 10 * rounds
+
+            until(ended, tmp_path)
+            until(lambda: "FINISHED" in {run.info.status for run in logged(store)}, tmp_path)
             if secure:
                 with node(0, "stranger") as process:
                     until(lambda: process.poll() is not None, tmp_path, 120)
+            else:
+                report(found, store)
     weights_of(ledger)
-    print(f"on the wire: {counter.up} bytes up, {counter.down} down, heartbeats and the app's code included")
-    counter.close()
+    print(f"on the wire: {relay.up} bytes up, {relay.down} down, heartbeats and the app's code included")
+    (server,) = (run for run in logged(store) if run.data.tags["zo.role"] == "server")
+    assert 0 < server.data.metrics["zo/clients/bytes_up"] < relay.up
+    assert 0 < server.data.metrics["val/accuracy"] <= 1
+    relay.close()
+
+
+def logged(store: str) -> list[Any]:
+    """The runs of an MLflow store."""
+    client = MlflowClient(store)
+    return list(client.search_runs([e.experiment_id for e in client.search_experiments()]))
+
+
+def report(found: Mapping[int, Sample], store: str) -> None:
+    """Bytes a round of two clients, without those of the first round and of what comes before it."""
+    client = MlflowClient(store)
+    (server,) = (run for run in logged(store) if run.data.tags["zo.role"] == "server")
+    first, last = min(step for step in found if step), max(found)
+    for way in ("up", "down"):
+        history = client.get_metric_history(server.info.run_id, f"zo/clients/bytes_{way}")
+        ours = {point.step: point.value for point in history}
+        pairs = [(ours[step], *(getattr(found[step], name) for name in (f"{way}_carrying", way))) for step in (first, last)]
+        mine, carrying, all_ = ((b - a) * 10 / (last - first) for a, b in zip(*pairs, strict=True))
+        print(
+            f"{way}: {mine:.0f} bytes a round by us, {carrying:.0f} in calls that carry a message, {all_:.0f} with heartbeats"
+        )
+        assert mine < carrying < all_

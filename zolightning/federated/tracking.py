@@ -28,7 +28,7 @@ class RoundLog:
 
     The server's run has the loss, bytes up and down so far, clients asked, joined and refused by round, and what was
     evaluated; a client's its bytes and rounds so far. The step of all is the federation's. The dashboard's Health page shows
-    them, and its charts take runs together by a tag. A server that was started again, whose first
+    them, and its charts take the clients together by the setting ``role``. A server that was started again, whose first
     round is not the federation's, goes on in the runs of before. A store that goes away is told of once,
     and ends no federation.
 
@@ -124,7 +124,7 @@ class RoundLog:
             self._log(client, done.step, theirs)
 
     def _log(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
-        from mlflow.entities import Metric
+        from mlflow.entities import Metric, Param
 
         assert self._client is not None
         if name not in self._runs:
@@ -133,6 +133,8 @@ class RoundLog:
             tags |= {"zo.client": name, _PARENT: self._runs[""]} if name else {}
             made = self._client.create_run(self._group, run_name=f"{self._name}, {name or 'server'}", tags=tags)
             self._runs[name] = made.info.run_id
+            settings = [Param("federation", self._name), Param("role", role)]  # by which the dashboard takes runs together
+            self._client.log_batch(self._runs[name], params=settings)
         now = int(time.time() * 1000)
         entries = [Metric(key, float(value), now, step) for key, value in metrics.items()]
         self._client.log_batch(self._runs[name], entries)
