@@ -137,6 +137,33 @@ def test_a_module_that_draws_runs_each_time() -> None:
     assert drawing.early not in [unit.module for unit in reuse_of(session).units] or all(reuse_of(session).proved.values())
 
 
+def halved(x: Tensor) -> Tensor:
+    return x.mul_(0.5)
+
+
+def halved_behind_torch(x: Tensor) -> Tensor:
+    x.numpy()[...] *= 0.5  # PyTorch does not count such writes
+    return x
+
+
+@pytest.mark.parametrize("write", [halved, halved_behind_torch])
+def test_code_that_writes_into_a_kept_output_gets_copies(write: Callable[[Tensor], Tensor]) -> None:
+    class Writes(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = write(self.stages[0](F.relu(self.stem(x))))
+            x = self.stages[2](self.stages[1](x)).mean((2, 3))
+            return F.cross_entropy(self.head(x * self.scale), Y)
+
+    expected, _, full = fitted(Writes(), 0.0, steps=3)
+    net = Writes()
+    found, session, fewer = fitted(net, 1.0, steps=3)
+    assert found == expected
+    assert fewer < full
+    reuse = reuse_of(session)
+    assert net.stages[0] in [reuse.units[place].module for place in reuse.written]
+    assert net.stem not in [reuse.units[place].module for place in reuse.written]
+
+
 def test_room_bounds_the_memory() -> None:
     expected, _, full = fitted(Net(), 0.0)
     found, session, some = fitted(Net(), 0.02)

@@ -25,7 +25,7 @@ from ..space import GroupLeaf, View
 from ..space.operations import Args, Kwargs
 from ..types import Batch, Forward, Key, Operation, Point, Shared, SkipStep, Term
 from .isolation import Isolation
-from .reuse import comparable, copied, generators, hooked, instead, same, size_of
+from .reuse import comparable, copied, generators, hooked, instead, same, size_of, versions
 
 
 class Unit(NamedTuple):
@@ -55,6 +55,10 @@ class FeatureReuse:
         self._read, self._leaves = read, [leaf for leaf in view.leaves if isinstance(leaf, GroupLeaf)]
         self.proved: dict[tuple[int, ...], bool] = {}
         """By the places of the units that were left out: whether that gave the loss of a full forward."""
+        self.written: set[int] = set()
+        """Places of units into whose outputs later code writes: these are given as copies."""
+        self.looked: set[tuple[int, int]] = set()
+        """(units left out, place of one): the values of its output were looked at after such a forward."""
         self.kept = 0
         """Bytes that the last step kept."""
         self._described = False
@@ -150,25 +154,42 @@ class KeptFeatures:
         self._outputs: dict[int, Any] = {}
         self._input: tuple[int, object] | None = None
         self._left = order.room
-        self._fresh = True
-        self._given: list[int] = []
+        self._fresh, self._out = True, 0
+        self._given: dict[int, tuple[object, object]] = {}
+        """Places of the units that the forward left out, with the versions of their outputs, and copies of new ones."""
 
     @contextmanager
     def forward(self, point: Point | None) -> Iterator[None]:
         order, self._fresh = self._order, True
         self._given.clear()
         units = order.units[: order.before(point)] if all(order.proved.values()) else ()
-        with instead([unit.module for unit in units], self._call):
-            yield
+        self._out = len(units)
+        try:
+            with instead([unit.module for unit in units], self._call):
+                yield
+        finally:
+            self._look_for_writes()
         order.kept = int(order.room - self._left)
+
+    def _look_for_writes(self) -> None:
+        """An output that the forward wrote into has served its last time, and is given as a copy from now on."""
+        written = self._order.written
+        for place, (before, copy) in self._given.items():
+            own = self._outputs[place]
+            if place not in written and (versions(own) != before or (copy is not None and not same(own, copy))):
+                written.add(place)
+                self._left += size_of(self._outputs.pop(place))
+            self._order.looked.add((self._out, place))
 
     def _call(self, place: int, forward: Operation, args: Args, kwargs: Kwargs) -> object:
         with torch._C.DisableTorchFunction():  # none of this is the model's
             if self._fresh:
                 self._begin(place, (args, kwargs))
             if place in self._outputs:
-                self._given.append(place)
-                return copied(self._outputs[place])
+                own = self._outputs[place]
+                new = (self._out, place) not in self._order.looked
+                self._given[place] = versions(own), copied(own) if new else None
+                return copied(own) if place in self._order.written else own
             before = generators(self._order.device)
         out = forward(*args, **kwargs)
         with torch._C.DisableTorchFunction():

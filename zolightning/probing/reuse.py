@@ -110,6 +110,15 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+def versions(value: Any) -> object:
+    """Of the tensors in it; PyTorch counts the writes into each."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        return tuple(map(versions, value))
+    return value._version if isinstance(value, Tensor) else None
+
+
 def size_of(value: Any) -> int:
     """Bytes of the tensors in it."""
     if isinstance(value, dict):
