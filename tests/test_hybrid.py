@@ -20,6 +20,7 @@ from zolightning.methods.backprop import Backprop
 from zolightning.methods.config import ZOConfig
 from zolightning.strategy._lightning import MisconfigurationException
 from zolightning.strategy.ledger_io import LedgerCheckpointIO
+from zolightning.strategy.requirements import check_backprop
 
 X, Y = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
 
@@ -154,6 +155,10 @@ def test_what_is_refused() -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="together with conservative"):
         Session(net, optimizer, CONFIG.override(backprop="last:2", conservative=True))
+    with pytest.raises(ValueError, match="together with cuda_graphs"):
+        Session(net, optimizer, CONFIG.override(backprop="last:2", cuda_graphs=True))
+    with pytest.raises(ValueError, match="together with several optimizers"):
+        Session(net, [optimizer, optimizer], CONFIG.override(backprop="last:2"))
     with pytest.raises(ValueError, match="out of range"):
         Session(net, optimizer, CONFIG.override(backprop="last:9"))
     with pytest.raises(ValueError, match="must be a finite number > 0"):
@@ -163,3 +168,8 @@ def test_what_is_refused() -> None:
         session.estimate(lambda batch: float(loss_of(net, batch)), (X, Y))
     with pytest.raises(MisconfigurationException, match="with offloaded weights"):
         fit(Path("unused"), 1, offload="cpu", ledger=False)
+    hybrid = CONFIG.override(backprop="last:2")
+    with pytest.raises(MisconfigurationException, match="on several ranks"):
+        check_backprop(hybrid, several=True, offloads=False, precision="32-true")
+    with pytest.raises(MisconfigurationException, match="in float16"):
+        check_backprop(hybrid, several=False, offloads=False, precision="16-mixed")
