@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -34,6 +37,17 @@ exact_epochs = pytest.mark.skipif(
 )
 
 Loss = Callable[[nn.Module, Any], Any]
+
+
+def load_example(name: str) -> Any:
+    """The module of examples/<name>.py."""
+    spec = importlib.util.spec_from_file_location(f"example_{name}", Path(__file__).parents[1] / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def mse(net: nn.Module, batch: Any) -> Tensor:

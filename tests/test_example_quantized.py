@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import Task, fit, lm_loss, tiny_causal_lm, token_batches, weights
+from helpers import Task, fit, lm_loss, load_example, tiny_causal_lm, token_batches, weights
 
 pytest.importorskip("bitsandbytes", reason="pip install 'bitsandbytes>=0.50' 'accelerate>=1.0'")
 
@@ -17,20 +16,7 @@ from zolightning.adapt.interventions import intervene
 
 pytestmark = pytest.mark.integration
 
-FILE = Path(__file__).parents[1] / "examples" / "quantized.py"
-
-
-def load() -> Any:
-    spec = importlib.util.spec_from_file_location("example_quantized", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["example_quantized"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-EXAMPLE = load()
+EXAMPLE = load_example("quantized")
 METHODS = {m.name: m for m in EXAMPLE.methods(steps=2, backprop_steps=2, batch_size=2, seeds=1)}
 MOVED = {
     "zo": lambda name: True,
@@ -95,7 +81,7 @@ def test_gradients_come_through_after_an_evaluation() -> None:
 def test_command_line(
     options: list[str], code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [str(FILE), *options])
+    monkeypatch.setattr(sys, "argv", [EXAMPLE.__file__, *options])
     with pytest.raises(SystemExit) as stop:
         EXAMPLE.main()
     assert stop.value.code == code
@@ -116,7 +102,9 @@ def test_a_result_is_kept_for_the_same_settings(tmp_path: Path, monkeypatch: pyt
 
     def runs(*options: str) -> list[str]:
         made.clear()
-        monkeypatch.setattr(sys, "argv", [str(FILE), "--out", str(tmp_path), "--methods", "zero-shot", "zo-ptq4", *options])
+        monkeypatch.setattr(
+            sys, "argv", [EXAMPLE.__file__, "--out", str(tmp_path), "--methods", "zero-shot", "zo-ptq4", *options]
+        )
         EXAMPLE.main()
         return sorted(made)
 
