@@ -250,7 +250,7 @@ def worker(folder: str, epochs: int) -> None:
     """A run that may be killed: it goes on from its last checkpoint, and at the end leaves its weights."""
     torch.set_num_threads(1)
     found = sorted(Path(folder).glob("step=*.ckpt"), key=lambda path: int(path.stem.partition("=")[2].partition("-")[0]))
-    task = module(optimizer=lambda p: SGD(p, lr=1e-2, momentum=0.9))
+    task = module(optimizer=lambda p: SGD(p, lr=1e-4, momentum=0.9))
     trainer("disk", folder, epochs).fit(task, batches(), batches(), ckpt_path=str(found[-1]) if found else None)
     torch.save({name: p.detach().clone() for name, p in task.named_parameters()}, f"{folder}/last.pt")
 

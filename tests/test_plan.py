@@ -1,21 +1,26 @@
 """``zolightning plan``: predictions beside what steps really took, and the method that it says to take.
 
-A measured peak is that of PyTorch's CPU allocator, as the profiler records each allocation of a real set-up and two real
-steps, plus the weights that were there before.
+A measured peak is that of PyTorch's CPU allocator, as profilers in all threads record each allocation of a real set-up and
+two real steps, plus the weights that were there before.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._C._profiler import _ExperimentalConfig
+from torch.autograd import ProfilerConfig, ProfilerState, _disable_profiler_legacy, _enable_profiler_legacy
 from torch.optim import SGD, AdamW
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from zolightning import Session, ZOConfig
@@ -68,16 +73,33 @@ def workload(method: bench.Method, where: Spec) -> Workload:
     return work
 
 
-def allocated(run: Any) -> int:
-    """Bytes that PyTorch's allocator held at most while it ran."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        kept = run()
+def allocated(run: Callable[[], object]) -> int:
+    """Bytes that PyTorch's allocator held at most while it ran, in all threads that it began and ended.
+
+    The profiler of today sees one thread's memory; the one before it can be had in each.
+    """
+    settings = ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig())
+    found: list[Any] = []
+
+    def watched(work: Callable[..., object]) -> Callable[..., object]:
+        def watch(*args: object) -> object:
+            _enable_profiler_legacy(settings)
+            try:
+                return work(*args)
+            finally:
+                found.extend(event for events in _disable_profiler_legacy() for event in events)
+
+        return watch
+
+    before = set(threading.enumerate())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(threading.Thread, "run", watched(threading.Thread.run))
+        kept = watched(run)()
+        for thread in set(threading.enumerate()) - before:
+            thread.join(60)
     del kept
-    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
-    alive = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        most = max(most, alive := alive + event.nbytes())
-    return most
+    changes = [(found[0].cpu_elapsed_us(e), e.cpu_memory_usage()) for e in found if e.kind() == "memory_alloc"]
+    return max(accumulate(size for _, size in sorted(changes, key=itemgetter(0))))
 
 
 def measured(name: str, where: Spec) -> int:
@@ -118,39 +140,35 @@ def test_predictions_are_within_5_percent(model: str, batch: int, length: int, l
     assert predicted == pytest.approx(found, rel=0.05)
 
 
-def offloaded_peak(where: Spec, lockstep: int) -> tuple[int, int]:
+def offloaded_peak(where: Spec) -> tuple[int, int]:
     """(bytes at most, in the allocator and the pool; bytes that a step reads)."""
     work = workload(REAL["zo"], where)
     config = ZOConfig(estimator="spsa", structure="dense", select="all", normalize=False, seed=0)
-    store = attach(work.model, Offload("disk", lockstep=lockstep), work.device, Path("work"))
+    store = attach(work.model, Offload("disk"), work.device, Path("work"))
     here = tensor_bytes(p for p in work.model.parameters() if type(p) is nn.Parameter)
-    store.start()
 
-    def run() -> Session:
+    def run() -> None:
         optimizer = SGD(work.model.parameters(), lr=1e-7)
         session = Session(work.model, optimizer, config, repeatable=True, apply=Deferred(store))
-        for _ in range(2):
-            session.estimate(work.loss(work.model), work.batch)
-            before = store.tier.read_bytes
-            session.update()
-        assert before
-        return session
+        store.start()
+        try:
+            for _ in range(2):
+                session.estimate(work.loss(work.model), work.batch)
+                session.update()
+        finally:
+            session.close()
+            store.stop()
 
-    try:
-        most = allocated(run)
-    finally:
-        store.stop()
-    return here + most + store.most_in_memory, sum(entry.nbytes for entry in store.entries)
+    return here + allocated(run) + store.most_in_memory, sum(entry.nbytes for entry in store.entries)
 
 
 @pytest.mark.slow
-def test_offload_is_predicted_within_10_percent() -> None:
-    """The profiler sees one of the two threads that go in lockstep, so the real peak is nearer to the prediction, or above."""
+def test_offload_is_predicted_within_5_percent() -> None:
     where = spec("smollm2-135m", 4, 128)  # above 256 numbers: two forwards, in lockstep
-    found, away = offloaded_peak(where, lockstep=2)
+    found, away = offloaded_peak(where)
     need = BY_NAME["zo-disk"].need(where)
     print(f"zo-disk: {need.device / 1e6:.2f} / {found / 1e6:.2f} MB = {need.device / found:.3f}")
-    assert need.device == pytest.approx(found, rel=0.1)
+    assert need.device == pytest.approx(found, rel=0.05)
     assert need.read == need.written == away
 
 

@@ -123,10 +123,20 @@ class Reads(TorchFunctionMode):
             return _Decoded.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         if self._scratch is None:
             return func(*args, **kwargs)
-        rows = [rows for _, rows in self._scratch.row_blocks(weight, self._copies)]
-        self._scratch.take(self._copies, max(rows), weight.shape[1], weight.dtype, weight.device)
+        parts = self._take(self._scratch, weight)
         out = F.linear(x.contiguous(), weight, bias)
-        return out if len(rows) == self._copies == 1 else torch.cat([out], dim=-1)  # of the parts, beside the parts
+        return out if parts == self._copies == 1 else torch.cat([out], dim=-1)  # of the parts, beside the parts
+
+    def grow(self, model: nn.Module) -> None:
+        """The scratch memory has the size that the largest matrix needs from the second forward on."""
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and self._scratch is not None:
+                self._take(self._scratch, module.weight)
+
+    def _take(self, scratch: Scratch, weight: Tensor) -> int:
+        rows = [rows for _, rows in scratch.row_blocks(weight, self._copies)]
+        scratch.take(self._copies, max(rows), weight.shape[1], weight.dtype, weight.device)
+        return len(rows)
 
 
 def footprint(
@@ -147,6 +157,7 @@ def footprint(
             live.hold(tensor, tensor.numel() // 2 + 4 * (tensor.numel() // SCALED) if id(tensor) in codes else None)
         scratch = Scratch(work.numel) if probes else None
         with live, Reads(live, scratch, probes, codes) as reads:
+            reads.grow(work.model)
             step()
             reads.note()
     vectors = probes * sum(p.nbytes for p in work.model.parameters() if p.dim() == 1 and p.numel() <= SMALL)
