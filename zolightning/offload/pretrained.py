@@ -15,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ..space.together import SMALL
+from .codes import refuse_other_codes, take_codes, without_states
 from .disk import DiskTier
 from .entry import Entry
 from .files import Extent, OffloadError, Source, extents
@@ -29,7 +30,8 @@ _CPU = torch.device("cpu")
 def from_pretrained(model_class: Any, source: str | Path, *, dtype: torch.dtype | None = None, **config: Any) -> Any:
     """A model as ``model_class.from_pretrained(source)`` makes it, but its matrices stay in the files that hold them.
 
-    The files are only read. Parameters of at most 65,536 weights, buffers, and parameters that the files lack are in memory.
+    The files are only read. Parameters of at most 65,536 weights, buffers, the scales of bitsandbytes' 4-bit codes, and
+    parameters that the files lack are in memory.
     The experts of a mixture are computed one by one (transformers' ``experts_implementation="eager"``), so that those to which
     no token goes are not read.
 
@@ -45,10 +47,9 @@ def from_pretrained(model_class: Any, source: str | Path, *, dtype: torch.dtype 
     transformers = sys.modules[model_class.__module__.partition(".")[0]]  # whose class it is
     folder = Path(source) if Path(source).is_dir() else snapshot(str(source))
     settings = transformers.AutoConfig.from_pretrained(folder, **{"experts_implementation": "eager", **config})
-    if getattr(settings, "quantization_config", None) is not None:
-        raise OffloadError(f"offload does not stream the quantised weights of {source} yet; use the model's plain weights")
+    refuse_other_codes(settings, source)
     files = shards(folder)
-    dtype = dtype or _stored_dtype(files)
+    dtype = dtype or _stored_dtype(without_states(files))
     make = getattr(model_class, "from_config", None) or model_class._from_config
     with _hollow(), _Large():
         model = make(settings, dtype=dtype)
@@ -57,6 +58,8 @@ def from_pretrained(model_class: Any, source: str | Path, *, dtype: torch.dtype 
             model = make(settings, dtype=dtype)
     model.tie_weights()
     found = sources(model, files, transformers)
+    take_codes(model, found, transformers)
+    found = without_states(found)
     places, missing = _places(model, found, source)
     _initialise(model, missing)
     rows = rows_together(model)
@@ -171,8 +174,10 @@ def _fill(model: nn.Module, name: str, entries: Sequence[Entry], tier: DiskTier,
         for entry in entries:
             store.add(entry)
         bind(parameter, entries, store)
-    else:
+    elif parameter.is_meta:
         _replace(model, name, nn.Parameter(tier.read(name).clone(), parameter.requires_grad))
+    else:  # few codes
+        parameter.data = tier.read(name).clone()
 
 
 def _replace(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
