@@ -46,7 +46,9 @@ def problem(seed: int) -> tuple[list[list[tuple[Tensor, Tensor]]], tuple[Tensor,
 
 
 def run(config: ZOConfig, queries: int, rounds: int, local_steps: int, decay: float, seed: int) -> dict[str, float]:
-    """Queries, of all clients together, to a gap of 0.05, and the gap at the end."""
+    """Queries, of all clients together, to a gap of 0.05, and at the end the gap and the weights outside of the box, which have
+    no gradient and stay there.
+    """
     shards, mean, start = problem(seed)
     module = Quadratic(start)
     y = -mean[1] / (2 * mean[0])  # inside of the box
@@ -67,6 +69,7 @@ def run(config: ZOConfig, queries: int, rounds: int, local_steps: int, decay: fl
         "to_0.05": reached[0] if reached else math.nan,
         "queries": spent[-1],
         "gap": list(done.values.values())[-1],
+        "outside": int(((module.x < 0) | (module.x > 1)).sum()),
         "up_kb": done.bytes_up / 1e3,
         "cpu_seconds": time.process_time() - began,
     }

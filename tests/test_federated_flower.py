@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -11,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -212,29 +212,22 @@ def test_another_model_is_told_and_never_asked(tmp_path: Path) -> None:
 # Flower's own processes on loopback
 
 
-class Frames:
-    """One way of an HTTP/2 connection (RFC 9113): the bytes of each stream, which is a call.
+class Calls:
+    """One way of an HTTP/1.1 connection, whose requests and answers come in turn: (bytes, those of the content) of each."""
 
-    Args:
-        preface: bytes in front of the frames.
-    """
-
-    def __init__(self, preface: int) -> None:
-        self._rest, self._preface = b"", preface
-        self.bytes: Counter[int] = Counter()
-        self.content: Counter[int] = Counter()
+    def __init__(self) -> None:
+        self._rest = b""
+        self.sizes: list[tuple[int, int]] = []
 
     def feed(self, data: bytes) -> None:
         self._rest += data
-        while len(self._rest) >= self._preface + 9:
-            start = self._preface
-            end = start + 9 + int.from_bytes(self._rest[start : start + 3])
-            if len(self._rest) < end:
+        while (head := self._rest.find(b"\r\n\r\n") + 4) > 3:
+            told = re.search(rb"content-length: *(\d+)", self._rest[:head], re.IGNORECASE)
+            end = head + int(told[1]) if told else self._rest.find(b"\r\n0\r\n\r\n", head - 2) + 7  # in chunks
+            if end < head or len(self._rest) < end:
                 return
-            kind, stream = self._rest[start + 3], int.from_bytes(self._rest[start + 5 : start + 9]) & 0x7FFFFFFF
-            self.bytes[stream] += end - start
-            self.content[stream] += (end - start) * (kind == 0)
-            self._rest, self._preface = self._rest[end:], 0
+            self.sizes.append((end, end - head))
+            self._rest = self._rest[end:]
 
 
 class Sample(NamedTuple):
@@ -252,7 +245,7 @@ class Relay:
     def __init__(self, target: int) -> None:
         self.up = self.down = 0
         self._target = target
-        self._calls: list[tuple[Frames, Frames]] = []
+        self._calls: list[tuple[Calls, Calls]] = []
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._socket.getsockname()[1]
         threading.Thread(target=self._serve, daemon=True).start()
@@ -264,16 +257,16 @@ class Relay:
             except OSError:
                 return
             far = socket.create_connection(("127.0.0.1", self._target))
-            up, down = Frames(24), Frames(0)
+            up, down = Calls(), Calls()
             self._calls.append((up, down))
             threading.Thread(target=self._copy, args=(near, far, "up", up), daemon=True).start()
             threading.Thread(target=self._copy, args=(far, near, "down", down), daemon=True).start()
 
-    def _copy(self, source: socket.socket, sink: socket.socket, way: str, frames: Frames) -> None:
+    def _copy(self, source: socket.socket, sink: socket.socket, way: str, calls: Calls) -> None:
         try:
             while data := source.recv(65536):
                 setattr(self, way, getattr(self, way) + len(data))
-                frames.feed(data)
+                calls.feed(data)
                 sink.sendall(data)
         except OSError:
             pass
@@ -283,12 +276,8 @@ class Relay:
 
     def sample(self) -> Sample:
         """Without TLS. Heartbeats, and questions for work of which there is none, have less than 100 bytes of content."""
-        carrying = [
-            (up.bytes[call], down.bytes[call])
-            for up, down in self._calls
-            for call in list(up.bytes)
-            if call and max(up.content[call], down.content[call]) > 100
-        ]
+        pairs = [pair for up, down in self._calls for pair in zip(list(up.sizes), list(down.sizes), strict=False)]
+        carrying = [(up, down) for (up, sent), (down, got) in pairs if max(sent, got) > 100]
         return Sample(self.up, self.down, sum(up for up, _ in carrying), sum(down for _, down in carrying))
 
     def close(self) -> None:
@@ -380,7 +369,7 @@ def test_two_supernodes_on_loopback(tmp_path: Path, secure: bool) -> None:
     (home / "config.toml").write_text(
         f'[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = "127.0.0.1:{port}"\n{where}\n'
     )
-    ledger, rounds, store = tmp_path / "f.zo", 2 if secure else 5, f"sqlite:///{tmp_path / 'm.db'}"
+    ledger, rounds, store = tmp_path / "f.zo", 2 if secure else 3, f"sqlite:///{tmp_path / 'm.db'}"
     Federated(root / "federated_task.py", tmp_path / "app", rounds=rounds, local_steps=10, ledger=ledger, store=store)()
     link = [program("flower-superlink"), "--port", str(port), "--insecure"]
     node_tls: list[str] = ["--insecure"]
