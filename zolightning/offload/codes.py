@@ -8,9 +8,9 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .._answers import needs
+from ..space.scales.bitsandbytes import linear_of_codes
 from .disk import DiskTier
 from .files import OffloadError, Source
 
@@ -67,18 +67,5 @@ def take_codes(model: Any, tensors: Mapping[str, Source], transformers: ModuleTy
         name = next((n for n in (layer, layer.removeprefix(prefix), prefix + layer) if n in modules), None)
         if name is not None:  # else of a part that this class does not have
             settings = transformers.BitsAndBytesConfig.from_dict(model.config.quantization_config)
-            model.set_submodule(name, _coded(modules[name], codes, state, settings.bnb_4bit_compute_dtype))
+            model.set_submodule(name, linear_of_codes(modules[name], codes.shape, state, settings.bnb_4bit_compute_dtype))
             model.is_loaded_in_4bit = True  # PEFT reads it
-
-
-def _coded(layer: nn.Module, codes: Source, state: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    with needs("bitsandbytes", "reading quantised weights"):
-        import bitsandbytes as bnb
-    empty = torch.zeros((), dtype=torch.uint8).expand(codes.shape)
-    weight = bnb.nn.Params4bit.from_prequantized(empty, state, device="cpu")
-    outputs, inputs = weight.quant_state.shape
-    new = bnb.nn.Linear4bit(inputs, outputs, False, dtype, device="meta")
-    new.weight, new.quant_state, weight.module = weight, weight.quant_state, new
-    new.bias = layer.bias
-    new.support_avx512bf16_for_cpu = False  # its kernel wants codes in another order, and these are only read
-    return new.train(layer.training)  # type: ignore[no-any-return]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..._answers import needs
 from .layer import ScaledLayer, is_a
 
 
@@ -66,6 +68,30 @@ class Scaled4bit(ScaledLayer):
                     raise ValueError(f"the checkpoint has {name} {getattr(saved, name)}, the module {getattr(own, name)}")
             found["scales"] = _flat(saved).view(self.scales.shape)
         return found
+
+
+def linear_of_codes(linear: nn.Module, codes: Sequence[int], state: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    """A Linear4bit in the place of a linear layer, whose codes have no memory yet.
+
+    Args:
+        linear: its bias is taken over.
+        codes: their shape; they are bytes.
+        state: decodes them, as bitsandbytes saves it.
+        dtype: of the products.
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+    """
+    with needs("bitsandbytes", "reading quantised weights"):
+        import bitsandbytes as bnb
+    empty = torch.zeros((), dtype=torch.uint8).expand(tuple(codes))
+    weight = bnb.nn.Params4bit.from_prequantized(empty, state, device="cpu")
+    outputs, inputs = weight.quant_state.shape
+    new = bnb.nn.Linear4bit(inputs, outputs, False, dtype, device="meta")
+    new.weight, new.quant_state, weight.module = weight, weight.quant_state, new
+    new.bias = linear.bias
+    new.support_avx512bf16_for_cpu = False  # its kernel wants codes in another order, and these are only read
+    return new.train(linear.training)  # type: ignore[no-any-return]
 
 
 def _flat(state: Any) -> Any:
