@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zolightning import Groups, Session, ZOConfig
+from zolightning.commands.tables import markdown, spread
 from zolightning.data.mnist import mnist_5k
 from zolightning.methods.recipes import DEEPZERO
 
@@ -238,26 +239,20 @@ def at_seconds(curve: Sequence[Sequence[float]], seconds: float) -> float:
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """Accuracy by method: after all forwards, and after the CPU seconds of the fastest method without gradients."""
-    lines = []
+    tables = []
     for name in dict.fromkeys(r["data"] for r in results if "data" in r):
-        rows = [r for r in results if r.get("data") == name]
-        zo = [r["curve"][-1][1] for r in rows if r["method"] != "backprop"]
-        budget = min(zo, default=0.0)
-        lines += [
-            "",
-            f"| {name} | lr | after {rows[0]['curve'][-1][0]:,.0f} forwards | after {budget:.1f} CPU s | CPU s in all |",
-        ]
-        lines += ["| --- | ---: | ---: | ---: | ---: |"]
-        for key in dict.fromkeys(r["method"] for r in rows):
-            own = [r for r in rows if r["method"] == key]
-            ends = [100 * r["curve"][-1][2] for r in own]
-            there = [100 * at_seconds(r["curve"], budget) for r in own]
-            spread = f" ± {stdev(ends):.1f}" if len(own) > 1 else ""
-            lines.append(
-                f"| {METHODS[key].title} | {own[0]['lr']} | {fmean(ends):.1f}{spread} | {fmean(there):.1f} "
-                f"| {fmean(r['curve'][-1][1] for r in own):.1f} |"
-            )
-    return "\n".join(lines)
+        runs = [r for r in results if r.get("data") == name]
+        budget = min((r["curve"][-1][1] for r in runs if r["method"] != "backprop"), default=0.0)
+        rows = []
+        for key in dict.fromkeys(r["method"] for r in runs):
+            own = [r for r in runs if r["method"] == key]
+            ends = spread([100 * r["curve"][-1][2] for r in own], 1)
+            there = fmean(100 * at_seconds(r["curve"], budget) for r in own)
+            seconds = fmean(r["curve"][-1][1] for r in own)
+            rows.append([METHODS[key].title, str(own[0]["lr"]), ends, f"{there:.1f}", f"{seconds:.1f}"])
+        forwards = f"after {runs[0]['curve'][-1][0]:,.0f} forwards"
+        tables.append(markdown((name, "lr", forwards, f"after {budget:.1f} CPU s", "CPU s in all"), rows))
+    return "\n\n".join(tables)
 
 
 def main() -> None:

@@ -10,17 +10,15 @@ how many fill the seconds.
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 
 from torch.optim import AdamW
 
 from zolightning.commands.demo.methods import ADAMW, LORA, MEZO, ZO, Method
 from zolightning.commands.demo.module import MakeOptimizer
+from zolightning.commands.demo.report import text_table, write
 from zolightning.commands.demo.run import Result, Task, machine, run_alone, settings
 from zolightning.methods.backprop import Backprop
 
@@ -50,19 +48,6 @@ def steps_within(task: Task, method: Method, seconds: float) -> int:
     return max(1, round(4 * seconds / tried.cpu_seconds))
 
 
-def table(results: Sequence[Result]) -> str:
-    lines = ["| method | seeds | accuracy % | test loss | steps | CPU s | peak MB |", "| --- |" + 6 * " ---: |"]
-    for name in dict.fromkeys(one.method for one in results):
-        own = [one for one in results if one.method == name]
-        each, spent = ", ".join(f"{100 * one.accuracy:.1f}" for one in own), fmean(one.cpu_seconds for one in own)
-        lines.append(
-            f"| {own[0].title} | {len(own)} | {100 * fmean(one.accuracy for one in own):.1f} ({each}) "
-            f"| {fmean(one.loss for one in own):.3f} | {own[0].history[-1]['step']:.0f} | {spent:.0f} "
-            f"| {fmean(one.peak_memory for one in own) / 1e6:,.0f} |"
-        )
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -89,9 +74,8 @@ def main() -> None:
         for seed in options.seeds:
             results.append(run_alone(task, replace(method, steps=steps), seed, threads=1))
             print(f"{method.title}, seed {seed}: {100 * results[-1].accuracy:.1f} % after {steps} steps", flush=True)
-            kept = {"settings": settings(task) | {"machine": machine()}, "results": [asdict(one) for one in results]}
-            Path(options.out, "results.json").write_text(json.dumps(kept, indent=1))
-    print(table(results))
+            write(results, Path(options.out), settings(task) | {"machine": machine()})
+    print(text_table(results))
 
 
 if __name__ == "__main__":

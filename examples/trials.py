@@ -22,7 +22,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -35,6 +35,7 @@ from torch.optim import SGD, Optimizer
 
 from zolightning import Session, recipes
 from zolightning.adapt.fakequant import quantize_to_grid
+from zolightning.commands.tables import markdown
 from zolightning.data import (
     PromptTemplate,
     candidate_logits,
@@ -240,19 +241,14 @@ class Task:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    lines = [
-        "| idea | lr | seeds | accuracy % | loss | steps | CPU s | drift |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    rows = []
     for idea in dict.fromkeys(one["idea"] for one in results):
         own = [one for one in results if one["idea"] == idea]
+        means = {name: fmean(one[name] for one in own) for name in ("loss", "steps", "cpu_seconds", "drift", "perplexity")}
         each = ", ".join(f"{100 * one['accuracy']:.1f}" for one in own)
-        mean: Callable[[str], float] = partial(lambda own, name: fmean(one[name] for one in own), own)
-        lines.append(
-            f"| {idea} | {own[0]['lr']} | {len(own)} | {100 * mean('accuracy'):.1f} ({each}) | {mean('loss'):.3f} "
-            f"| {mean('steps'):.0f} | {mean('cpu_seconds'):.0f} | {mean('drift'):.4f} | {mean('perplexity'):.2f} |"
-        )
-    return "\n".join(lines)
+        accuracy = f"{100 * fmean(one['accuracy'] for one in own):.1f} ({each})"
+        rows.append([idea, str(own[0]["lr"]), str(len(own)), accuracy, *(f"{value:.4g}" for value in means.values())])
+    return markdown(("idea", "lr", "seeds", "accuracy %", "loss", "steps", "CPU s", "drift", "perplexity"), rows)
 
 
 def main() -> None:

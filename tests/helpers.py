@@ -55,6 +55,20 @@ def mse(net: nn.Module, batch: Any) -> Tensor:
     return F.mse_loss(net(x).double(), y.double())
 
 
+class Language(pl.LightningModule):
+    """A Hugging Face language model on batches of token ids."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def training_step(self, ids: Tensor, batch_idx: int) -> Tensor:
+        return self.model(input_ids=ids, labels=ids).loss.double()  # type: ignore[no-any-return]
+
+    def configure_optimizers(self) -> Any:
+        return SGD(self.parameters(), lr=1e-3)
+
+
 class Task(pl.LightningModule):
     """A net, a loss, and whatever optimizer and scheduler a test wants."""
 

@@ -125,13 +125,12 @@ def test_the_apps_log_rounds_and_accuracy_and_send_no_telemetry(tmp_path: Path, 
     nodes = Nodes(2)
     nodes.app = app.client
     app.server(nodes, Context(1, 0, {}, RecordDict(), {}))
-    client = MlflowClient(store)
-    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    runs = logged(store)
     assert {run.info.run_name for run in runs} == {"app, server", "app, 10", "app, 11"}
     (server,) = (run for run in runs if run.data.tags["zo.role"] == "server")
     assert server.data.metrics["zo/clients/joined"] == 2
     assert server.data.metrics["zo/clients/bytes_up"] > 3 * 2 * 20 * 4 * 8
-    points = client.get_metric_history(server.info.run_id, "val/accuracy")
+    points = MlflowClient(store).get_metric_history(server.info.run_id, "val/accuracy")
     assert [point.step for point in points] == [20, 40, 60]
     assert points[-1].value == task.evaluate(weights_of(tmp_path / "f.zo"))  # type: ignore[arg-type]
 

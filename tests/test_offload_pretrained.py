@@ -13,9 +13,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import transformers
-from helpers import PLAIN
+from helpers import PLAIN, Language
 from torch import Tensor, nn
-from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 from zolightning import ZOStrategy
@@ -48,18 +47,6 @@ def saved(kind: str, **options: Any) -> Path:
 
 def hashes(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
-
-
-class Language(pl.LightningModule):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def training_step(self, ids: Tensor, batch_idx: int) -> Tensor:
-        return self.model(input_ids=ids, labels=ids).loss.double()  # type: ignore[no-any-return]
-
-    def configure_optimizers(self) -> Any:
-        return SGD(self.parameters(), lr=1e-3)
 
 
 def fitted(model: nn.Module, folder: str) -> dict[str, Tensor]:

@@ -9,9 +9,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import transformers
-from helpers import PLAIN, Task
+from helpers import PLAIN, Language, Task
 from torch import Tensor, nn
-from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 from zolightning import ZOStrategy, quantize
@@ -66,18 +65,6 @@ def test_codes_are_read_only_and_give_the_bits_of_memory(recipe: Any, kind: str,
     assert all(p.dtype == torch.uint8 for p in codes)
     assert not list(Path("run").rglob("weights-*.bin"))  # no code was written
     assert losses[0] != losses[-1]
-
-
-class Language(pl.LightningModule):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def training_step(self, ids: Tensor, batch_idx: int) -> Tensor:
-        return self.model(input_ids=ids, labels=ids).loss.double()  # type: ignore[no-any-return]
-
-    def configure_optimizers(self) -> Any:
-        return SGD(self.parameters(), lr=1e-3)
 
 
 def saved(**quantised: Any) -> Path:

@@ -186,10 +186,10 @@ class KeptFeatures:
             if self._fresh:
                 self._begin(place, (args, kwargs))
             if place in self._outputs:
-                own = self._outputs[place]
-                new = (self._out, place) not in self._order.looked
+                own, written = self._outputs[place], place in self._order.written
+                new = not written and (self._out, place) not in self._order.looked
                 self._given[place] = versions(own), copied(own) if new else None
-                return copied(own) if place in self._order.written else own
+                return copied(own) if written else own
             before = generators(self._order.device)
         out = forward(*args, **kwargs)
         with torch._C.DisableTorchFunction():
