@@ -32,6 +32,7 @@ CONFIGS = {
     "one-sided": recipe("fzoo").override(num_queries=3, lr=1e-2, seed=7),
     "forward gradient": recipe("forward-gradient").override(num_queries=2, lr=1e-2, seed=7),
     "conservative": recipe("zo-conservative").override(lr=1e-3, seed=7),
+    "anchored": PLAIN.override(anchor=10.0),
     "momentum": PLAIN.override(optimizer="momentum", lr=1e-3),
 }
 STEPS, SIZE, TIMEOUT = 10, 8, 4

@@ -94,6 +94,9 @@ def test_objects_and_functions_become_text() -> None:
         ({"clip": 0.0}, "limit"),
         ({"normalize_beta": 1.0}, "beta"),
         ({"max_skips": 0}, "max_skips"),
+        ({"anchor": -0.5}, "`anchor` must be a finite number >= 0, or None, got -0.5"),
+        ({"anchor": math.inf}, "anchor"),
+        ({"anchor": "0.5"}, "got '0.5'"),
     ],
     ids=str,
 )

@@ -687,5 +687,7 @@ def test_bad_rules_are_refused(settings: dict[str, Any], message: str) -> None:
 def test_methods_that_look_at_one_clients_data_are_refused() -> None:
     with pytest.raises(ValueError, match="`conservative` depends on one client's data"):
         client(batches(2), replace(PLAIN, conservative=True))
+    with pytest.raises(ValueError, match="`anchor` in a federation is not there"):
+        client(batches(2), replace(PLAIN, anchor=0.1))
     server, clients = federation(rules=Rules(local_steps=2), config=replace(EXACT, optimizer="adam"))
     assert "averages moves of plain SGD" in go(server, clients).refused["c0"]

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from zolightning import Forgetting, ZOStrategy
 from zolightning.data import general_text, text_perplexity
-from zolightning.records.forgetting import StartingWeights
+from zolightning.engine.anchor import StartingWeights
 
 
 def fit(

@@ -157,6 +157,8 @@ def test_what_is_refused() -> None:
         Session(net, optimizer, CONFIG.override(backprop="last:2", conservative=True))
     with pytest.raises(ValueError, match="together with cuda_graphs"):
         Session(net, optimizer, CONFIG.override(backprop="last:2", cuda_graphs=True))
+    with pytest.raises(ValueError, match="together with anchor"):
+        Session(net, optimizer, CONFIG.override(backprop="last:2", anchor=0.1))
     with pytest.raises(ValueError, match="together with several optimizers"):
         Session(net, [optimizer, optimizer], CONFIG.override(backprop="last:2"))
     with pytest.raises(ValueError, match="out of range"):

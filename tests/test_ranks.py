@@ -33,7 +33,7 @@ SPREAD = [
     ("query", "forward gradient"),
 ]
 LONG = [("data", "spsa"), ("sign", "spsa"), ("query", "two directions"), ("data", "default")]
-DATA = ["per example", "population", "one-sided", "forward gradient", "conservative", "momentum"]
+DATA = ["per example", "population", "one-sided", "forward gradient", "conservative", "momentum", "anchored"]
 MODULES = [
     ("spsa", "plain"),
     ("per example", "plain"),

@@ -165,6 +165,7 @@ class StepRecord(NamedTuple):
         skipped: why no update was made ("" when one was): nothing finite to go by, or nothing but ties.
         unread: places of the leaves that no probe of the step read, and that get no update.
         backprop: names of the parameters that backprop trains in the same step, whose gradients the record does not hold.
+        anchor: (λ of :class:`~zolightning.ZOConfig`, the step before which θ₀ was noted); None: no weight is drawn back.
     """
 
     step: int
@@ -178,6 +179,7 @@ class StepRecord(NamedTuple):
     skipped: str = ""
     unread: tuple[int, ...] = ()
     backprop: tuple[str, ...] = ()
+    anchor: tuple[float, int] | None = None
 
     @property
     def projected_grad(self) -> float:

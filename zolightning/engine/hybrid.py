@@ -93,7 +93,14 @@ class Gradients:
         self._factors += self._factors[-1:] * (len(groups) - len(self._factors))  # a callback may have added some
         self._rates = [float(group["lr"]) * factor for group, factor in zip(groups, self._factors, strict=True)]
 
-    def step(self, key: Key) -> None:
+    def end(self, key: Key | None) -> None:
+        """Step by the mean of the kept gradients, unless the step is skipped and has no key, and leave them."""
+        if key is not None:
+            self._step(key)
+        self._sums.clear()
+        self._count = 0
+
+    def _step(self, key: Key) -> None:
         """One step of the module's optimizer on the mean gradient; parameters without one stay."""
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             before = group["lr"]
@@ -104,11 +111,6 @@ class Gradients:
                         step_alone(self._optimizer, group, self._leaves[id(parameter)], total.div_(self._count), key)
             finally:
                 group["lr"] = before
-
-    def forget(self) -> None:
-        """Leave the kept tensors."""
-        self._sums.clear()
-        self._count = 0
 
     def finite(self) -> bool:
         """Whether all that was kept is."""
@@ -137,8 +139,9 @@ def gradients_of(module: nn.Module, optimizers: Sequence[Optimizer], config: ZOC
     Raises:
         ValueError: settings that nobody has tried together.
     """
-    if config.backprop is not None and (len(optimizers) > 1 or config.conservative or config.cuda_graphs):
-        wrong = "several optimizers" if len(optimizers) > 1 else "conservative" if config.conservative else "cuda_graphs"
+    found = {"several optimizers": len(optimizers) > 1, "conservative": config.conservative, "cuda_graphs": config.cuda_graphs}
+    wrong = next((name for name, there in {**found, "anchor": config.anchor}.items() if there), "")
+    if config.backprop is not None and wrong:
         raise ValueError(f"`backprop=...` together with {wrong} is not there; leave one of them out")
     settings = (
         config.backprop if isinstance(config.backprop, Backprop) or config.backprop is None else Backprop(config.backprop)

@@ -35,6 +35,7 @@ from ..probing.runner import Muted
 from ..space import View
 from ..types import Batch, Estimate, Forward, Key, Prepare, Shared, SkipStep, StateDict, StepRecord, Term
 from .advice import take_over
+from .anchor import anchor_of
 from .hybrid import gradients_of
 from .notices import Notices, Say, SkipWatch
 from .rates import base_lr
@@ -45,7 +46,6 @@ from .subspace import Calibration, Epoch, Setting, Subspace, compute_dtype, find
 from .uninterrupted import uninterrupted
 from .updates import Apply, UpdateStats, apply_update, load_state, state_of
 
-_SEEDS = 1 << 64
 _log = logging.getLogger("zolightning")
 
 
@@ -65,6 +65,7 @@ class Session:
         apply: has a step reach the weights, those that are not in memory too.
         ranks: the processes that take each step together, as a :class:`~zolightning.parallel.Team`.
         epoch: says how many optimizer steps an epoch has, where the method asks.
+        folder: for the file of ``config.anchor``. None: the system's for temporary files.
         inform: gets lines on the choices that the fit made.
         warn: gets lines on settings that the user should change.
 
@@ -87,6 +88,7 @@ class Session:
         apply: Apply = apply_update,
         ranks: Ranks | None = None,
         epoch: Epoch = unknown_epoch,
+        folder: str | None = None,
         inform: Say = _log.info,
         warn: Say = warnings.warn,
     ) -> None:
@@ -97,14 +99,15 @@ class Session:
         self.shaping = self.config.build_shaping()
         self.ranks: Ranks = ranks or Alone()
         seed = self.ranks.decide(torch.initial_seed) if self.config.seed is None else self.config.seed
-        self.seed = seed % _SEEDS
+        self.seed = seed % (1 << 64)
         self.step = 0
         """Optimizer steps taken: the step of the next perturbation's key."""
         self.last_record: StepRecord | None = None
         self.last_stats = UpdateStats()
         self.measure_update = False
         """Measure how the next update changes the weights, for :attr:`last_stats`."""
-        self._ledger, self._apply_update = ledger, apply
+        self._ledger, self._anchor = ledger, anchor_of(self.config, apply, folder)
+        self._apply_update = partial(apply_update, anchor=self._anchor) if self._anchor.decay else apply
         self.notices = Notices(inform, warn)
         self._isolation = Isolation(module, self.device)
         self._subspaces: dict[int, Subspace] = {}
@@ -164,10 +167,8 @@ class Session:
         estimate = part.estimate = estimate._replace(forwards=estimate.forwards + (prepared is not None) + looks)
         self.notices.report(space.runner, ran, estimate, self.estimator.eps)
         self._window += [part] if counts else []
-        if not counts:
-            self._looks = []
-        elif self.config.conservative:
-            self._trials.append(partial(self._trial, forward, batch, space))
+        self._looks = self._looks if counts else []
+        self._trials += [partial(self._trial, forward, batch, space)] if counts and self.config.conservative else []
         return estimate._replace(output=ran.output)
 
     @torch.no_grad()
@@ -185,9 +186,8 @@ class Session:
         optimizer = optimizer or self.optimizers[0]
         place, examples = self._place(optimizer), sum(part.examples for part in self._window)
         window = self._joined(place, optimizer)
-        kept = self._kept if self._kept.names else None
-        if kept is not None:
-            kept.note_rates()  # the module's, before the probes' step has a size of its own
+        if self._kept.names:
+            self._kept.note_rates()  # the module's, before the probes' step has a size of its own
         with self._sizes.applied(place, optimizer):
             trials, self._trials = self._trials, []
             state = self._shaping_states.get(place) or self.shaping.init()
@@ -199,21 +199,20 @@ class Session:
             optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers look at it, and its step() may not be called
             if found := self._skips(record):
                 self.notices.once("skip", found)
-            if not record.skipped and kept is not None and not kept.finite():
+            if self._kept.names and not record.skipped and not self._kept.finite():
                 record = record._replace(skipped="non-finite gradient of backprop")
             if not record.skipped:
                 view = self._subspaces[id(optimizer)].runner.view
                 unread = self.notices.unread(view, Key(self.seed, record.step))
-                record = record._replace(unread=unread, backprop=tuple(self._kept.names))
+                anchor = self._anchor.begin(view.leaves, record.step) if self._anchor.decay else None
+                record = record._replace(unread=unread, backprop=tuple(self._kept.names), anchor=anchor)
             with uninterrupted():
                 if not record.skipped:
                     self._apply(place, optimizer, record)
-                    if kept is not None:
-                        kept.step(Key(self.seed, record.step))
                 elif self._ledger is not None:
                     self._ledger.skipped(record.step)
-                if kept is not None:
-                    kept.forget()
+                if self._kept.names:
+                    self._kept.end(None if record.skipped else Key(self.seed, record.step))
                 self._sizes.took(place, record)
                 self.step += 1
         self.last_record = record
@@ -285,14 +284,16 @@ class Session:
             "calibration": asdict(self._calibration),
             "step_sizes": self._sizes.state_dict(),
             "backprop": self._kept.state_dict(),
+            "anchor": self._anchor.state_dict(),
         }
 
     def load_state_dict(self, state: StateDict) -> None:
         """Go on where :meth:`state_dict` was taken, generators included.
 
         Raises:
-            ValueError: another recipe wrote it.
+            ValueError: another recipe wrote it, or the weights to which ``config.anchor`` draws are gone.
         """
+        self._anchor.load_state_dict(state, dict(self.module.named_parameters()), self.notices.inform)
         self._shaping_states = {place: state_from(saved, self.shaping) for place, saved in state["shaping"].items()}
         self.seed, self.step = state["seed"], state["zo_step"]
         self._calibration = Calibration(**state.get("calibration", {}))
@@ -343,8 +344,7 @@ class Session:
         recorder = None if self._ledger is None else self._ledger.open(self.module, self.seed, self.step)
         if recorder is not None:
             recorder.step(place, stepper, leaves, record)
-        read = [leaf for i, leaf in enumerate(leaves) if i not in record.unread]
-        key = Key(self.seed, record.step)
+        read, key = [leaf for i, leaf in enumerate(leaves) if i not in record.unread], Key(self.seed, record.step)
         self.last_stats = self._apply_update(stepper, read, record.terms, key, measure=self.measure_update)
         if recorder is not None:
             recorder.applied()

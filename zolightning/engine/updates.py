@@ -45,6 +45,13 @@ class Apply(Protocol):
         """See :func:`apply_update`."""
 
 
+class Pull(Protocol):
+    """Draws weights back: :class:`~zolightning.engine.anchor.Anchor`."""
+
+    def pull_(self, leaves: Sequence[Leaf], lr: float, key: Key) -> None:
+        """Draw the leaves back by a learning rate, in place; ``key`` is the step's."""
+
+
 @torch.no_grad()
 def apply_update(
     optimizer: Optimizer,
@@ -53,6 +60,7 @@ def apply_update(
     key: Key,
     *,
     measure: bool = False,
+    anchor: Pull | None = None,
 ) -> UpdateStats:
     r"""One optimizer step on :math:`\hat g = \sum_k c_k z_k`, with lr and weight decay read from the parameter groups now.
 
@@ -66,12 +74,15 @@ def apply_update(
         terms: (key, coefficient) pairs of the estimate.
         key: the step's; it names the rounding bits and says whose turn it is.
         measure: also measure the change of the weights.
+        anchor: draws the weights back before the step.
     """
     leaves = [leaf for leaf in leaves if leaf.turn is None or leaf.active(key)]
     by_parameter = {id(leaf.parameter): leaf for leaf in leaves}
     before = [_sample(leaf).clone() for leaf in leaves] if measure else []
     trained = [_trained(leaf, old) for leaf, old in zip(leaves, before, strict=False)]
     for group, members in _members(optimizer, by_parameter):
+        if anchor is not None:
+            anchor.pull_(members, float(group["lr"]), key)
         _advance(optimizer, group, members, terms, key)
     negative, saturated = _project_(leaves)
     stats = _compare(before, trained, leaves) if measure else UpdateStats()

@@ -151,6 +151,8 @@ def federated(config: ZOConfig) -> ZOConfig:
     if config.conservative or config.backprop is not None:
         name = "conservative" if config.conservative else "backprop"
         raise ValueError(f"`{name}` depends on one client's data, and no ledger record says it; leave it out of a federation")
+    if config.anchor:
+        raise ValueError("`anchor` in a federation is not there; leave it out")
     changes: dict[str, Any] = {"estimator": copy.deepcopy(config.estimator)}  # it may keep what it was told
     if config.lr == "auto":
         changes["lr"] = "module"

@@ -104,6 +104,9 @@ class Method:
     turns: dict[str, tuple[int, int, int, int, str]] = field(default_factory=dict)
     """Leaf → (block, number of blocks, blocks a step, steps before the next, order) where blocks take turns."""
 
+    anchor: float = 0.0
+    """Decay of the weights towards those before the first step that has one."""
+
     unsupported: str = ""
     """Why the steps that follow cannot be replayed; empty when they can."""
 

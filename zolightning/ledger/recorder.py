@@ -91,12 +91,13 @@ class Recorder:
         self.base_at_hand = True
         """Whether a replay finds the weights that the ledger starts from: beside it, or where a pretrained model came from."""
         if before is None:
-            header = header_of(module, seed, step, settings, now)
+            self._start, header = step, header_of(module, seed, step, settings, now)
             if keep_base:
                 save_base(self.path.parent, now, self._parameters)
             self.base_at_hand = keep_base or bool(header.pretrained and header.pretrained["source"])
             self._writer = LedgerWriter(claim, seed, opening(header))
         else:
+            self._start = before.header.start
             share_base(before.path.parent, self.path.parent, before.header.base)
             self._writer = LedgerWriter(claim, seed, before.data[: before.end])
         self._applying = False
@@ -115,7 +116,7 @@ class Recorder:
         if place not in self._methods:
             self._primed[place] = "" if self._continues or is_plain_sgd(optimizer) else _primed(optimizer, leaves)
         options = options_of(place, optimizer)
-        method = self._method(place, optimizer, leaves, options, record.backprop)
+        method = self._method(place, optimizer, leaves, options, record)
         if method != self._methods.get(place):
             self._writer.append(method)
             self._methods[place] = method
@@ -187,17 +188,17 @@ class Recorder:
         finally:
             self._writer.close()
 
-    def _method(
-        self, place: int, optimizer: Optimizer, leaves: Sequence[Leaf], options: Options, backprop: Sequence[str]
-    ) -> Method:
+    def _method(self, place: int, optimizer: Optimizer, leaves: Sequence[Leaf], options: Options, record: StepRecord) -> Method:
         trained = [[(id(p), p.requires_grad) for p in g["params"]] for g in optimizer.param_groups]
         facts = (optimizer, tuple(leaves), trained, self._meddled)
         if place not in self._described or self._described[place][0] != facts:
             self._described[place] = facts, self._describe(place, optimizer, leaves)
         method = self._described[place][1]
-        hybrid = f"backprop trains {', '.join(backprop[:2])}, …, and a ledger holds no gradients" if backprop else ""
-        reason = hybrid or method.unsupported or unplain(optimizer, options)
-        return replace(method, unsupported=reason) if reason else method
+        names, (decay, since) = ", ".join(record.backprop[:2]), record.anchor or (0.0, self._start)
+        hybrid = f"backprop trains {names}, …, and a ledger holds no gradients" if names else ""
+        early = f"weights are drawn to those before step {since}, and the ledger begins at step {self._start}"
+        reason = hybrid or early * (since < self._start) or method.unsupported or unplain(optimizer, options)
+        return replace(method, anchor=decay, unsupported=reason)
 
     def _describe(self, place: int, optimizer: Optimizer, leaves: Sequence[Leaf]) -> Method:
         method = method_of(self._names, place, optimizer, leaves)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..engine.anchor import Anchor
 from ..engine.updates import apply_update
 from ..methods.optimizers import optimizer_type
 from ..noise import DISTRIBUTIONS
@@ -94,6 +95,7 @@ class Replay:
         self._ledger, self._parameters = ledger, parameters
         self._leaves: dict[int, list[Leaf]] = {}
         self._unsupported: dict[int, str] = {}
+        self._anchor: Anchor | None = None
 
     def take(self, record: Record) -> None:
         if isinstance(record, Method):
@@ -111,6 +113,13 @@ class Replay:
     def _method(self, method: Method) -> None:
         place, state = method.optimizer, self.state
         self._unsupported[place] = method.unsupported
+        if not method.anchor:
+            self._anchor = None
+        elif self._apply is not None:
+            raise LedgerError("the run had an `anchor`, which offloaded weights do not have; replay it in memory")
+        else:
+            self._anchor = self._anchor or Anchor(method.anchor)
+            self._anchor.decay = method.anchor
         if not method.unsupported:
             self._leaves[place] = _leaves(method, self._parameters)
             state.optimizers[place] = _optimizer(method, self._parameters, state.optimizers.get(place))
@@ -133,8 +142,10 @@ class Replay:
             group["lr"] = lr
         leaves = [leaf for place, leaf in enumerate(self._leaves[step.optimizer]) if place not in step.unread]
         key = Key(self._ledger.header.seed, step.step)
+        if self._anchor is not None:
+            self._anchor.begin(self._leaves[step.optimizer], step.step)
         if self._apply is None:
-            apply_update(optimizer, leaves, step.terms, key)
+            apply_update(optimizer, leaves, step.terms, key, anchor=self._anchor)
         else:
             self._apply(optimizer, leaves, step.terms, key, self.mark)
         self.state.step = step.step + 1

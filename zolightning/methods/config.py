@@ -106,6 +106,11 @@ class ZOConfig:
     conservative: bool = False
     """Keep the best of θ, θ − lr·ĝ and θ + lr·ĝ on the step's batches, by three more forwards for each. For plain SGD."""
 
+    anchor: float | None = None
+    """λ >= 0 of anchored weight decay, θ ← θ − lr·ĝ − lr·λ·(θ − θ₀), which draws trained weights to those that the fit began
+    with, so that the model forgets less; arXiv:2605.30148. Under any optimizer, as AdamW decays weights to 0. θ₀ is in a file
+    as large as the trained weights, which each step reads and a resumed fit needs. None: no anchor."""
+
     backprop: Select | Backprop | None = None
     """Parameters that backprop trains in the same steps and no probe moves, as 'last:2', or a
     :class:`~zolightning.methods.backprop.Backprop`. A replay ledger cannot rebuild such a run; checkpoints are whole."""
@@ -137,6 +142,8 @@ class ZOConfig:
             object.__setattr__(self, "lr", float(self.lr))
             if not 0 <= self.lr < math.inf:
                 raise ValueError(f"`lr` must be a finite number >= 0, got {self.lr}")
+        if self.anchor is not None and not (isinstance(self.anchor, (int, float)) and 0 <= self.anchor < math.inf):
+            raise ValueError(f"`anchor` must be a finite number >= 0, or None, got {self.anchor!r}")
         if self.max_skips < 1:
             raise ValueError(f"`max_skips` must be >= 1, got {self.max_skips}")
         one_of("normalize", str(self.normalize), ("True", "False", "std", "rank"))
@@ -225,6 +232,7 @@ class Overrides(TypedDict, total=False):
         optimizer: 'module': as configure_optimizers says; 'sgd', 'momentum', 'sign', 'adam', or a function from parameter
             groups to an optimizer: instead of that, with its learning rates, weight decay and schedules.
         conservative: Keep the best of the weights, the step and the opposite step, by three more forwards.
+        anchor: Decay towards the weights that the fit began with, per unit of the learning rate, >= 0; null: none.
         backprop: Parameters that backprop trains in the same steps, as 'last:2', or a Backprop; null: none.
         seed: Seed of the perturbations; null: PyTorch's.
         max_skips: Stop after this many steps in a row without a finite projected gradient, >= 1.
@@ -246,6 +254,7 @@ class Overrides(TypedDict, total=False):
     lr: float | Literal["auto", "module"] | None
     optimizer: str | MakeOptimizer
     conservative: bool
+    anchor: float | None
     backprop: Select | Backprop | None
     seed: int | None
     max_skips: int

@@ -2,56 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..noise import pieces
+from ..engine.anchor import StartingWeights
 from ..strategy._lightning import Callback, MisconfigurationException, pl, rank_zero_warn
 from ..strategy.strategy import ZOStrategy
 from .mlflow_logger import MetricBuffer
-
-
-class StartingWeights:
-    """Copies of some tensors in a file, read piece by piece, so that they take no memory.
-
-    Args:
-        path: the file; where it has bytes already, they are the copies.
-        tensors: the tensors, whose shapes and dtypes stay the same.
-
-    Raises:
-        ValueError: the file is of other tensors.
-    """
-
-    def __init__(self, path: Path, tensors: Sequence[Tensor]) -> None:
-        self.path, self.tensors = path, tensors
-        size = sum(t.numel() * t.element_size() for t in tensors)
-        if not path.stat().st_size:
-            with path.open("wb") as file:
-                for piece in self._pieces():
-                    file.write(_bytes(piece).numpy().data)
-        elif path.stat().st_size != size:
-            raise ValueError(f"{path} has {path.stat().st_size:,} bytes, but the trained weights have {size:,}")
-
-    def _pieces(self) -> Iterator[Tensor]:
-        for tensor in self.tensors:
-            yield from (piece for _, piece in pieces(tensor.detach()))
-
-    def drift(self) -> float:
-        r""":math:`\lVert\theta - \theta_0\rVert / \lVert\theta_0\rVert`, in float64; nan where all weights began at zero."""
-        moved = began = 0.0
-        with self.path.open("rb") as file:
-            for piece in self._pieces():
-                raw = bytearray(file.read(piece.numel() * piece.element_size()))
-                before = torch.frombuffer(raw, dtype=piece.dtype).view(piece.shape).double()
-                moved += float((piece.cpu().double() - before).square().sum())
-                began += float(before.square().sum())
-        return math.sqrt(moved / began) if began else math.nan
 
 
 class Forgetting(Callback):
@@ -122,7 +81,3 @@ class Forgetting(Callback):
         if self.perplexity is not None:
             metrics["forgetting/perplexity"] = self.perplexity()
         self._buffer.add(metrics, trainer.global_step)
-
-
-def _bytes(piece: Tensor) -> Tensor:
-    return piece.cpu().contiguous().view(torch.uint8)

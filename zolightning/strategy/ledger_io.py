@@ -53,6 +53,13 @@ def claim_ledger(trainer: pl.Trainer, choice: bool | str | Path) -> Claim | None
             return None
 
 
+def files_folder(trainer: pl.Trainer) -> str | None:
+    """Where this machine has the run's files; None where it keeps none, or elsewhere."""
+    keeps = (trainer.loggers or trainer.checkpoint_callbacks) and not trainer.fast_dev_run  # type: ignore[attr-defined]
+    folder = run_folder(trainer) if keeps and trainer.is_global_zero else "://"
+    return None if "://" in folder else folder
+
+
 def run_folder(trainer: pl.Trainer) -> str:
     """Where Lightning's checkpoints of the run go: the logger's folder of this run, or the one that ModelCheckpoint has."""
     root = str(trainer.default_root_dir)

@@ -40,7 +40,7 @@ from ._lightning import (
 )
 from .devices import DevicesStrategy
 from .fit import Fit
-from .ledger_io import keeps_positions
+from .ledger_io import files_folder, keeps_positions
 from .muted import muted, steps_of_epoch
 from .offloading import InMemory, residency
 from .requirements import check_backprop, check_fit, check_layers, check_ranks
@@ -212,6 +212,7 @@ class ZOStrategy(DevicesStrategy):
             apply=self.weights.apply,
             ranks=self.team,
             epoch=partial(steps_of_epoch, trainer),
+            folder=files_folder(trainer),
             inform=rank_zero_info,
             warn=rank_zero_warn,
         )
