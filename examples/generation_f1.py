@@ -14,20 +14,35 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
+from torch import nn
 
 from zolightning import ZOMixin, ZOMonitor, ZOStrategy
 from zolightning.adapt.interventions import at_prompts, idle, interventions
 from zolightning.adapt.matmul import fastest_dtype
 from zolightning.commands.demo.module import PromptData, intervene_at_ending
-from zolightning.data import VADER, Encoded, Example, encode_text, fetch, film_snippets, generate_answers, load_causal_lm
+from zolightning.data import (
+    VADER,
+    Beginning,
+    Encoded,
+    Example,
+    encode_text,
+    fetch,
+    film_snippets,
+    generate_answers,
+    load_causal_lm,
+    tokens_written,
+)
 from zolightning.data.archives import read_tar_member
 from zolightning.objectives import exact_match, text_errors, token_f1
+from zolightning.objectives.text import TextScore
 
 PROMPT = """Sentence: a dull, unfunny mess.
 Words of feeling: dull unfunny mess
@@ -55,31 +70,57 @@ def questions(part: Iterable[Example], words: set[str]) -> list[tuple[str, str]]
 
 
 class Answering(ZOMixin, L.LightningModule):
-    """A language model trained on the F1 of what it says; ``batch["labels"]`` are places in ``wanted``."""
+    """A language model trained on a score of the text that it writes; ``batch["labels"]`` are places in ``wanted``.
 
-    def __init__(self, model: torch.nn.Module, tokenizer, wanted: list[str], lr: float, steps: int) -> None:
+    Args:
+        model: with interventions.
+        tokenizer: the model's.
+        beginning: the tokens that all prompts begin with; batches have the others.
+        wanted: the right answers.
+        scores: of an answer, by name; the first is trained on.
+        length: most tokens of an answer.
+        lr: RMS change of a step at the start.
+        share: of the training that is over, from the steps so far; the rate falls along a cosine.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        beginning: Beginning,
+        wanted: list[str],
+        scores: Mapping[str, TextScore],
+        length: int,
+        lr: float,
+        share: Callable[[int], float],
+    ) -> None:
         super().__init__()
-        self.model, self.tokenizer, self.wanted, self.lr, self.steps = model, tokenizer, wanted, lr, steps
+        self.model, self.tokenizer, self.beginning, self.wanted = model, tokenizer, beginning, wanted
+        self.scores, self.length, self.lr, self.share = scores, length, lr, share
         self.history: list[dict[str, float]] = []
 
     def forward(self, batch):
         with at_prompts(self.model):
-            return generate_answers(self.model, self.tokenizer, batch, max_new_tokens=6)
+            batch = batch if "text" in batch else self.beginning(batch)
+            return generate_answers(self.model, self.tokenizer, batch, max_new_tokens=self.length)
 
     def zo_prepare(self, batch):  # the text before the vectors: encoded once for all probes
         made = interventions(self.model)
         with idle(made):
-            return encode_text(self.model, batch, made[0].positions)
+            return encode_text(self.model, self.beginning(batch), made[0].positions)
 
     def zo_objective(self, batch):
-        return text_errors(self(batch), self.references(batch))  # (B,): 1 - F1
+        return text_errors(self(batch), self.references(batch), next(iter(self.scores.values())))  # (B,): 1 - score
 
     def references(self, batch):
         return [[self.wanted[i]] for i in batch["labels"].tolist()]
 
+    def on_train_batch_end(self, *_):
+        self.log("tokens_written", float(tokens_written()))
+
     def _score(self, batch, stage):
         answers, references = self(batch), self.references(batch)
-        for name, score in SCORES.items():
+        for name, score in self.scores.items():
             value = 1 - text_errors(answers, references, score).mean()
             self.log(f"{stage}/{name}", value, batch_size=len(answers), prog_bar=True)
         return zip(answers, references, strict=True)
@@ -91,16 +132,40 @@ class Answering(ZOMixin, L.LightningModule):
 
     def on_validation_epoch_end(self):
         values = self.trainer.callback_metrics
-        self.history.append({"step": self.global_step} | {name: float(values[f"val/{name}"]) for name in SCORES})
-        print(f"step {self.global_step}: validation F1 {self.history[-1]['f1']:.1%}")
+        self.history.append({"step": self.global_step} | {name: float(values[f"val/{name}"]) for name in self.scores})
+        print(f"step {self.global_step}:", ", ".join(f"{name} {self.history[-1][name]:.1%}" for name in self.scores))
 
     def test_step(self, batch, batch_idx):
         self._score(batch, "test")
 
     def configure_optimizers(self):
         optimizer = torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: (1 + math.cos(math.pi * min(1.0, self.share(step)))) / 2
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Prompts:
+    """Prompts that all begin alike, and the right answers.
+
+    Args:
+        tokenizer: the model's.
+        template: the prompt, with a space and {text} at the text's place.
+    """
+
+    def __init__(self, tokenizer: Any, template: str) -> None:
+        self.tokenizer, self.template, self.wanted = tokenizer, template, list[str]()
+        self.beginning: list[int] = tokenizer(template.split(" {text}")[0])["input_ids"]
+
+    def __call__(self, part: Iterable[tuple[str, str]]) -> list[Encoded]:
+        """The tokens of each (text, right answer) behind the beginning."""
+        items = []
+        for text, answer in part:
+            tokens = self.tokenizer(self.template.replace("{text}", text))["input_ids"]
+            items.append(Encoded(tokens[len(self.beginning) :], len(self.wanted)))
+            self.wanted.append(answer)
+        return items
 
 
 def draw(result: dict, path: Path) -> None:
@@ -143,19 +208,13 @@ def main() -> None:
     words, texts = lexicon(), film_snippets(validation=1000, test=2000)
     parts = [questions(part, words) for part in texts[:3]]
     train, validation, test = parts[0], parts[1][: args.validation], parts[2][: args.test]
-    wanted: list[str] = []
-
-    def encode(part: list[tuple[str, str]]) -> list[Encoded]:
-        first = len(wanted)
-        wanted.extend(answer for _, answer in part)
-        prompts = tokenizer([PROMPT.format(text=text) for text, _ in part])["input_ids"]
-        return [Encoded(ids, first + i) for i, ids in enumerate(prompts)]
-
+    encode = Prompts(tokenizer, PROMPT)
     prompts = [encode(part) for part in (train, validation, test)]
     data = PromptData(*prompts, tokenizer.pad_token_id, batch_size=args.batch, seed=args.seed)
     model = model.to(getattr(torch, args.dtype) if args.dtype else fastest_dtype()).train()
+    beginning = Beginning(model, encode.beginning)
     intervene_at_ending(model, prompts[0], tokenizer.pad_token_id)
-    module = Answering(model, tokenizer, wanted, args.lr, args.steps)
+    module = Answering(model, tokenizer, beginning, encode.wanted, SCORES, 6, args.lr, lambda step: step / args.steps)
     trainer = L.Trainer(
         strategy=ZOStrategy("reft", ledger=False, eps=args.eps, num_queries=args.queries),
         max_steps=args.steps,

@@ -54,7 +54,7 @@ from zolightning.space import Leaf, select
 from zolightning.space.outer_leaf import OuterLeaf
 from zolightning.types import Key, Term
 
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (2e-3, 4e-3, 8e-3)
 BITS, GROUP = 3, 64
 
 
@@ -255,6 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ideas", nargs="+", choices=IDEAS, default=list(IDEAS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="to choose from (default: 2e-3 4e-3 8e-3)")
     parser.add_argument("--seconds", type=float, default=120.0, help="CPU seconds of training of each run (default: 120)")
     parser.add_argument("--test", type=int, default=300, help="test texts (default: 300)")
     parser.add_argument("--offline", action="store_true", help="download nothing")
@@ -265,8 +266,10 @@ def main() -> None:
     task = Task(options.test, options.offline)
     print(f"perplexity on general text before: {task.general():.2f}", flush=True)
     for idea in options.ideas:
-        tried = {lr: task.run(idea, lr, 1000, options.seconds / 3, task.validation)["loss"] for lr in RATES}
-        lr = min(tried, key=lambda rate: tried[rate])
+        tried = {}
+        if len(options.rates) > 1:
+            tried = {lr: task.run(idea, lr, 1000, options.seconds / 3, task.validation)["loss"] for lr in options.rates}
+        lr = min(options.rates, key=lambda rate: tried.get(rate, 0.0))
         for seed in options.seeds:
             found = task.run(idea, lr, seed, options.seconds, task.test) | {"perplexity": task.general()}
             results.append({"idea": idea, "lr": lr, "tried": tried, "seed": seed, **found})

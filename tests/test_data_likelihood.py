@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from zolightning.data import answer_log_likelihood, candidates, generate_answers, likelihood, text_cache
+from zolightning.data import (
+    Beginning,
+    answer_log_likelihood,
+    candidates,
+    encode_text,
+    generate_answers,
+    likelihood,
+    text_cache,
+    tokens_written,
+)
 from zolightning.noise import Rademacher
 from zolightning.space import build_view
 from zolightning.types import Key, PerExample, Term
@@ -124,6 +133,34 @@ def test_answers_from_encoded_text_are_those_from_whole_prompts(tokenizer: PreTr
     wanted = generate_answers(model, tokenizer, batch, 8)
     assert generate_answers(model, tokenizer, encoded, 8) == wanted
     assert generate_answers(model, tokenizer, encoded, 8) == wanted, "the text is as it was"
+
+
+def test_prompts_that_begin_alike_share_the_keys_and_values_of_that(tokenizer: PreTrainedTokenizerFast) -> None:
+    model, begin, prompts = writer(), "one great film .", [f" {prompt} . It was" for prompt in PROMPTS]
+    wanted = [greedy(model, tokenizer, begin + prompt, 8) for prompt in prompts]
+    others = tokenizer(prompts, padding=True, add_special_tokens=False, return_tensors="pt")
+    batch = Beginning(model, tokenizer(begin)["input_ids"])(others)
+    assert generate_answers(model, tokenizer, batch, 8) == wanted
+    encoded = encode_text(model, batch, 2)  # compares its answers with those of the batch
+    assert encoded is not None and encoded["input_ids"].shape == (3, 2)
+    assert generate_answers(model, tokenizer, encoded, 8) == wanted
+
+
+def test_written_tokens_are_counted_to_the_end_of_each_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    model, ends = writer(), {tokenizer.eos_token_id, *tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]}
+    model.lm_head.bias = nn.Parameter(torch.zeros(len(model.lm_head.weight)))
+    model.lm_head.bias.data[list(ends)] = 3.0  # some answers end early
+    counts = []
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt)["input_ids"]
+        start = len(ids)
+        while len(ids) < start + 8 and ids[-1] not in ends:
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        counts.append(len(ids) - start)
+    before = tokens_written()
+    generate_answers(model, tokenizer, tokenizer(PROMPTS, padding=True, return_tensors="pt"), 8)
+    assert tokens_written() - before == sum(counts)
+    assert len(set(counts)) > 1
 
 
 @pytest.mark.parametrize("structure", ["dense", "rank1"])

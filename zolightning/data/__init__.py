@@ -6,18 +6,19 @@ from .batches import SimilarLengths
 from .candidates import candidate_logits
 from .fetch import FetchError, fetch
 from .general_text import general_text, text_perplexity
-from .generation import generate_answers
+from .generation import generate_answers, tokens_written
 from .likelihood import answer_log_likelihood
 from .model import load_causal_lm, model_name
 from .prompts import Encoded, PromptTemplate, collate, common_ending, encode, verbalizer_ids
 from .table import read_table
 from .text import Example, Splits, film_snippets
-from .text_cache import encode_text
+from .text_cache import Beginning, encode_text
 
 __all__ = [
     "SMOLLM2",
     "VADER",
     "Artifact",
+    "Beginning",
     "Encoded",
     "Example",
     "FetchError",
@@ -39,5 +40,6 @@ __all__ = [
     "model_name",
     "read_table",
     "text_perplexity",
+    "tokens_written",
     "verbalizer_ids",
 ]

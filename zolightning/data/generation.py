@@ -5,11 +5,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .candidates import contiguous_states, text_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_written = 0
+
+
+def tokens_written() -> int:
+    """Return how many tokens :func:`generate_answers` has written in this process, ends of answers included.
+
+    A count for logs: probes restore what a module counts, so that it cannot keep this itself.
+    """
+    return _written
 
 
 @torch.no_grad()
@@ -39,8 +50,17 @@ def generate_answers(
         inputs["past_key_values"] = text_cache(batch)
     with contiguous_states(model):
         out = model.generate(prompts, **inputs)
-    texts = tokenizer.batch_decode(out[:, prompts.shape[1] :], skip_special_tokens=True)
+    answers = out[:, prompts.shape[1] :]
+    _count(answers, config.eos_token_id)
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return [text.split("\n", 1)[0].strip() for text in texts]
+
+
+def _count(answers: Tensor, ends: list[int]) -> None:
+    global _written
+    ended = torch.isin(answers, torch.tensor(ends, device=answers.device)).int().cumsum(1)
+    before = torch.cat((ended.new_zeros(len(ended), 1), ended[:, :-1]), 1)
+    _written += int((before == 0).sum())  # a row's own end counts, the padding behind it does not
 
 
 def _line_break(tokenizer: "PreTrainedTokenizerBase") -> int | None:

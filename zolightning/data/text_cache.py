@@ -1,13 +1,13 @@
 """Encode the part of a prompt that no trained weight touches once, for all forwards of a step."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from .candidates import candidate_logits, evaluating, model_inputs
+from .candidates import candidate_logits, evaluating, model_inputs, text_cache
 
 # Per model: whether its answers from keys and values of the text are those of a whole forward.
 _agrees: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
@@ -17,8 +17,8 @@ def encode_text(model: nn.Module, batch: Mapping[str, Tensor], last: int) -> dic
     """Return the batch with all but its ``last`` tokens replaced by the keys and values that attention has of them.
 
     Forwards of the result run the last tokens only. `model` is a Hugging Face causal language model, `batch` holds
-    left-padded input_ids and attention_mask. None for a model whose attention does not take this (noticed by comparing
-    answers on its first batch), or a batch with no token before the last ones.
+    left-padded input_ids and attention_mask, or goes on from a :class:`Beginning`. None for a model whose attention does not
+    take this (noticed by comparing answers on its first batch), or a batch with no token before the last ones.
     """
     if batch["input_ids"].shape[1] <= last or not _agrees.get(model, True):
         return None
@@ -30,18 +30,43 @@ def encode_text(model: nn.Module, batch: Mapping[str, Tensor], last: int) -> dic
 
 @torch.no_grad()
 def _encode(model: nn.Module, batch: Mapping[str, Tensor], last: int) -> dict[str, Any] | None:
-    from transformers import DynamicCache
-
-    body: Any = model
-    body = body.get_decoder()
-    cache = DynamicCache()
-    text = {"input_ids": batch["input_ids"][:, :-last], "attention_mask": batch["attention_mask"][:, :-last]}
+    text = {**batch, "input_ids": batch["input_ids"][:, :-last], "attention_mask": batch["attention_mask"][:, :-last]}
     try:
-        body(**model_inputs(body, text) | {"past_key_values": cache, "use_cache": True})
-        layers = tuple((keys, values) for keys, values, *_ in cache)
+        layers = _keys_and_values(model, text)
     except (AttributeError, NotImplementedError, TypeError, ValueError):
         return None
     return {**batch, "input_ids": batch["input_ids"][:, -last:], "text": layers}
+
+
+class Beginning:
+    """The keys and values of the tokens that all prompts begin with: instructions, answered examples. Computed once.
+
+    Args:
+        model: a Hugging Face causal language model, of which no weight that is trained takes part here.
+        tokens: their ids, at least one.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, tokens: Sequence[int]) -> None:
+        ids = torch.tensor([tokens], device=next(model.parameters()).device)
+        self._layers = _keys_and_values(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        self._length = len(tokens)
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the batch, left-padded input_ids and attention_mask of the prompts' other tokens, going on from here."""
+        mask, rows = batch["attention_mask"], len(batch["input_ids"])
+        layers = tuple((k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v in self._layers)
+        return {**batch, "attention_mask": torch.cat((mask.new_ones(rows, self._length), mask), 1), "text": layers}
+
+
+def _keys_and_values(model: Any, batch: Mapping[str, Any]) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Of all tokens of the batch, layer by layer."""
+    from transformers import DynamicCache
+
+    body = model.get_decoder()
+    cache = text_cache(batch) if "text" in batch else DynamicCache()
+    body(**model_inputs(body, batch) | {"past_key_values": cache, "use_cache": True})
+    return tuple((keys, values) for keys, values, *_ in cache)
 
 
 @torch.no_grad()
