@@ -149,7 +149,7 @@ def zo(task: Task) -> dict[str, Any]:
         task.model, task.tokenizer, beginning, prompts.wanted, SCORES, LENGTH, options.lr, lambda step: clock.share()
     )
     trainer = L.Trainer(
-        strategy=ZOStrategy("reft", ledger=False, eps=options.eps, num_queries=options.queries, seed=task.seed),
+        strategy=ZOStrategy("reft", ledger=False, eps=options.eps, num_queries=options.queries, select=options.select, seed=task.seed),
         max_steps=-1,
         callbacks=[clock, ZOMonitor()],
         logger=False,
@@ -219,6 +219,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=4, help="directions of zo for each sentence (default: 4)")
     parser.add_argument("--lr", type=float, default=4e-2, help="RMS change of a step of zo at the start (default: 4e-2)")
     parser.add_argument("--eps", type=float, default=0.4, help="perturbation scale of zo (default: 0.4)")
+    parser.add_argument("--select", default="middle", help="vectors that zo trains (default: those of the middle blocks)")
     parser.add_argument("--grpo-lr", type=float, default=1e-4, help="learning rate of GRPO's LoRA (default: 1e-4)")
     parser.add_argument("--offline", action="store_true", help="download nothing")
     parser.add_argument("--out", type=Path, help="where the results are kept, and added to")
