@@ -1,8 +1,8 @@
 """Train on the F1 of generated text: the probes let the model answer, score the answers, and see nothing else.
 
 The task: say the words of feeling in a sentence of a film review. They are those of the sentence that the VADER lexicon
-rates, so "a gorgeous, witty, seductive movie." wants "gorgeous witty seductive". The prompt shows one answered sentence, which
-the untrained model tends to repeat. Teacher forcing, cross-entropy and logits play no part: each probe generates with
+rates, so "a gorgeous, witty, seductive movie." wants "gorgeous witty seductive". The prompt begins with ten answered sentences,
+which are encoded once for all. Teacher forcing, cross-entropy and logits play no part: each probe generates with
 `model.generate`, and the loss of a sentence is 1 - F1 of its answer. Vectors at the prompt's ending are all that is trained.
 
 python examples/generation_f1.py
@@ -44,11 +44,9 @@ from zolightning.data.archives import read_tar_member
 from zolightning.objectives import exact_match, text_errors, token_f1
 from zolightning.objectives.text import TextScore
 
-PROMPT = """Sentence: a dull, unfunny mess.
-Words of feeling: dull unfunny mess
-
-Sentence: {text}
-Words of feeling:"""
+ANSWERED = "Sentence: {text}\nWords of feeling: {answer}\n\n"
+ASKED = "Sentence: {text}\nWords of feeling:"
+SHOWN = 10
 SCORES = {"f1": token_f1, "exact_match": exact_match}
 
 
@@ -207,8 +205,8 @@ def main() -> None:
     model, tokenizer = load_causal_lm()
     words, texts = lexicon(), film_snippets(validation=1000, test=2000)
     parts = [questions(part, words) for part in texts[:3]]
-    train, validation, test = parts[0], parts[1][: args.validation], parts[2][: args.test]
-    encode = Prompts(tokenizer, PROMPT)
+    shown, train, validation, test = parts[0][:SHOWN], parts[0][SHOWN:], parts[1][: args.validation], parts[2][: args.test]
+    encode = Prompts(tokenizer, "".join(ANSWERED.format(text=text, answer=answer) for text, answer in shown) + ASKED)
     prompts = [encode(part) for part in (train, validation, test)]
     data = PromptData(*prompts, tokenizer.pad_token_id, batch_size=args.batch, seed=args.seed)
     model = model.to(getattr(torch, args.dtype) if args.dtype else fastest_dtype()).train()

@@ -28,6 +28,7 @@ from typing import Any
 import lightning as L
 import torch
 from generation_f1 import Answering, Prompts
+from torch import Tensor, nn
 
 from zolightning import ZOMonitor, ZOStrategy
 from zolightning.adapt.interventions import at_prompts, idle, interventions
@@ -138,18 +139,43 @@ class Clock(L.Callback):
         trainer.should_stop = self.share() >= 1
 
 
+class TokenBias(nn.Module):
+    """Adds one trained number to the logit of each of some tokens; a forward hook of the output embedding.
+
+    Args:
+        tokens: their ids.
+        scale: logits for a trained number of 1.
+    """
+
+    def __init__(self, tokens: Sequence[int], scale: float = 2.0) -> None:
+        super().__init__()
+        self.register_buffer("tokens", torch.tensor(tokens))
+        self.scale, self.vectors = scale, nn.Parameter(torch.zeros(len(tokens)))
+
+    def forward(self, head: nn.Module, args: Any, out: Tensor) -> Tensor:
+        moved = torch.add(out[:, -1, self.tokens], self.vectors, alpha=self.scale)
+        return out.index_copy(-1, self.tokens, moved[:, None])
+
+
 def zo(task: Task) -> dict[str, Any]:
     """Vectors at the prompt's ending by forwards."""
     options, prompts = task.options, Prompts(task.tokenizer, template(SHOTS))
     items = prompts([(example.text, right(example)) for example in task.train])
     beginning = Beginning(task.model, prompts.beginning)
     intervene_at_ending(task.model, items, task.tokenizer.pad_token_id)
+    values = {value for answer in prompts.wanted for value in json.loads(answer).values()}
+    task.model.lm_head.bias_of_tokens = TokenBias(
+        [token for value in sorted(values) for token in task.tokenizer(value)["input_ids"]]
+    )
+    task.model.lm_head.register_forward_hook(task.model.lm_head.bias_of_tokens)
     clock = Clock(task.seconds)
     module = Answering(
         task.model, task.tokenizer, beginning, prompts.wanted, SCORES, LENGTH, options.lr, lambda step: clock.share()
     )
     trainer = L.Trainer(
-        strategy=ZOStrategy("reft", ledger=False, eps=options.eps, num_queries=options.queries, select=options.select, seed=task.seed),
+        strategy=ZOStrategy(
+            "reft", ledger=False, eps=options.eps, num_queries=options.queries, select=options.select, seed=task.seed
+        ),
         max_steps=-1,
         callbacks=[clock, ZOMonitor()],
         logger=False,

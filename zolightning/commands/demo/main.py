@@ -43,7 +43,7 @@ class Demo(Comparison):
     Default: all; gguf only where llama.cpp is installed."""
 
     seeds: int | None = None
-    """The number of runs of each ZO method. Default: the profile's number; 'full' runs the default recipe three times."""
+    """The number of runs of each method that trains. Default: the profile's number; 'full' runs the default recipe three times."""
 
     precision: str = "auto"
     """The precision of the Trainer, which the dtype of a frozen model follows. auto: bf16-mixed where this machine multiplies
@@ -100,10 +100,10 @@ def possible(methods: Sequence[Method], model: str | None, named: bool) -> list[
 
 
 def plan(methods: Sequence[Method], seeds: int | None = None) -> list[tuple[Method, int]]:
-    """The runs of each method; ``seeds`` replaces the number of runs of the ZO methods."""
+    """The runs of each method; ``seeds`` replaces the number of runs of those that train."""
     if seeds is not None and seeds < 1:
         raise ValueError(f"`seeds` must be >= 1, got {seeds}")
-    return [(m, s) for m in methods for s in range(seeds if seeds and m.zeroth_order else m.seeds)]
+    return [(m, s) for m in methods for s in range(seeds if seeds and m.steps else m.seeds)]
 
 
 def settle_precision(asked: str) -> str:
