@@ -43,7 +43,7 @@ class Demo(Comparison):
     Default: all; gguf only where llama.cpp is installed."""
 
     seeds: int | None = None
-    """The number of runs of each method that trains. Default: the profile's number; 'full' runs the default recipe three times."""
+    """The number of runs of each method that trains. Default: the profile's number; 'full' runs ZO and ReFT three times."""
 
     precision: str = "auto"
     """The precision of the Trainer, which the dtype of a frozen model follows. auto: bf16-mixed where this machine multiplies
