@@ -40,8 +40,11 @@ Loss = Callable[[nn.Module, Any], Any]
 
 
 def load_example(name: str) -> Any:
-    """The module of examples/<name>.py."""
-    spec = importlib.util.spec_from_file_location(f"example_{name}", Path(__file__).parents[1] / "examples" / f"{name}.py")
+    """The module of examples/<name>.py, which may import the others, as it does as a script."""
+    folder = Path(__file__).parents[1] / "examples"
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+    spec = importlib.util.spec_from_file_location(f"example_{name}", folder / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
