@@ -71,7 +71,7 @@ class Answering(ZOMixin, L.LightningModule):
     """A language model trained on a score of the text that it writes; ``batch["labels"]`` are places in ``wanted``.
 
     Args:
-        model: with interventions.
+        model: with interventions, or other trained numbers that the text before the last token does not pass.
         tokenizer: the model's.
         beginning: the tokens that all prompts begin with; batches have the others.
         wanted: the right answers.
@@ -105,7 +105,7 @@ class Answering(ZOMixin, L.LightningModule):
     def zo_prepare(self, batch):  # the text before the vectors: encoded once for all probes
         made = interventions(self.model)
         with idle(made):
-            return encode_text(self.model, self.beginning(batch), made[0].positions)
+            return encode_text(self.model, self.beginning(batch), made[0].positions if made else 1)
 
     def zo_objective(self, batch):
         return text_errors(self(batch), self.references(batch), next(iter(self.scores.values())))  # (B,): 1 - score
@@ -214,7 +214,7 @@ def main() -> None:
     intervene_at_ending(model, prompts[0], tokenizer.pad_token_id)
     module = Answering(model, tokenizer, beginning, encode.wanted, SCORES, 6, args.lr, lambda step: step / args.steps)
     trainer = L.Trainer(
-        strategy=ZOStrategy("reft", ledger=False, eps=args.eps, num_queries=args.queries),
+        strategy=ZOStrategy("reft", lr="module", ledger=False, eps=args.eps, num_queries=args.queries),
         max_steps=args.steps,
         val_check_interval=max(1, args.steps // 6),
         check_val_every_n_epoch=None,

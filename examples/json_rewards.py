@@ -1,13 +1,14 @@
 """Train a language model to write JSON by a program's score of it, beside prompts that are searched for, and GRPO on LoRA.
 
-python examples/json_rewards.py                               # zeroth order, one seed, a quarter of an hour on one core
+python examples/json_rewards.py                               # zeroth order, one seed, seven minutes on one core
 python examples/json_rewards.py --methods zo prompts grpo --seeds 0 1 2      # GRPO needs `pip install trl`
 
 The model reads a sentence of a film review behind four answered ones, and writes an object of three fields: whether it is rated
 good or bad, whether it is short or long (more than 16 words), and whether it says film, movie or story. A program parses the
 answer and counts the fields that are right; methods see that score and nothing else, and train for the same CPU seconds:
 
-zo       vectors at the prompt's ending, moved by SPSA with directions of its own for each sentence; probes generate greedily
+zo       a number added to the logit of each of the six values, by SPSA with a direction of its own for each sentence; probes
+         generate greedily
 prompts  best of n: answered examples drawn at random from the training sentences, the best by the score of 64 others
 grpo     GRPO on LoRA (arXiv:2402.03300) by trl, with its defaults but for the settings in this file
 """
@@ -31,8 +32,8 @@ from generation_f1 import Answering, Prompts
 from torch import Tensor, nn
 
 from zolightning import ZOMonitor, ZOStrategy
-from zolightning.adapt.interventions import at_prompts, idle, interventions
-from zolightning.commands.demo.module import PromptData, intervene_at_ending
+from zolightning.commands.demo.module import PromptData
+from zolightning.commands.tables import markdown, spread
 from zolightning.data import (
     Beginning,
     Example,
@@ -114,12 +115,10 @@ class Task:
         """Share of exact answers, and the mean score, of the model as it is."""
         prompts, scores = Prompts(self.tokenizer, template(shots)), []
         items = sorted(prompts([(example.text, right(example)) for example in part]), key=lambda item: len(item.input_ids))
-        with idle(interventions(self.model)):
-            beginning = Beginning(self.model, prompts.beginning)
-        for start in range(0, len(items), 32):
-            batch = beginning(collate(items[start : start + 32], self.tokenizer.pad_token_id))
-            with at_prompts(self.model):
-                answers = generate_answers(self.model, self.tokenizer, batch, LENGTH)
+        beginning = Beginning(self.model, prompts.beginning)
+        for start in range(0, len(items), 64):
+            batch = beginning(collate(items[start : start + 64], self.tokenizer.pad_token_id))
+            answers = generate_answers(self.model, self.tokenizer, batch, LENGTH)
             wanted = [prompts.wanted[place] for place in batch["labels"].tolist()]
             scores += [fields(answer, [one]) for answer, one in zip(answers, wanted, strict=True)]
         return fmean(score == 1 for score in scores), fmean(scores)
@@ -150,31 +149,26 @@ class TokenBias(nn.Module):
     def __init__(self, tokens: Sequence[int], scale: float = 2.0) -> None:
         super().__init__()
         self.register_buffer("tokens", torch.tensor(tokens))
-        self.scale, self.vectors = scale, nn.Parameter(torch.zeros(len(tokens)))
+        self.scale, self.numbers = scale, nn.Parameter(torch.zeros(len(tokens)))
 
     def forward(self, head: nn.Module, args: Any, out: Tensor) -> Tensor:
-        moved = torch.add(out[:, -1, self.tokens], self.vectors, alpha=self.scale)
+        moved = torch.add(out[:, -1, self.tokens], self.numbers, alpha=self.scale)
         return out.index_copy(-1, self.tokens, moved[:, None])
 
 
 def zo(task: Task) -> dict[str, Any]:
-    """Vectors at the prompt's ending by forwards."""
+    """The bias of the values by forwards."""
     options, prompts = task.options, Prompts(task.tokenizer, template(SHOTS))
     items = prompts([(example.text, right(example)) for example in task.train])
-    beginning = Beginning(task.model, prompts.beginning)
-    intervene_at_ending(task.model, items, task.tokenizer.pad_token_id)
-    values = {value for answer in prompts.wanted for value in json.loads(answer).values()}
-    task.model.lm_head.bias_of_tokens = TokenBias(
-        [token for value in sorted(values) for token in task.tokenizer(value)["input_ids"]]
-    )
-    task.model.lm_head.register_forward_hook(task.model.lm_head.bias_of_tokens)
+    beginning, model = Beginning(task.model, prompts.beginning), task.model.requires_grad_(False)
+    values = sorted({value for answer in prompts.wanted[:100] for value in json.loads(answer).values()})
+    model.bias = TokenBias([token for value in values for token in task.tokenizer(value)["input_ids"]])
+    model.lm_head.register_forward_hook(model.bias)
     clock = Clock(task.seconds)
-    module = Answering(
-        task.model, task.tokenizer, beginning, prompts.wanted, SCORES, LENGTH, options.lr, lambda step: clock.share()
-    )
+    module = Answering(model, task.tokenizer, beginning, prompts.wanted, SCORES, LENGTH, options.lr, lambda step: clock.share())
     trainer = L.Trainer(
         strategy=ZOStrategy(
-            "reft", ledger=False, eps=options.eps, num_queries=options.queries, select=options.select, seed=task.seed
+            lr="module", eps=options.eps, num_queries=options.queries, select="all", ledger=False, seed=task.seed
         ),
         max_steps=-1,
         callbacks=[clock, ZOMonitor()],
@@ -184,7 +178,7 @@ def zo(task: Task) -> dict[str, Any]:
         enable_progress_bar=False,
     )
     trainer.fit(module, PromptData(items, [], [], task.tokenizer.pad_token_id, options.batch, task.seed))
-    return {"steps": trainer.global_step}
+    return {"steps": trainer.global_step, "bias": dict(zip(values, model.bias.numbers.tolist(), strict=True))}
 
 
 def prompts_of(task: Task) -> dict[str, Any]:
@@ -231,21 +225,32 @@ def grpo(task: Task) -> dict[str, Any]:
     return {"steps": trainer.state.global_step}
 
 
-METHODS = {"zo": zo, "prompts": prompts_of, "grpo": grpo}
+METHODS = {"few-shot": lambda task: {}, "zo": zo, "prompts": prompts_of, "grpo": grpo}
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for method in dict.fromkeys(one["method"] for one in results):
+        own = [one for one in results if one["method"] == method]
+        shares = [spread([100 * one[name] for one in own], 1) for name in ("exact", "score")]
+        spent = (f"{fmean(one[name] for one in own) / 1e9:.2f}" for name in ("peak", "generation"))
+        rest = (f"{fmean(one[name] for one in own):,.0f}" for name in ("cpu_seconds", "tokens"))
+        rows.append([method, str(len(own)), *shares, *spent, *rest])
+    header = ("method", "seeds", "exact %", "score %", "peak GB", "generation GB", "CPU s", "tokens written")
+    return markdown(header, rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["zo"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--seconds", type=float, default=900.0, help="CPU seconds of training of each run (default: 900)")
+    parser.add_argument("--seconds", type=float, default=300.0, help="CPU seconds of training of each run (default: 300)")
     parser.add_argument("--test", type=int, default=300, help="sentences for reporting (default: 300)")
     parser.add_argument("--validation", action="store_true", help="report on validation sentences, for choosing settings")
-    parser.add_argument("--batch", type=int, default=16, help="sentences a step of zo (default: 16)")
-    parser.add_argument("--queries", type=int, default=4, help="directions of zo for each sentence (default: 4)")
-    parser.add_argument("--lr", type=float, default=4e-2, help="RMS change of a step of zo at the start (default: 4e-2)")
+    parser.add_argument("--batch", type=int, default=32, help="sentences a step of zo (default: 32)")
+    parser.add_argument("--queries", type=int, default=1, help="directions of zo for each sentence (default: 1)")
+    parser.add_argument("--lr", type=float, default=0.2, help="RMS change of a step of zo at the start (default: 0.2)")
     parser.add_argument("--eps", type=float, default=0.4, help="perturbation scale of zo (default: 0.4)")
-    parser.add_argument("--select", default="middle", help="vectors that zo trains (default: those of the middle blocks)")
     parser.add_argument("--grpo-lr", type=float, default=1e-4, help="learning rate of GRPO's LoRA (default: 1e-4)")
     parser.add_argument("--offline", action="store_true", help="download nothing")
     parser.add_argument("--out", type=Path, help="where the results are kept, and added to")
@@ -261,11 +266,14 @@ def main() -> None:
             meter, begun, written = MemoryMeter(task.model, torch.device("cpu")), time.process_time(), tokens_written()
             found = METHODS[method](task)
             found |= {"peak": meter.peak(), "cpu_seconds": time.process_time() - begun, "tokens": tokens_written() - written}
+            meter = MemoryMeter(task.model, torch.device("cpu"))
             exact, score = task.score(part, found.pop("shots", SHOTS))
+            found |= {"generation": meter.peak(), "seconds": options.seconds}
             results.append({"method": method, "seed": seed, "exact": exact, "score": score, **found})
             print(results[-1], flush=True)
             if options.out:
                 options.out.write_text(json.dumps(results, indent=1))
+    print(table(results))
 
 
 if __name__ == "__main__":

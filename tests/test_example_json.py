@@ -51,7 +51,7 @@ def test_a_bias_moves_the_logits_of_its_tokens_at_the_last_position() -> None:
     before = head(states)
     head.register_forward_hook(bias)
     assert torch.equal(head(states), before)
-    bias.vectors.data.copy_(torch.tensor([1.0, -3.0]))
+    bias.numbers.data.copy_(torch.tensor([1.0, -3.0]))
     wanted = before.clone()
     wanted[..., 5] += 2
     wanted[..., 2] -= 6
