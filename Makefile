@@ -10,9 +10,9 @@ demo: $(VENV)/demo.stamp
 # One process a core and one more, as some wait for servers; a file's tests stay together, so that what they share is made once.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
-# Of products over recipes, modules and the like twelve cases each; `make test ARGS="--cases 1000"` looks at all.
+# Of products over recipes, modules and the like ten cases each; `make test ARGS="--cases 1000"` looks at all.
 test: lint
-	$(PYTEST) --cases 12 $(ARGS)
+	$(PYTEST) --cases 10 $(ARGS)
 
 test-fast: $(VENV)/dev.stamp
 	$(PYTEST) -m "not slow and not integration" --cases 2 $(ARGS)

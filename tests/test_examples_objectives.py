@@ -32,3 +32,29 @@ def test_a_few_steps(example: str, options: list[str], scores: list[str], tmp_pa
     for part in ("zero_shot", "tested"):
         assert all(f"test/{name}" in result[part] for name in scores), result[part]
     assert result["history"]
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.integration
+def test_json_is_trained_on_and_scored(tmp_path: Path) -> None:
+    options = [
+        "--methods",
+        "few-shot",
+        "zo",
+        "--seconds",
+        "5",
+        "--test",
+        "8",
+        "--batch",
+        "4",
+        "--out",
+        str(tmp_path / "json.json"),
+    ]
+    command = [sys.executable, str(EXAMPLES / "json_rewards.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    untrained, trained = json.loads((tmp_path / "json.json").read_text())
+    assert 0 <= untrained["exact"] <= untrained["score"] <= 1
+    assert trained["steps"] >= 1
+    assert trained["tokens"] > untrained["tokens"] == 0
