@@ -146,6 +146,16 @@ def test_prompts_that_begin_alike_share_the_keys_and_values_of_that(tokenizer: P
     assert generate_answers(model, tokenizer, encoded, 8) == wanted
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_logits_behind_a_beginning_are_those_of_whole_prompts(kind: str) -> None:
+    model = (gemma2() if kind == "gemma2" else tiny_causal_lm(kind)).eval()
+    begin, ids = [5, 9, 2, 7], torch.tensor([1, 2, 3])
+    whole = candidates.candidate_logits(model, padded([begin + sequence for sequence in SEQUENCES]), ids)
+    behind = candidates.candidate_logits(model, Beginning(model, begin)(padded(SEQUENCES)), ids)
+    torch.testing.assert_close(behind, whole, rtol=0, atol=2e-5)
+
+
 def test_written_tokens_are_counted_to_the_end_of_each_answer(tokenizer: PreTrainedTokenizerFast) -> None:
     model, ends = writer(), {tokenizer.eos_token_id, *tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]}
     model.lm_head.bias = nn.Parameter(torch.zeros(len(model.lm_head.weight)))
