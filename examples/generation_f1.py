@@ -1,9 +1,10 @@
 """Train on the F1 of generated text: the probes let the model answer, score the answers, and see nothing else.
 
 The task: say the words of feeling in a sentence of a film review. They are those of the sentence that the VADER lexicon
-rates, so "a gorgeous, witty, seductive movie." wants "gorgeous witty seductive". The prompt begins with ten answered sentences,
-which are encoded once for all. Teacher forcing, cross-entropy and logits play no part: each probe generates with
-`model.generate`, and the loss of a sentence is 1 - F1 of its answer. Vectors at the prompt's ending are all that is trained.
+rates, so "a gorgeous, witty, seductive movie." wants "gorgeous witty seductive". The prompt begins with an answered sentence,
+or more of them (`--shown`), encoded once for all. Teacher forcing, cross-entropy and logits play no part: each probe generates
+with `model.generate`, and the loss of a sentence is 1 - F1 of its answer. Vectors at the prompt's ending are all that is
+trained.
 
 python examples/generation_f1.py
 
@@ -46,7 +47,7 @@ from zolightning.objectives.text import TextScore
 
 ANSWERED = "Sentence: {text}\nWords of feeling: {answer}\n\n"
 ASKED = "Sentence: {text}\nWords of feeling:"
-SHOWN = 10
+SHOWN = ("a dull, unfunny mess.", "dull unfunny mess")
 SCORES = {"f1": token_f1, "exact_match": exact_match}
 
 
@@ -195,6 +196,9 @@ def main() -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of the model (default: the one measured fastest here)"
     )
+    parser.add_argument(
+        "--shown", type=int, default=0, help="training sentences that the prompt shows, in place of one (default: 0)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--validation", type=int, default=50, help="sentences of the curve (default: 50)")
     parser.add_argument("--test", type=int, default=150, help="sentences for reporting (default: 150)")
@@ -205,7 +209,8 @@ def main() -> None:
     model, tokenizer = load_causal_lm()
     words, texts = lexicon(), film_snippets(validation=1000, test=2000)
     parts = [questions(part, words) for part in texts[:3]]
-    shown, train, validation, test = parts[0][:SHOWN], parts[0][SHOWN:], parts[1][: args.validation], parts[2][: args.test]
+    shown, train = parts[0][: args.shown] or [SHOWN], parts[0][args.shown :]
+    validation, test = parts[1][: args.validation], parts[2][: args.test]
     encode = Prompts(tokenizer, "".join(ANSWERED.format(text=text, answer=answer) for text, answer in shown) + ASKED)
     prompts = [encode(part) for part in (train, validation, test)]
     data = PromptData(*prompts, tokenizer.pad_token_id, batch_size=args.batch, seed=args.seed)
