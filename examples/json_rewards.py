@@ -102,12 +102,11 @@ def template(shots: Sequence[Example]) -> str:
 
 @dataclass
 class Task:
-    """A model, sentences, and the seconds that a method may train."""
+    """A model, sentences, and the settings."""
 
     model: Any
     tokenizer: Any
     train: list[Example]
-    seconds: float
     seed: int
     options: argparse.Namespace
 
@@ -164,7 +163,7 @@ def zo(task: Task) -> dict[str, Any]:
     values = sorted({value for answer in prompts.wanted[:100] for value in json.loads(answer).values()})
     model.bias = TokenBias([token for value in values for token in task.tokenizer(value)["input_ids"]])
     model.lm_head.register_forward_hook(model.bias)
-    clock = Clock(task.seconds)
+    clock = Clock(task.options.seconds)
     module = Answering(model, task.tokenizer, beginning, prompts.wanted, SCORES, LENGTH, options.lr, lambda step: clock.share())
     trainer = L.Trainer(
         strategy=ZOStrategy(
@@ -183,7 +182,7 @@ def zo(task: Task) -> dict[str, Any]:
 
 def prompts_of(task: Task) -> dict[str, Any]:
     """The best of n draws of answered examples."""
-    draw, clock, best, tried = random.Random(task.seed), Clock(task.seconds), (-1.0, SHOTS), 0
+    draw, clock, best, tried = random.Random(task.seed), Clock(task.options.seconds), (-1.0, SHOTS), 0
     while clock.share() < 1:
         shots = tuple(draw.sample(task.train, len(SHOTS)))
         best, tried = max(best, (task.score(draw.sample(task.train, 64), shots)[1], shots)), tried + 1
@@ -200,7 +199,7 @@ def grpo(task: Task) -> dict[str, Any]:
         raise SystemExit(f"GRPO needs another package: pip install trl ({error})") from error
     from transformers import TrainerCallback
 
-    clock, prompt = Clock(task.seconds), template(SHOTS)
+    clock, prompt = Clock(task.options.seconds), template(SHOTS)
 
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -262,7 +261,7 @@ def main() -> None:
     for method in options.methods:
         for seed in options.seeds:
             L.seed_everything(seed, verbose=False)
-            task = Task(*load_causal_lm(offline=options.offline), texts.train, options.seconds, seed, options)
+            task = Task(*load_causal_lm(offline=options.offline), texts.train, seed, options)
             meter, begun, written = MemoryMeter(task.model, torch.device("cpu")), time.process_time(), tokens_written()
             found = METHODS[method](task)
             found |= {"peak": meter.peak(), "cpu_seconds": time.process_time() - begun, "tokens": tokens_written() - written}

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .candidates import candidate_logits, evaluating, model_inputs, text_cache
+from .candidates import candidate_logits, evaluating, model_inputs
 
 # Per model: whether its answers from keys and values of the text are those of a whole forward.
 _agrees: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
@@ -64,9 +64,9 @@ def _keys_and_values(model: Any, batch: Mapping[str, Any]) -> tuple[tuple[Tensor
     from transformers import DynamicCache
 
     body = model.get_decoder()
-    cache = text_cache(batch) if "text" in batch else DynamicCache()
-    body(**model_inputs(body, batch) | {"past_key_values": cache, "use_cache": True})
-    return tuple((keys, values) for keys, values, *_ in cache)
+    inputs = {"past_key_values": DynamicCache()} | model_inputs(body, batch) | {"use_cache": True}
+    body(**inputs)
+    return tuple((keys, values) for keys, values, *_ in inputs["past_key_values"])
 
 
 @torch.no_grad()
