@@ -12,10 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from zolightning.data import (
-    Beginning,
     answer_log_likelihood,
     candidates,
-    encode_text,
     generate_answers,
     likelihood,
     text_cache,
@@ -133,27 +131,6 @@ def test_answers_from_encoded_text_are_those_from_whole_prompts(tokenizer: PreTr
     wanted = generate_answers(model, tokenizer, batch, 8)
     assert generate_answers(model, tokenizer, encoded, 8) == wanted
     assert generate_answers(model, tokenizer, encoded, 8) == wanted, "the text is as it was"
-
-
-def test_prompts_that_begin_alike_share_the_keys_and_values_of_that(tokenizer: PreTrainedTokenizerFast) -> None:
-    model, begin, prompts = writer(), "one great film .", [f" {prompt} . It was" for prompt in PROMPTS]
-    wanted = [greedy(model, tokenizer, begin + prompt, 8) for prompt in prompts]
-    others = tokenizer(prompts, padding=True, add_special_tokens=False, return_tensors="pt")
-    batch = Beginning(model, tokenizer(begin)["input_ids"])(others)
-    assert generate_answers(model, tokenizer, batch, 8) == wanted
-    encoded = encode_text(model, batch, 2)  # compares its answers with those of the batch
-    assert encoded is not None and encoded["input_ids"].shape == (3, 2)
-    assert generate_answers(model, tokenizer, encoded, 8) == wanted
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
-def test_logits_behind_a_beginning_are_those_of_whole_prompts(kind: str) -> None:
-    model = (gemma2() if kind == "gemma2" else tiny_causal_lm(kind)).eval()
-    begin, ids = [5, 9, 2, 7], torch.tensor([1, 2, 3])
-    whole = candidates.candidate_logits(model, padded([begin + sequence for sequence in SEQUENCES]), ids)
-    behind = candidates.candidate_logits(model, Beginning(model, begin)(padded(SEQUENCES)), ids)
-    torch.testing.assert_close(behind, whole, rtol=0, atol=2e-5)
 
 
 def test_written_tokens_are_counted_to_the_end_of_each_answer(tokenizer: PreTrainedTokenizerFast) -> None:

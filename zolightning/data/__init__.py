@@ -3,6 +3,7 @@
 from ..cache import cache_dir
 from .artifacts import SMOLLM2, VADER, Artifact
 from .batches import SimilarLengths
+from .beginning import Beginning
 from .candidates import candidate_logits
 from .fetch import FetchError, fetch
 from .general_text import general_text, text_perplexity
@@ -12,7 +13,7 @@ from .model import load_causal_lm, model_name
 from .prompts import Encoded, PromptTemplate, collate, common_ending, encode, verbalizer_ids
 from .table import read_table
 from .text import Example, Splits, film_snippets
-from .text_cache import Beginning, encode_text
+from .text_cache import encode_text
 
 __all__ = [
     "SMOLLM2",

@@ -87,7 +87,7 @@ def text_cache(batch: Batch) -> Any:
     """Return a new cache of the keys and values of an encoded text: a forward adds the last tokens to it."""
     from transformers import DynamicCache
 
-    cache = DynamicCache()
+    cache = batch["beginning"].cache() if "beginning" in batch else DynamicCache()
     for layer, (keys, values) in enumerate(batch["text"]):
         cache.update(keys, values, layer)
     return cache

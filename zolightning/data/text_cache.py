@@ -1,13 +1,14 @@
 """Encode the part of a prompt that no trained weight touches once, for all forwards of a step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from .candidates import candidate_logits, evaluating, model_inputs
+from .beginning import keys_and_values
+from .candidates import candidate_logits, evaluating
 
 # Per model: whether its answers from keys and values of the text are those of a whole forward.
 _agrees: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
@@ -17,8 +18,9 @@ def encode_text(model: nn.Module, batch: Mapping[str, Tensor], last: int) -> dic
     """Return the batch with all but its ``last`` tokens replaced by the keys and values that attention has of them.
 
     Forwards of the result run the last tokens only. `model` is a Hugging Face causal language model, `batch` holds
-    left-padded input_ids and attention_mask, or goes on from a :class:`Beginning`. None for a model whose attention does not
-    take this (noticed by comparing answers on its first batch), or a batch with no token before the last ones.
+    left-padded input_ids and attention_mask, or goes on from a :class:`~.beginning.Beginning`. None for a model whose
+    attention does not take this (noticed by comparing answers on its first batch), or a batch with no token before the
+    last ones.
     """
     if batch["input_ids"].shape[1] <= last or not _agrees.get(model, True):
         return None
@@ -32,41 +34,10 @@ def encode_text(model: nn.Module, batch: Mapping[str, Tensor], last: int) -> dic
 def _encode(model: nn.Module, batch: Mapping[str, Tensor], last: int) -> dict[str, Any] | None:
     text = {**batch, "input_ids": batch["input_ids"][:, :-last], "attention_mask": batch["attention_mask"][:, :-last]}
     try:
-        layers = _keys_and_values(model, text)
+        layers = keys_and_values(model, text)
     except (AttributeError, NotImplementedError, TypeError, ValueError):
         return None
     return {**batch, "input_ids": batch["input_ids"][:, -last:], "text": layers}
-
-
-class Beginning:
-    """The keys and values of the tokens that all prompts begin with: instructions, answered examples. Computed once.
-
-    Args:
-        model: a Hugging Face causal language model, of which no weight that is trained takes part here.
-        tokens: their ids, at least one.
-    """
-
-    @torch.no_grad()
-    def __init__(self, model: nn.Module, tokens: Sequence[int]) -> None:
-        ids = torch.tensor([tokens], device=next(model.parameters()).device)
-        self._layers = _keys_and_values(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-        self._length = len(tokens)
-
-    def __call__(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Return the batch, left-padded input_ids and attention_mask of the prompts' other tokens, going on from here."""
-        mask, rows = batch["attention_mask"], len(batch["input_ids"])
-        layers = tuple((k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v in self._layers)
-        return {**batch, "attention_mask": torch.cat((mask.new_ones(rows, self._length), mask), 1), "text": layers}
-
-
-def _keys_and_values(model: Any, batch: Mapping[str, Any]) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Of all tokens of the batch, layer by layer."""
-    from transformers import DynamicCache
-
-    body = model.get_decoder()
-    inputs = {"past_key_values": DynamicCache()} | model_inputs(body, batch) | {"use_cache": True}
-    body(**inputs)
-    return tuple((keys, values) for keys, values, *_ in inputs["past_key_values"])
 
 
 @torch.no_grad()
