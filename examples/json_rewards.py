@@ -1,22 +1,26 @@
 """Train a language model to write JSON by a program's score of it, beside prompts that are searched for, and GRPO on LoRA.
 
 python examples/json_rewards.py                               # zeroth order, one seed, seven minutes on one core
-python examples/json_rewards.py --methods zo prompts grpo --seeds 0 1 2      # GRPO needs `pip install trl`
+python examples/json_rewards.py --methods zo prompts both grpo labels --seeds 0 1 2      # GRPO needs `pip install trl`
 
 The model reads a sentence of a film review behind four answered ones, and writes an object of three fields: whether it is rated
 good or bad, whether it is short or long (more than 16 words), and whether it says film, movie or story. A program parses the
-answer and counts the fields that are right; methods see that score and nothing else, and train for the same CPU seconds:
+answer and counts the fields that are right; methods see that score, the last one but for it the answers themselves, and train
+for the same CPU seconds:
 
 zo       a number added to the logit of each of the six values, by SPSA with a direction of its own for each sentence; probes
          generate greedily
 prompts  best of n: answered examples drawn at random from the training sentences, the best by the score of 64 others
+both     prompts for a third of the time, and zo behind the best one
 grpo     GRPO on LoRA (arXiv:2402.03300) by trl, with its defaults but for the settings in this file
+labels   LoRA by backprop on the right answers, which a score does not tell: the model's ceiling
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import tempfile
 import time
@@ -28,6 +32,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from generation_f1 import Answering, Prompts
 from torch import Tensor, nn
 
@@ -36,6 +41,7 @@ from zolightning.commands.demo.module import PromptData
 from zolightning.commands.tables import markdown, spread
 from zolightning.data import (
     Beginning,
+    Encoded,
     Example,
     collate,
     film_snippets,
@@ -155,15 +161,15 @@ class TokenBias(nn.Module):
         return out.index_copy(-1, self.tokens, moved[:, None])
 
 
-def zo(task: Task) -> dict[str, Any]:
-    """The bias of the values by forwards."""
-    options, prompts = task.options, Prompts(task.tokenizer, template(SHOTS))
+def zo(task: Task, shots: Sequence[Example] = SHOTS, share: float = 1.0) -> dict[str, Any]:
+    """The bias of the values by forwards, in a share of the seconds."""
+    options, prompts = task.options, Prompts(task.tokenizer, template(shots))
     items = prompts([(example.text, right(example)) for example in task.train])
     beginning, model = Beginning(task.model, prompts.beginning), task.model.requires_grad_(False)
     values = sorted({value for answer in prompts.wanted[:100] for value in json.loads(answer).values()})
     model.bias = TokenBias([token for value in values for token in task.tokenizer(value)["input_ids"]])
     model.lm_head.register_forward_hook(model.bias)
-    clock = Clock(task.options.seconds)
+    clock = Clock(share * options.seconds)
     module = Answering(model, task.tokenizer, beginning, prompts.wanted, SCORES, LENGTH, options.lr, lambda step: clock.share())
     trainer = L.Trainer(
         strategy=ZOStrategy(
@@ -180,13 +186,19 @@ def zo(task: Task) -> dict[str, Any]:
     return {"steps": trainer.global_step, "bias": dict(zip(values, model.bias.numbers.tolist(), strict=True))}
 
 
-def prompts_of(task: Task) -> dict[str, Any]:
-    """The best of n draws of answered examples."""
-    draw, clock, best, tried = random.Random(task.seed), Clock(task.options.seconds), (-1.0, SHOTS), 0
+def prompts_of(task: Task, share: float = 1.0) -> dict[str, Any]:
+    """The best of n draws of answered examples, in a share of the seconds."""
+    draw, clock, best, tried = random.Random(task.seed), Clock(share * task.options.seconds), (-1.0, SHOTS), 0
     while clock.share() < 1:
         shots = tuple(draw.sample(task.train, len(SHOTS)))
         best, tried = max(best, (task.score(draw.sample(task.train, 64), shots)[1], shots)), tried + 1
     return {"tried": tried, "shots": best[1]}
+
+
+def both(task: Task) -> dict[str, Any]:
+    """The best prompt, and the bias behind it."""
+    found = prompts_of(task, 1 / 3)
+    return found | zo(task, found["shots"], 2 / 3)
 
 
 def grpo(task: Task) -> dict[str, Any]:
@@ -224,7 +236,33 @@ def grpo(task: Task) -> dict[str, Any]:
     return {"steps": trainer.state.global_step}
 
 
-METHODS = {"few-shot": lambda task: {}, "zo": zo, "prompts": prompts_of, "grpo": grpo}
+def labels(task: Task) -> dict[str, Any]:
+    """LoRA by backprop on the right answers."""
+    from peft import LoraConfig, get_peft_model
+
+    task.model = get_peft_model(task.model, LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in task.model.parameters() if p.requires_grad])
+    draw, clock, prompt, steps = random.Random(task.seed), Clock(task.options.seconds), template(SHOTS), 0
+    while clock.share() < 1:
+        items, wanted = [], []
+        for example in draw.sample(task.train, 16):
+            asked = task.tokenizer(prompt.replace("{text}", example.text))["input_ids"]
+            answer = task.tokenizer(f" {right(example)}\n")["input_ids"]
+            items.append(Encoded(asked + answer, 0))
+            wanted.append(torch.tensor([-100] * len(asked) + answer))
+        batch, last = collate(items, task.tokenizer.pad_token_id), LENGTH + 1
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        logits = task.model(**inputs, logits_to_keep=last + 1).logits[:, :-1]
+        optimizer.param_groups[0]["lr"] = task.options.labels_lr * (1 + math.cos(math.pi * min(1.0, clock.share()))) / 2
+        optimizer.zero_grad()
+        F.cross_entropy(logits.flatten(0, 1), torch.cat([one[-last:] for one in wanted])).backward()
+        optimizer.step()
+        steps += 1
+    task.model = task.model.merge_and_unload().eval()
+    return {"steps": steps}
+
+
+METHODS = {"few-shot": lambda task: {}, "zo": zo, "prompts": prompts_of, "both": both, "grpo": grpo, "labels": labels}
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
@@ -251,6 +289,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.2, help="RMS change of a step of zo at the start (default: 0.2)")
     parser.add_argument("--eps", type=float, default=0.4, help="perturbation scale of zo (default: 0.4)")
     parser.add_argument("--grpo-lr", type=float, default=1e-4, help="learning rate of GRPO's LoRA (default: 1e-4)")
+    parser.add_argument("--labels-lr", type=float, default=5e-4, help="learning rate of the labels' LoRA (default: 5e-4)")
     parser.add_argument("--offline", action="store_true", help="download nothing")
     parser.add_argument("--out", type=Path, help="where the results are kept, and added to")
     options = parser.parse_args()
