@@ -13,10 +13,12 @@ from helpers import PLAIN, Task, assert_same, estimated, fit, tiny_causal_lm, to
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from zolightning.methods.estimators import SPSA
+from zolightning.methods.estimators import SPSA, PerExampleSPSA
 from zolightning.noise import Rademacher
 from zolightning.probing.block_reuse import BlockReuse, block_reuse
-from zolightning.space import View, build_view
+from zolightning.probing.inspection import inspect_step
+from zolightning.probing.isolation import Isolation
+from zolightning.space import Rank1, View, build_view
 from zolightning.types import Estimate, Key
 
 IDS = token_batches(1)[0]
@@ -192,6 +194,30 @@ def test_an_exception_leaves_the_blocks_as_they_were() -> None:
         spsa(forward, view, X, block_reuse(view))
     assert all("forward" not in block.__dict__ for block in net.blocks)
     assert_same(weights(net), before)
+
+
+@pytest.mark.parametrize(("select", "rows", "calls"), [("last:2", 8, [16]), ("last:2", 40, [40, 40]), ("re:weight", 40, [80])])
+def test_a_large_batch_is_not_doubled_where_blocks_can_be_left_out(select: str, rows: int, calls: list[int]) -> None:
+    net, x, seen = Net(), torch.randn(rows, 8, generator=torch.Generator().manual_seed(2)), []
+
+    def forward(batch: Tensor) -> Tensor:
+        seen.append(len(batch))
+        out = net.embed(batch)
+        for block in net.blocks:
+            out = block(out)
+        return out.square().sum(-1)
+
+    view = build_view(net, net.parameters(), Rademacher(), select_spec=select, structure=Rank1(vectors=False))
+    with torch.no_grad():
+        examples = inspect_step(forward, x, view, Isolation(net, torch.device("cpu")), True)
+    seen.clear()
+    blocks = block_reuse(view)
+    blocks.proved = True  # else a forward more compares
+    found = estimated(PerExampleSPSA(1e-2), view, forward, x, Key(3, 0), examples, blocks or None)
+    assert seen == calls
+    wanted = estimated(PerExampleSPSA(1e-2), view, forward, x, Key(3, 0), examples._replace(repeats=False))
+    pairs = zip(found.terms, wanted.terms, strict=True)
+    assert all(a.key == b.key and a.coefficient == pytest.approx(b.coefficient, abs=1e-3) for a, b in pairs)
 
 
 def test_training_is_the_same(caplog: pytest.LogCaptureFixture) -> None:

@@ -73,8 +73,8 @@ class ZOConfig:
 
     one_batch: bool = True
     """Run both probes in one batch of twice the size, where the module gives its losses by ``zo_objective`` and the batch is
-    small (4,096 tokens; 256 for a direction that the examples share): faster. False: two forwards, with the activation
-    memory of inference."""
+    small (4,096 tokens; 256 for a direction that the examples share, and on a CPU where the first blocks may run once for
+    both): faster. False: two forwards, with the activation memory of inference."""
 
     cuda_graphs: bool = False
     """Record the forwards of ``zo_objective`` as CUDA graphs, one for each shape of batch, so that a small model on a GPU no

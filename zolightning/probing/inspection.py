@@ -30,17 +30,19 @@ class Examples(NamedTuple):
         repeats: the step takes a repeated batch, and the copies get equal losses (dropout would draw for each).
         both: both probes of a direction that the examples share run in one batch, where it is small.
         shown: the batch could show it: more than one example, and no loss that is not finite.
+        most: numbers in a batch that is repeated for directions of their own.
     """
 
     losses: bool
     repeats: bool
     both: bool = False
     shown: bool = True
+    most: int = _LARGE
 
     def of(self, batch: Batch) -> tuple[int | None, bool]:
         """How many examples the batch holds, or None, and whether it may be repeated for them."""
         count, size = batch_examples(batch), batch_numel(batch)
-        return count, (self.both and size <= _SMALL) or (self.repeats and size <= _LARGE)
+        return count, (self.both and size <= _SMALL) or (self.repeats and size <= self.most)
 
 
 def inspect_step(forward: Forward, batch: Batch, view: View, isolation: Isolation, repeatable: bool) -> Examples:
@@ -76,7 +78,9 @@ def inspect_step(forward: Forward, batch: Batch, view: View, isolation: Isolatio
         double = losses(2, torch.zeros(2 * examples, dtype=torch.float32)) if _keeps_alike(forward, batch, isolation) else None
     except Exception:  # code that takes no other batch than its own, or no memory for two
         return Examples(True, False, shown=shown)
-    return Examples(True, double is not None and _close(double, plain.repeat(2)), shown=shown)
+    # A CPU computes a large batch no faster, and in forwards one by one the first blocks may run once.
+    most = _SMALL if view.leaves[0].parameter.device.type == "cpu" and block_reuse(view) else _LARGE
+    return Examples(True, double is not None and _close(double, plain.repeat(2)), shown=shown, most=most)
 
 
 def _losses(forward: Forward, batch: Batch, count: int, view: View, point: Point | Both, isolation: Isolation) -> Tensor | None:
