@@ -256,12 +256,14 @@ def main() -> None:
     parser.add_argument("--ideas", nargs="+", choices=IDEAS, default=list(IDEAS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="to choose from (default: 2e-3 4e-3 8e-3)")
+    parser.add_argument("--decay", type=float, default=Anchored.decay, help="λ of anchored (default: 10)")
     parser.add_argument("--seconds", type=float, default=120.0, help="CPU seconds of training of each run (default: 120)")
     parser.add_argument("--test", type=int, default=300, help="test texts (default: 300)")
     parser.add_argument("--offline", action="store_true", help="download nothing")
     parser.add_argument("--out", type=Path, help="where the results are kept, and added to")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    Anchored.decay = options.decay
     results: list[dict[str, Any]] = json.loads(options.out.read_text()) if options.out and options.out.exists() else []
     task = Task(options.test, options.offline)
     print(f"perplexity on general text before: {task.general():.2f}", flush=True)
@@ -272,7 +274,7 @@ def main() -> None:
         lr = min(options.rates, key=lambda rate: tried.get(rate, 0.0))
         for seed in options.seeds:
             found = task.run(idea, lr, seed, options.seconds, task.test) | {"perplexity": task.general()}
-            results.append({"idea": idea, "lr": lr, "tried": tried, "seed": seed, **found})
+            results.append({"idea": idea, "lr": lr, "tried": tried, "seed": seed, "decay": options.decay, **found})
             print(f"{idea} lr {lr} seed {seed}: {100 * found['accuracy']:.1f} %, loss {found['loss']:.3f}", flush=True)
             if options.out:
                 options.out.write_text(json.dumps(results, indent=1))

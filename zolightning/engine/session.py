@@ -28,7 +28,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..methods.config import ZOConfig
 from ..methods.optimizers import follow, in_place_of
 from ..methods.shaping import State, state_from
-from ..parallel import Alone, Part, Ranks, Standing
+from ..parallel import Alone, Ranks, Standing
 from ..probing.isolation import Isolation, rng_state, set_rng_state
 from ..probing.objective import loss_value
 from ..probing.runner import Muted
@@ -41,10 +41,11 @@ from .notices import Notices, Say, SkipWatch
 from .rates import base_lr
 from .recording import Recording
 from .step import Clip, finish, keep_best
-from .step_size import Loss, StepSizes
+from .step_size import StepSizes
 from .subspace import Calibration, Epoch, Setting, Subspace, compute_dtype, find_subspace, unknown_epoch
 from .uninterrupted import uninterrupted
 from .updates import Apply, UpdateStats, apply_update, load_state, state_of
+from .window import Window
 
 _log = logging.getLogger("zolightning")
 
@@ -116,9 +117,7 @@ class Session:
         self._shaping_states: dict[int, State] = {}
         self._calibration = Calibration()
         self._sizes = StepSizes(self.config.finds_lr, inform, self.ranks.decide)
-        self._window: list[Part] = []
-        self._looks: list[float] = []
-        self._trials: list[Loss] = []
+        self._window = Window()
         self._skips = SkipWatch(self.config.max_skips)
         rates = [base_lr(group) for group in self.optimizers[0].param_groups]
         take_over(self.config, self.estimator, self.optimizers, schedulers, self.stepper, warn)
@@ -148,27 +147,29 @@ class Session:
             None when ``forward`` returned None: the micro-batch is skipped.
         """
         optimizer = optimizer or self.optimizers[0]
-        place, key = self._place(optimizer), Key(self.seed, self.step, sum(part.taken for part in self._window))
-        part = self.ranks.part(self.estimator, key, len(self._window), batch)
+        place, window = self._place(optimizer), self._window
+        key = Key(self.seed, self.step, sum(part.taken for part in window.parts))
+        part = self.ranks.part(self.estimator, key, len(window.parts), batch)
+        looks: list[float] = []
         try:
-            looks, prepared = 0, None if prepare is None else self._prepared(prepare, forward, batch, optimizer)
+            prepared = None if prepare is None else self._prepared(prepare, forward, batch, optimizer)
             batch = batch if prepared is None else prepared
             space = self.subspace(forward, batch, optimizer)
             space.runner.view.check()
-            if not self._window:
-                trial = partial(self._trial, forward, batch, space)
-                self._looks = self._sizes.look(place, optimizer, space.runner.view.leaves, trial, self._steppers[id(optimizer)])
-                looks = len(self._looks)
+            trial = partial(self._trial, forward, batch, space)
+            if not window.parts:
+                looks = self._sizes.look(place, optimizer, space.runner.view.leaves, trial, self._steppers[id(optimizer)])
                 space.runner.view.read.clear()
             ran = space.runner.run(forward, batch, part.ask)
         except SkipStep:
             return None
         estimate = part.tell(ran.answers)
-        estimate = part.estimate = estimate._replace(forwards=estimate.forwards + (prepared is not None) + looks)
+        estimate = part.estimate = estimate._replace(forwards=estimate.forwards + (prepared is not None) + len(looks))
         self.notices.report(space.runner, ran, estimate, self.estimator.eps)
-        self._window += [part] if counts else []
-        self._looks = self._looks if counts else []
-        self._trials += [partial(self._trial, forward, batch, space)] if counts and self.config.conservative else []
+        if counts:
+            window.parts.append(part)
+            window.looks += looks
+            window.trials += [trial] if self.config.conservative else []
         return estimate._replace(output=ran.output)
 
     @torch.no_grad()
@@ -184,17 +185,16 @@ class Session:
             RanksError: another rank is gone, or has come apart from this one; likewise.
         """
         optimizer = optimizer or self.optimizers[0]
-        place, examples = self._place(optimizer), sum(part.examples for part in self._window)
-        window = self._joined(place, optimizer)
+        place, window, self._window = self._place(optimizer), self._window, Window()
+        joint = self._joined(place, optimizer, window)
         if self._kept.names:
             self._kept.note_rates()  # the module's, before the probes' step has a size of its own
         with self._sizes.applied(place, optimizer):
-            trials, self._trials = self._trials, []
             state = self._shaping_states.get(place) or self.shaping.init()
             lrs = [float(group["lr"]) for group in optimizer.param_groups]
-            record, self._shaping_states[place] = finish(window, clip, self.shaping, state, lrs, self.step)
+            record, self._shaping_states[place] = finish(joint, clip, self.shaping, state, lrs, self.step)
             if self.config.conservative and not record.skipped:
-                record = keep_best(record, partial(self._tried, trials, examples), len(trials) * self.ranks.size)
+                record = keep_best(record, partial(window.tried, self.ranks), len(window.trials) * self.ranks.size)
             self.last_stats = UpdateStats()
             optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers look at it, and its step() may not be called
             if found := self._skips(record):
@@ -218,12 +218,11 @@ class Session:
         self.last_record = record
         return record
 
-    def _joined(self, place: int, optimizer: Optimizer) -> Estimate:
-        """The findings of all ranks since the last update."""
-        parts, looks, self._window, self._looks = self._window, self._looks, [], []
+    def _joined(self, place: int, optimizer: Optimizer, window: Window) -> Estimate:
+        """The findings of all ranks."""
         space = self._subspaces.get(id(optimizer))
         standing = partial(Standing.of, self.step, place, optimizer, space and space.runner.view, self.module)
-        joint = self.ranks.join(Key(self.seed, self.step), parts, looks, standing)
+        joint = self.ranks.join(Key(self.seed, self.step), window.parts, window.looks, standing)
         self._sizes.choose(place, joint.looks)
         if joint.standing is not None:
             for group, settings in zip(optimizer.param_groups, joint.standing.groups, strict=True):
@@ -324,11 +323,6 @@ class Session:
         space = self._subspaces.get(id(optimizer)) or self.subspace(forward, batch, optimizer, prepare)
         with space.view.refusing_reads():
             return prepare(batch)  # again: no probe may be run on the value that was tried
-
-    def _tried(self, trials: Sequence[Loss], examples: int, steps: Sequence[Sequence[Term]]) -> list[float]:
-        """The loss after each of a few steps, over all batches of this one."""
-        here = [sum(trial(terms) for trial in trials) / len(trials) if trials else 0.0 for terms in steps]
-        return self.ranks.means(here, examples)
 
     def _trial(self, forward: Forward, batch: Batch, space: Subspace, terms: Sequence[Term]) -> float:
         """The loss of a micro-batch at θ + Σ_k c_k z_k, which leaves no trace."""

@@ -132,7 +132,7 @@ class Subspace(NamedTuple):
         leaves = " and ".join(f"{count} {kind.replace('leaf', 'leaves')}" for kind, count in kinds.items())
         examples = self.runner.examples
         direction = "a direction for each example" if examples.losses else "a direction for the batch"
-        probes = ", both probes in one batch" if examples.repeats or examples.both else ""
+        probes = f", both probes in one batch if it holds at most {examples.largest:,} numbers" if examples.largest else ""
         probes += f", {self.runner.lockstep.sides} forwards in lockstep" if self.runner.lockstep else ""
         turn = self.view.leaves[0].turn
         turns = "" if turn is None else f"; {min(turn.cycle.blocks, turn.of)} of {turn.of} blocks in each step"

@@ -41,8 +41,13 @@ class Examples(NamedTuple):
 
     def of(self, batch: Batch) -> tuple[int | None, bool]:
         """How many examples the batch holds, or None, and whether it may be repeated for them."""
-        count, size = batch_examples(batch), batch_numel(batch)
-        return count, (self.both and size <= _SMALL) or (self.repeats and size <= self.most)
+        largest = self.largest
+        return batch_examples(batch), 0 < batch_numel(batch) <= largest
+
+    @property
+    def largest(self) -> int:
+        """Numbers in the largest batch that is repeated; 0: none is."""
+        return self.most if self.repeats else _SMALL if self.both else 0
 
 
 def inspect_step(forward: Forward, batch: Batch, view: View, isolation: Isolation, repeatable: bool) -> Examples:
