@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -121,6 +126,25 @@ def test_no_row_has_keys_and_values_of_the_beginning() -> None:
     encoded = encode_text(model, Beginning(model, BEGIN)(padded(SEQUENCES)), 1)
     assert encoded is not None
     assert all(tensor.shape == (3, 2, 5, 4) for layer in encoded["text"] for tensor in layer)
+
+
+_OTHER = """
+import pickle, sys, torch
+from zolightning.data import candidates
+model, batch, wanted = pickle.load(open(sys.argv[1], "rb"))
+with torch.no_grad():
+    found = candidates.candidate_logits(model, batch, torch.tensor([1, 2, 3]))
+torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+"""
+
+
+@torch.no_grad()
+def test_model_and_beginning_go_to_another_process(tmp_path: Path) -> None:
+    model, path = grouped().eval(), tmp_path / "both"
+    batch = Beginning(model, BEGIN)(padded(SEQUENCES))
+    path.write_bytes(pickle.dumps((model, batch, candidates.candidate_logits(model, batch, torch.tensor([1, 2, 3])))))
+    done = subprocess.run([sys.executable, "-c", _OTHER, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @torch.no_grad()

@@ -55,6 +55,10 @@ class Shared:
 
     layers: Layers
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _register()  # a model that comes along asks for this attention in the other process too
+        self.__dict__.update(state)
+
     def __len__(self) -> int:
         return self.layers[0][0].shape[-2]
 
