@@ -142,6 +142,12 @@ NAMES = {
     "_from_config": Private(
         "transformers", "5.23.0", "transformers:PreTrainedModel", "a model of a class that is no Auto class"
     ),
+    "_attn_implementation": Private(
+        "transformers",
+        "5.23.0",
+        "transformers:PreTrainedConfig",
+        "which attention a model has, to add the beginning of prompts",
+    ),
     "_init_weights": Private("transformers", "5.23.0", "transformers:PreTrainedModel", "first weights of a new head"),
     "_keep_in_fp32_modules": Private(
         "transformers", "5.23.0", "transformers:PreTrainedModel", "layers that transformers will not quantise"

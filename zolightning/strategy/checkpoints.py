@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from pathlib import Path
 
 from torch import nn
 
@@ -12,7 +13,7 @@ from ..methods.optimizers import OPTIMIZERS
 from ..offload import OffloadError
 from ..types import StateDict
 from ._lightning import MisconfigurationException, rank_zero_warn
-from .ledger_io import STATE, slim
+from .ledger_io import STATE, find_ledger, slim
 
 
 def saved(
@@ -73,8 +74,8 @@ def _position(ledger: PendingLedger, warn: Callable[[str], None] | None) -> dict
         return None
 
 
-def restored(checkpoint: StateDict, session: Session, ledger: PendingLedger) -> StateDict | None:
-    """Have the session go on from a checkpoint; the generators' state that it holds, or None when it is not ours."""
+def restored(checkpoint: StateDict, session: Session, ledger: PendingLedger, path: str) -> StateDict | None:
+    """Have the session go on from a checkpoint, read from `path`; the generators' state in it, or None when it is not ours."""
     states, state = checkpoint["optimizer_states"], checkpoint.get(STATE)
     before, now = state["config"].get("optimizer") if state is not None else "module", session.config.optimizer
     another = before != now and {before, now} <= {"module", *OPTIMIZERS}
@@ -88,9 +89,17 @@ def restored(checkpoint: StateDict, session: Session, ledger: PendingLedger) -> 
     session.load_state_dict(state)
     position = state.get("ledger")
     # the ledger's steps rest on the state of another rule, which this optimizer does not take over
-    ledger.resumed = None if position is None or another else Position(**position)
+    ledger.resumed = None if position is None or another else _where_it_is(Position(**position), path)
     rng: StateDict = state["rng"]
     return rng
+
+
+def _where_it_is(position: Position, checkpoint: str) -> Position:
+    """The position in the ledger where that is now, though the run's folder was moved."""
+    try:
+        return position._replace(path=str(find_ledger(position._asdict(), Path(checkpoint)).path))
+    except LedgerError:
+        return position  # the ledger begins anew, and says why
 
 
 def check_whole(checkpoint: StateDict, path: str) -> None:

@@ -326,7 +326,8 @@ class ZOStrategy(DevicesStrategy):
         if self._fit is not None:
             states = self.weights.optimizer_states(checkpoint["optimizer_states"])
             whole = {**checkpoint, "optimizer_states": states}
-            self._fit.resumed_rng = checkpoints.restored(whole, self._fit.session, self._fit.ledger.pending)
+            resumed = checkpoints.restored(whole, self._fit.session, self._fit.ledger.pending, self._loaded_from)
+            self._fit.resumed_rng = resumed
 
 
 # Lightning allows a compiled LightningModule only under strategies it knows; this is a single device to it
