@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import copy
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,7 +105,7 @@ def test_attention_is_the_textbook_one_of_keys_side_by_side(masked: bool) -> Non
     keys, values = (torch.cat((a.expand(3, -1, -1, -1), b), 2).repeat_interleave(3, 1) for a, b in pairs)
     wide = torch.cat((mask.new_ones(3, 1, 5, 7), mask), -1)
     wanted = F.scaled_dot_product_attention(query, keys, values, wide, scale=0.3).transpose(1, 2)
-    key.beginning = tuple(first)  # type: ignore[attr-defined]
+    key.beginning = *first, beginning._Turn(True)  # type: ignore[attr-defined]
     found, _ = beginning.attention(nn.Identity(), query, key, value, mask if masked else None, scaling=0.3)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
 
@@ -126,6 +129,31 @@ def test_no_row_has_keys_and_values_of_the_beginning() -> None:
     encoded = encode_text(model, Beginning(model, BEGIN)(padded(SEQUENCES)), 1)
     assert encoded is not None
     assert all(tensor.shape == (3, 2, 5, 4) for layer in encoded["text"] for tensor in layer)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("other", [lambda model: model.set_attn_implementation("eager"), None])
+def test_a_model_that_would_not_read_the_beginning_is_refused(other: Callable[[Any], None] | None) -> None:
+    model, ids = grouped().eval(), torch.tensor([1, 2, 3])
+    twin = copy.deepcopy(model)
+    batch = Beginning(model, BEGIN)(padded(SEQUENCES))
+    encoded = encode_text(model, batch, 1)
+    assert encoded is not None
+    if other is not None:
+        other(model)
+    for one in (batch, encoded):
+        with pytest.raises(RuntimeError, match="did not read the beginning"):
+            candidates._full_logits(model if other else twin, one, ids)
+
+
+@torch.no_grad()
+def test_a_second_beginning_that_is_copied_leaves_the_first() -> None:
+    model, ids = grouped().eval(), torch.tensor([1, 2, 3])
+    first = Beginning(model, BEGIN)
+    assert Beginning(model, BEGIN[:1]).copied  # has no halves
+    assert not first.copied
+    whole = candidates.candidate_logits(model, padded([BEGIN + sequence for sequence in SEQUENCES]), ids)
+    torch.testing.assert_close(candidates.candidate_logits(model, first(padded(SEQUENCES)), ids), whole, rtol=0, atol=2e-5)
 
 
 _OTHER = """

@@ -31,6 +31,8 @@ class Beginning:
     Args:
         model: a Hugging Face causal language model, of which no weight that is trained takes part here.
         tokens: their ids, at least one.
+
+    A forward of another model, or one whose attention was changed since, raises a RuntimeError where rows share the beginning.
     """
 
     @torch.no_grad()
@@ -38,6 +40,7 @@ class Beginning:
         ids = torch.tensor([tokens], device=next(model.parameters()).device)
         self._shared = Shared(keys_and_values(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}))
         self.copied = not _shares(model, ids, self._shared)
+        """Whether each row gets copies."""
 
     def __call__(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return the batch, left-padded input_ids and attention_mask of the prompts' other tokens, going on from here."""
@@ -62,11 +65,22 @@ class Shared:
     def __len__(self) -> int:
         return self.layers[0][0].shape[-2]
 
-    def cache(self) -> "Cache":
-        """Return a new cache that goes on from here."""
+    def cache(self, text: Layers) -> "Cache":
+        """Return a new cache that goes on from here, and from each row's own text, if there is any."""
         from transformers import Cache
 
-        return Cache(layers=[_layer_type()(keys, values) for keys, values in self.layers])
+        turn = _Turn()
+        layers = [_layer_type()(keys, values, turn) for keys, values in self.layers]
+        for layer, own in zip(layers, text, strict=bool(text)):
+            layer.fill(*own)
+        return Cache(layers=layers)
+
+
+@dataclass
+class _Turn:
+    """Whether attention still has to read the beginning that came with the last keys."""
+
+    open: bool = False
 
 
 def keys_and_values(model: Any, batch: Mapping[str, Any]) -> Layers:
@@ -85,22 +99,26 @@ def _shares(model: Any, ids: Tensor, whole: Shared) -> bool:
     if half == 0 or getattr(config, "sliding_window", None) or config._attn_implementation not in ("sdpa", ATTENTION):
         return False
     _register()
-    config._attn_implementation = ATTENTION
+    before, config._attn_implementation = config._attn_implementation, ATTENTION
     own = ids[:, half:].repeat(2, 1)
     own[1, 1:] = ids[0, half:-1]  # the second row is one token shorter, and padded
     mask = torch.ones_like(ids).repeat(2, 1)
     mask[1, half] = 0
     first = Shared(tuple((keys[:, :, :half], values[:, :, :half]) for keys, values in whole.layers))
-    with evaluating(model):
-        found = keys_and_values(model, {"input_ids": own, "attention_mask": mask, "beginning": first, "text": ()})
-    if all(
-        _close(new[0], old[0, :, half:]) and _close(new[1, :, 1:], old[0, :, half:-1])
-        for layers in zip(found, whole.layers, strict=True)
-        for new, old in zip(*layers, strict=True)
-    ):
-        return True
-    config._attn_implementation = "sdpa"
-    return False
+    agrees = False
+    try:
+        with evaluating(model):
+            found = keys_and_values(model, {"input_ids": own, "attention_mask": mask, "beginning": first, "text": ()})
+        agrees = all(
+            _close(new[0], old[0, :, half:]) and _close(new[1, :, 1:], old[0, :, half:-1])
+            for layers in zip(found, whole.layers, strict=True)
+            for new, old in zip(*layers, strict=True)
+        )
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        pass  # it takes another cache, or does not read the beginning
+    finally:
+        config._attn_implementation = ATTENTION if agrees else before
+    return agrees
 
 
 def _close(found: Tensor, wanted: Tensor) -> bool:
@@ -124,13 +142,19 @@ def _layer_type() -> type[Any]:
     class Behind(DynamicLayer):  # type: ignore[misc]
         """The keys and values of each row's own tokens; those of the beginning go along with them."""
 
-        def __init__(self, *beginning: Tensor) -> None:
+        def __init__(self, keys: Tensor, values: Tensor, turn: _Turn) -> None:
             super().__init__()
-            self.beginning = beginning
+            self.beginning, self.turn = (keys, values, turn), turn
+            self.fill = super().update
 
         def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            keys, values = super().update(*args, **kwargs)
-            keys.beginning = self.beginning  # the attention gets no cache, but this very tensor
+            if self.turn.open:
+                raise RuntimeError(
+                    "the attention of this model did not read the beginning of the prompts: it is not the model that "
+                    "`Beginning(model, tokens)` was made for, or its attention was changed since; make the beginning again"
+                )
+            keys, values = self.fill(*args, **kwargs)
+            keys.beginning, self.turn.open = self.beginning, True  # the attention gets no cache, but this very tensor
             return keys, values
 
         def get_seq_length(self) -> int:
@@ -160,7 +184,8 @@ def attention(
         more = {"dropout": dropout, "scaling": scaling, **kwargs}
         result: tuple[Tensor, None] = AttentionInterface()["sdpa"](module, query, key, value, attention_mask, **more)
         return result
-    first_key, first_value = (tensor[0] for tensor in key.beginning)
+    first_key, first_value, turn = key.beginning
+    first_key, first_value, turn.open = first_key[0], first_value[0], False
     (rows, _, queries, width), heads = query.shape, key.shape[1]  # a key's head may serve several heads of queries
     query = (query * (width**-0.5 if scaling is None else scaling)).reshape(rows, heads, -1, width)
     first = query.transpose(0, 1).reshape(heads, -1, width) @ first_key.transpose(1, 2)  # of all rows at once

@@ -87,7 +87,9 @@ def text_cache(batch: Batch) -> Any:
     """Return a new cache of the keys and values of an encoded text: a forward adds the last tokens to it."""
     from transformers import DynamicCache
 
-    cache = batch["beginning"].cache() if "beginning" in batch else DynamicCache()
+    if "beginning" in batch:
+        return batch["beginning"].cache(batch["text"])
+    cache = DynamicCache()
     for layer, (keys, values) in enumerate(batch["text"]):
         cache.update(keys, values, layer)
     return cache
