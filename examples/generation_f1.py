@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import random
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -35,7 +34,6 @@ from zolightning.data import (
     Beginning,
     Encoded,
     Example,
-    collate,
     encode_text,
     fetch,
     film_snippets,
@@ -50,10 +48,6 @@ from zolightning.objectives.text import TextScore
 ANSWERED = "Sentence: {text}\nWords of feeling: {answer}\n\n"
 ASKED = "Sentence: {text}\nWords of feeling:"
 SHOWN = ("a dull, unfunny mess.", "dull unfunny mess")
-LENGTH = 6
-"""Most tokens of an answer."""
-CHOOSING = 64
-"""Validation sentences, the last ones, that choose between draws."""
 SCORES = {"f1": token_f1, "exact_match": exact_match}
 
 
@@ -173,27 +167,6 @@ class Prompts:
         return items
 
 
-def choose(
-    model: nn.Module, tokenizer: Any, train: list[tuple[str, str]], asked: list[tuple[str, str]], shown: int, draws: int
-) -> list[tuple[str, str]]:
-    """Of some draws of answered sentences, the one behind which the untrained model answers `asked` best."""
-    best: tuple[float, list[tuple[str, str]]] = (-1.0, [])
-    for seed in range(draws):
-        drawn = random.Random(seed).sample(train, shown)
-        encode = Prompts(tokenizer, prompt_of(drawn))
-        batch = collate(encode(asked), tokenizer.pad_token_id)
-        answers = generate_answers(model, tokenizer, Beginning(model, encode.beginning)(batch), LENGTH)
-        f1 = 1 - float(text_errors(answers, [[encode.wanted[i]] for i in batch["labels"].tolist()], token_f1).mean())
-        print(f"draw {seed}: F1 {f1:.1%}", flush=True)
-        best = max(best, (f1, drawn))
-    return best[1]
-
-
-def prompt_of(shown: Iterable[tuple[str, str]]) -> str:
-    """The prompt with these answered sentences."""
-    return "".join(ANSWERED.format(text=text, answer=answer) for text, answer in shown) + ASKED
-
-
 def draw(result: dict, path: Path) -> None:
     """F1 of the validation sentences against steps."""
     import matplotlib
@@ -226,32 +199,25 @@ def main() -> None:
     parser.add_argument(
         "--shown", type=int, default=0, help="training sentences that the prompt shows, in place of one (default: 0)"
     )
-    parser.add_argument(
-        "--draws", type=int, default=0, help="draws of --shown sentences, of which the best is taken (default: 0, the first)"
-    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--validation", type=int, default=50, help="sentences of the curve (default: 50)")
     parser.add_argument("--test", type=int, default=150, help="sentences for reporting (default: 150)")
     parser.add_argument("--out", type=Path, default=Path("generation-f1"), help="folder of the results")
     args = parser.parse_args()
-    if args.draws and not args.shown:
-        parser.error("--draws chooses among the sentences that the prompt shows; say how many: --shown 10")
 
     L.seed_everything(args.seed)
     model, tokenizer = load_causal_lm()
     words, texts = lexicon(), film_snippets(validation=1000, test=2000)
     parts = [questions(part, words) for part in texts[:3]]
-    shown, validation, test = parts[0][: args.shown] or [SHOWN], parts[1][: args.validation], parts[2][: args.test]
-    if args.draws:
-        shown = choose(model, tokenizer, parts[0], parts[1][-CHOOSING:], args.shown, args.draws)
-    train = [question for question in parts[0] if question not in shown]
-    encode = Prompts(tokenizer, prompt_of(shown))
+    shown, train = parts[0][: args.shown] or [SHOWN], parts[0][args.shown :]
+    validation, test = parts[1][: args.validation], parts[2][: args.test]
+    encode = Prompts(tokenizer, "".join(ANSWERED.format(text=text, answer=answer) for text, answer in shown) + ASKED)
     prompts = [encode(part) for part in (train, validation, test)]
     data = PromptData(*prompts, tokenizer.pad_token_id, batch_size=args.batch, seed=args.seed)
     model = model.to(getattr(torch, args.dtype) if args.dtype else fastest_dtype()).train()
     beginning = Beginning(model, encode.beginning)
     intervene_at_ending(model, prompts[0], tokenizer.pad_token_id)
-    module = Answering(model, tokenizer, beginning, encode.wanted, SCORES, LENGTH, args.lr, lambda step: step / args.steps)
+    module = Answering(model, tokenizer, beginning, encode.wanted, SCORES, 6, args.lr, lambda step: step / args.steps)
     trainer = L.Trainer(
         strategy=ZOStrategy("reft", lr="module", ledger=False, eps=args.eps, num_queries=args.queries),
         max_steps=args.steps,

@@ -1,17 +1,16 @@
 """Train a language model to write JSON by a program's score of it, beside prompts that are searched for, and GRPO on LoRA.
 
 python examples/json_rewards.py                               # zeroth order, one seed, seven minutes on one core
-python examples/json_rewards.py --methods zo prompts both grpo labels --seeds 0 1 2      # GRPO needs `pip install trl`
+python examples/json_rewards.py --methods zo prompts grpo labels --seeds 0 1 2      # GRPO needs `pip install trl`
 
 The model reads a sentence of a film review behind four answered ones, and writes an object of three fields: whether it is rated
 good or bad, whether it is short or long (more than 16 words), and whether it says film, movie or story. A program parses the
-answer and counts the fields that are right; methods see that score, the last one but for it the answers themselves, and train
-for the same CPU seconds:
+answer and counts the fields that are right; methods see that score and nothing else, but for the last, and train for the same
+CPU seconds:
 
 zo       a number added to the logit of each of the six values, by SPSA with a direction of its own for each sentence; probes
          generate greedily
 prompts  best of n: answered examples drawn at random from the training sentences, the best by the score of 64 others
-both     prompts for a third of the time, and zo behind the best one
 grpo     GRPO on LoRA (arXiv:2402.03300) by trl, with its defaults but for the settings in this file
 labels   LoRA by backprop on the right answers, which a score does not tell: the model's ceiling
 """
@@ -161,15 +160,15 @@ class TokenBias(nn.Module):
         return out.index_copy(-1, self.tokens, moved[:, None])
 
 
-def zo(task: Task, shots: Sequence[Example] = SHOTS, share: float = 1.0) -> dict[str, Any]:
-    """The bias of the values by forwards, in a share of the seconds."""
-    options, prompts = task.options, Prompts(task.tokenizer, template(shots))
+def zo(task: Task) -> dict[str, Any]:
+    """The bias of the values by forwards."""
+    options, prompts = task.options, Prompts(task.tokenizer, template(SHOTS))
     items = prompts([(example.text, right(example)) for example in task.train])
     beginning, model = Beginning(task.model, prompts.beginning), task.model.requires_grad_(False)
     values = sorted({value for answer in prompts.wanted[:100] for value in json.loads(answer).values()})
     model.bias = TokenBias([token for value in values for token in task.tokenizer(value)["input_ids"]])
     model.lm_head.register_forward_hook(model.bias)
-    clock = Clock(share * options.seconds)
+    clock = Clock(options.seconds)
     module = Answering(model, task.tokenizer, beginning, prompts.wanted, SCORES, LENGTH, options.lr, lambda step: clock.share())
     trainer = L.Trainer(
         strategy=ZOStrategy(
@@ -186,19 +185,13 @@ def zo(task: Task, shots: Sequence[Example] = SHOTS, share: float = 1.0) -> dict
     return {"steps": trainer.global_step, "bias": dict(zip(values, model.bias.numbers.tolist(), strict=True))}
 
 
-def prompts_of(task: Task, share: float = 1.0) -> dict[str, Any]:
-    """The best of n draws of answered examples, in a share of the seconds."""
-    draw, clock, best, tried = random.Random(task.seed), Clock(share * task.options.seconds), (-1.0, SHOTS), 0
+def prompts_of(task: Task) -> dict[str, Any]:
+    """The best of n draws of answered examples."""
+    draw, clock, best, tried = random.Random(task.seed), Clock(task.options.seconds), (-1.0, SHOTS), 0
     while clock.share() < 1:
         shots = tuple(draw.sample(task.train, len(SHOTS)))
         best, tried = max(best, (task.score(draw.sample(task.train, 64), shots)[1], shots)), tried + 1
     return {"tried": tried, "shots": best[1]}
-
-
-def both(task: Task) -> dict[str, Any]:
-    """The best prompt, and the bias behind it."""
-    found = prompts_of(task, 1 / 3)
-    return found | zo(task, found["shots"], 2 / 3)
 
 
 def grpo(task: Task) -> dict[str, Any]:
@@ -262,7 +255,7 @@ def labels(task: Task) -> dict[str, Any]:
     return {"steps": steps}
 
 
-METHODS = {"few-shot": lambda task: {}, "zo": zo, "prompts": prompts_of, "both": both, "grpo": grpo, "labels": labels}
+METHODS = {"few-shot": lambda task: {}, "zo": zo, "prompts": prompts_of, "grpo": grpo, "labels": labels}
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
@@ -284,9 +277,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300.0, help="CPU seconds of training of each run (default: 300)")
     parser.add_argument("--test", type=int, default=300, help="sentences for reporting (default: 300)")
     parser.add_argument("--validation", action="store_true", help="report on validation sentences, for choosing settings")
-    parser.add_argument("--batch", type=int, default=32, help="sentences a step of zo (default: 32)")
+    parser.add_argument("--batch", type=int, default=64, help="sentences a step of zo (default: 64)")
     parser.add_argument("--queries", type=int, default=1, help="directions of zo for each sentence (default: 1)")
-    parser.add_argument("--lr", type=float, default=0.2, help="RMS change of a step of zo at the start (default: 0.2)")
+    parser.add_argument("--lr", type=float, default=0.1, help="RMS change of a step of zo at the start (default: 0.1)")
     parser.add_argument("--eps", type=float, default=0.4, help="perturbation scale of zo (default: 0.4)")
     parser.add_argument("--grpo-lr", type=float, default=1e-4, help="learning rate of GRPO's LoRA (default: 1e-4)")
     parser.add_argument("--labels-lr", type=float, default=5e-4, help="learning rate of the labels' LoRA (default: 5e-4)")
