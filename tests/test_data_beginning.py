@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,22 @@ def test_no_row_has_keys_and_values_of_the_beginning() -> None:
     encoded = encode_text(model, Beginning(model, BEGIN)(padded(SEQUENCES)), 1)
     assert encoded is not None
     assert all(tensor.shape == (3, 2, 5, 4) for layer in encoded["text"] for tensor in layer)
+
+
+@torch.no_grad()
+def test_a_cache_goes_with_its_last_reference() -> None:
+    """Not at the next garbage collection: each probe makes one, with the keys and values of all rows."""
+    model = grouped().eval()
+    encoded = encode_text(model, Beginning(model, BEGIN)(padded(SEQUENCES)), 1)
+    assert encoded is not None
+    cache = candidates.text_cache(encoded)
+    layer = weakref.ref(cache.layers[0])
+    gc.disable()
+    try:
+        del cache
+        assert layer() is None
+    finally:
+        gc.enable()
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .beginning import keys_and_values
+from .beginning import keys_and_values, tolerance
 from .candidates import candidate_logits, evaluating
 
 # Per model: whether its answers from keys and values of the text are those of a whole forward.
@@ -45,5 +45,5 @@ def _same_answers(model: nn.Module, batch: Mapping[str, Tensor], encoded: Mappin
     some = torch.arange(2, device=batch["input_ids"].device)
     with evaluating(model):
         whole, short = candidate_logits(model, batch, some), candidate_logits(model, encoded, some)
-    tolerance = max(8 * torch.finfo(next(model.parameters()).dtype).eps, 1e-4)  # 30 blocks in float32 differ by 2e-6
-    return bool(((whole - short).abs() <= tolerance * whole.abs().max().clamp(min=1)).all())
+    allowed = tolerance(next(model.parameters()).dtype) * whole.abs().max().clamp(min=1)
+    return bool(((whole - short).abs() <= allowed).all())
