@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -43,6 +44,8 @@ class PendingLedger:
         """None before the first step, and when there is no ledger."""
         self.resumed: Position | None = None
         """The place, in the ledger of the checkpoint, that the run goes on from."""
+        self.checkpoint = Path()
+        """The file of that checkpoint."""
 
     def open(self, module: nn.Module, seed: int, step: int) -> Recorder | None:
         """The recorder, which begins with the weights of now if it has not begun yet."""
@@ -55,6 +58,7 @@ class PendingLedger:
                     step=step,
                     settings=self._settings,
                     resumed=self.resumed,
+                    checkpoint=self.checkpoint,
                     keep_base=self._keep_base,
                 )
             except OSError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from glob import escape
 from pathlib import Path
@@ -91,20 +91,22 @@ def read(path: str | Path) -> Ledger:
     return ledger
 
 
-def locate(folders: Iterable[Path], name: str, digest: bytes) -> Ledger:
+def locate(written: Path, digest: bytes, checkpoint: Path) -> Ledger:
     """The ledger up to the record of this digest, from the first folder that has it.
 
     Args:
-        folders: where to look.
-        name: the former name of the file; it may have made room for a newer one and be ``NAME.1``, ``NAME.2``, … now.
+        written: the file when the checkpoint was made. It may have made room for a newer one and be ``NAME.1``, ``NAME.2``, …
+            now.
         digest: of the last record wanted.
+        checkpoint: beside which, and in whose folder's folder, it is looked for too: the run's folder may have been moved.
 
     Raises:
         LedgerError: none has it; the message lists the content of each.
     """
     problems = []
+    folders = (written.parent, checkpoint.parent, checkpoint.parent.parent)
     for folder in dict.fromkeys(folder.absolute() for folder in folders):
-        for candidate in [folder / name, *sorted(folder.glob(f"{escape(name)}.[0-9]*"))]:
+        for candidate in [folder / written.name, *sorted(folder.glob(f"{escape(written.name)}.[0-9]*"))]:
             try:
                 return read(candidate).upto(digest)
             except (OSError, LedgerError) as error:

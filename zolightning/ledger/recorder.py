@@ -56,6 +56,7 @@ class Recorder:
         settings: the recipe, for information.
         resumed: where the checkpoint stands that the run goes on from. When its ledger is still there and the weights are
             that step's, the new ledger begins with a copy of the records so far.
+        checkpoint: that file; the ledger may have been moved along with it.
         keep_base: have the base's weights beside the ledger.
 
     Raises:
@@ -71,6 +72,7 @@ class Recorder:
         step: int,
         settings: Mapping[str, Any],
         resumed: Position | None = None,
+        checkpoint: Path = Path(),
         keep_base: bool = False,
     ) -> None:
         self.path = claim.path
@@ -86,7 +88,7 @@ class Recorder:
         self._moved: set[str] = set()  # by the steps since then
         self._checked = self._due = step
         now = combined(self._found)
-        before = _continued(resumed, now, seed, keep_base) if resumed is not None else None
+        before = _continued(resumed, checkpoint, now, seed, keep_base) if resumed is not None else None
         self._continues = before is not None
         self.base_at_hand = True
         """Whether a replay finds the weights that the ledger starts from: beside it, or where a pretrained model came from."""
@@ -251,11 +253,10 @@ def _persistent_buffers(module: nn.Module) -> tuple[str, ...]:
     return tuple(f"{path}.{name}".lstrip(".") for path, part, name in owners if name not in part._non_persistent_buffers_set)
 
 
-def _continued(position: Position, now: str, seed: int, keep_base: bool) -> Ledger | None:
+def _continued(position: Position, checkpoint: Path, now: str, seed: int, keep_base: bool) -> Ledger | None:
     """The records that led to the weights of now, when they can be had."""
-    path = Path(position.path)
     try:
-        before = locate([path.parent], path.name, bytes.fromhex(position.digest))
+        before = locate(Path(position.path), bytes.fromhex(position.digest), checkpoint)
     except LedgerError as error:
         reason = str(error)
     else:

@@ -13,7 +13,7 @@ from ..methods.optimizers import OPTIMIZERS
 from ..offload import OffloadError
 from ..types import StateDict
 from ._lightning import MisconfigurationException, rank_zero_warn
-from .ledger_io import STATE, find_ledger, slim
+from .ledger_io import STATE, slim
 
 
 def saved(
@@ -89,17 +89,10 @@ def restored(checkpoint: StateDict, session: Session, ledger: PendingLedger, pat
     session.load_state_dict(state)
     position = state.get("ledger")
     # the ledger's steps rest on the state of another rule, which this optimizer does not take over
-    ledger.resumed = None if position is None or another else _where_it_is(Position(**position), path)
+    ledger.resumed = None if position is None or another else Position(**position)
+    ledger.checkpoint = Path(path).absolute()
     rng: StateDict = state["rng"]
     return rng
-
-
-def _where_it_is(position: Position, checkpoint: str) -> Position:
-    """The position in the ledger where that is now, though the run's folder was moved."""
-    try:
-        return position._replace(path=str(find_ledger(position._asdict(), Path(checkpoint)).path))
-    except LedgerError:
-        return position  # the ledger begins anew, and says why
 
 
 def check_whole(checkpoint: StateDict, path: str) -> None:

@@ -140,10 +140,8 @@ def find_ledger(position: Mapping[str, str], checkpoint: Path) -> Ledger:
     Raises:
         LedgerError: none of the places has it; the message names the contents of each.
     """
-    written = Path(position["path"])
     try:
-        folders = [written.parent, checkpoint.parent, checkpoint.parent.parent]
-        return locate(folders, written.name, bytes.fromhex(position["digest"]))
+        return locate(Path(position["path"]), bytes.fromhex(position["digest"]), checkpoint)
     except LedgerError as error:
         raise LedgerError(f"the checkpoint {checkpoint} rests on a ledger that is not to be had: {error}") from error
 

@@ -326,8 +326,8 @@ class ZOStrategy(DevicesStrategy):
         if self._fit is not None:
             states = self.weights.optimizer_states(checkpoint["optimizer_states"])
             whole = {**checkpoint, "optimizer_states": states}
-            resumed = checkpoints.restored(whole, self._fit.session, self._fit.ledger.pending, self._loaded_from)
-            self._fit.resumed_rng = resumed
+            pending = self._fit.ledger.pending
+            self._fit.resumed_rng = checkpoints.restored(whole, self._fit.session, pending, self._loaded_from)
 
 
 # Lightning allows a compiled LightningModule only under strategies it knows; this is a single device to it
