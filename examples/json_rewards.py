@@ -194,17 +194,27 @@ def prompts_of(task: Task) -> dict[str, Any]:
     return {"tried": tried, "shots": best[1]}
 
 
+def asked(example: Example) -> str:
+    """The prompt of a sentence."""
+    return template(SHOTS).replace("{text}", example.text)
+
+
+def lora() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM")
+
+
 def grpo(task: Task) -> dict[str, Any]:
     """LoRA by GRPO: groups of sampled answers, their scores less the group's mean, and backprop."""
     try:
         from datasets import Dataset
-        from peft import LoraConfig
         from trl import GRPOConfig, GRPOTrainer
     except ImportError as error:
         raise SystemExit(f"GRPO needs another package: pip install trl ({error})") from error
     from transformers import TrainerCallback
 
-    clock, prompt = Clock(task.options.seconds), template(SHOTS)
+    clock = Clock(task.options.seconds)
 
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -213,7 +223,7 @@ def grpo(task: Task) -> dict[str, Any]:
     def reward(completions: list[str], wanted: list[str], **_: Any) -> list[float]:
         return [fields(line(answer), [one]) for answer, one in zip(completions, wanted, strict=True)]
 
-    rows = [{"prompt": prompt.replace("{text}", example.text), "wanted": right(example)} for example in task.train]
+    rows = [{"prompt": asked(example), "wanted": right(example)} for example in task.train]
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
             folder, use_cpu=True, bf16=False, per_device_train_batch_size=16, num_generations=8, max_completion_length=LENGTH,
@@ -222,7 +232,7 @@ def grpo(task: Task) -> dict[str, Any]:
         )  # fmt: skip
         trainer = GRPOTrainer(
             task.model, reward, config, Dataset.from_list(rows), processing_class=task.tokenizer, callbacks=[Stop()],
-            peft_config=LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM"),
+            peft_config=lora(),
         )  # fmt: skip
         trainer.train()
     task.model.eval()
@@ -231,18 +241,18 @@ def grpo(task: Task) -> dict[str, Any]:
 
 def labels(task: Task) -> dict[str, Any]:
     """LoRA by backprop on the right answers."""
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    task.model = get_peft_model(task.model, LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM"))
+    task.model = get_peft_model(task.model, lora())
     optimizer = torch.optim.AdamW([p for p in task.model.parameters() if p.requires_grad])
-    draw, clock, prompt, steps = random.Random(task.seed), Clock(task.options.seconds), template(SHOTS), 0
+    draw, clock, steps = random.Random(task.seed), Clock(task.options.seconds), 0
     while clock.share() < 1:
         items, wanted = [], []
         for example in draw.sample(task.train, 16):
-            asked = task.tokenizer(prompt.replace("{text}", example.text))["input_ids"]
+            before = task.tokenizer(asked(example))["input_ids"]
             answer = task.tokenizer(f" {right(example)}\n")["input_ids"]
-            items.append(Encoded(asked + answer, 0))
-            wanted.append(torch.tensor([-100] * len(asked) + answer))
+            items.append(Encoded(before + answer, 0))
+            wanted.append(torch.tensor([-100] * len(before) + answer))
         batch, last = collate(items, task.tokenizer.pad_token_id), LENGTH + 1
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
         logits = task.model(**inputs, logits_to_keep=last + 1).logits[:, :-1]
