@@ -129,5 +129,5 @@ def test_file_lock_excludes_other_processes(tmp_path: Path) -> None:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(30)
+        worker.join(120)
     assert target.read_text() == "100"

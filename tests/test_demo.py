@@ -33,7 +33,16 @@ from zolightning.commands.demo.probe import C, LinearProbe
 from zolightning.commands.demo.progress import Progress
 from zolightning.commands.demo.report import markdown_table, text_table, write
 from zolightning.commands.demo.run import Result, Task, splits
-from zolightning.data import Encoded, Example, PromptTemplate, collate, encode, load_causal_lm
+from zolightning.data import (
+    Encoded,
+    Example,
+    PromptTemplate,
+    collate,
+    encode,
+    general_text,
+    load_causal_lm,
+    text_perplexity,
+)
 from zolightning.data.candidates import last_states
 from zolightning.methods.recipes import RECIPES
 
@@ -56,6 +65,11 @@ def test_table_has_mean_and_spread() -> None:
     assert zo == "ZO (2 seeds) 85.0 ± 7.1 0.500 ± 0.000 2.00 12 ± 1 23 ± 1 120 960"
     assert zero == "ZERO 50.0 0.500 2.00 10 20 120 960"
     assert markdown_table(results).splitlines()[2].startswith("| ZO (2 seeds) | 85.0 ± 7.1 |")
+    forgot = [replace(results[0], perplexity=40.0), replace(results[1], perplexity=42.0), results[2]]
+    assert [line.rpartition("|")[0].rpartition("| ")[2] for line in markdown_table(forgot).splitlines()] == [
+        *("perplexity ", "---: "),
+        *("41.0 ± 1.4 ", "– "),
+    ]
 
 
 def test_report_files(tmp_path: Path) -> None:
@@ -292,7 +306,18 @@ def test_demo_on_a_local_model_and_file(tmp_path: Path) -> None:
     store, out = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / "out"
     done = command(
         *("demo", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "reviews.csv"), "--offline"),
-        *("--methods", "zero-shot,zo,reft,probe", "--store", store, "--out", str(out), "--threads", "1"),
+        *(
+            "--methods",
+            "zero-shot,zo,reft,probe",
+            "--store",
+            store,
+            "--out",
+            str(out),
+            "--threads",
+            "1",
+            "--forgetting",
+            "True",
+        ),
     )
     assert done.returncode == 0, done.stderr
     assert "ZO (default recipe)" in done.stdout
@@ -307,6 +332,9 @@ def test_demo_on_a_local_model_and_file(tmp_path: Path) -> None:
     assert results["probe"].forward_passes == steps["probe"]
     assert results["zero-shot"].forward_passes == 0
     assert all(0 < r.peak_memory < 4e9 for r in results.values())
+    untrained = text_perplexity(*load_causal_lm(str(tmp_path / "model"), offline=True), general_text())
+    assert results["zero-shot"].perplexity == results["probe"].perplexity == pytest.approx(untrained, rel=1e-5)
+    assert untrained != results["zo"].perplexity != results["reft"].perplexity
     client = MlflowClient(store)
     experiment = client.get_experiment_by_name("zolightning-demo")
     assert experiment is not None
@@ -315,3 +343,4 @@ def test_demo_on_a_local_model_and_file(tmp_path: Path) -> None:
     for name, run in runs.items():
         assert run.info.status == "FINISHED"
         assert run.data.metrics["test/accuracy"] == pytest.approx(results[name.removesuffix("-seed0")].accuracy)
+        assert run.data.metrics["summary/perplexity"] == pytest.approx(results[name.removesuffix("-seed0")].perplexity)

@@ -40,6 +40,7 @@ from zolightning.records.pending_file import Entry, PendingFile
 pytestmark = pytest.mark.integration
 
 STEPS = 60
+PATIENCE = 120  # seconds
 
 
 class Server:
@@ -123,9 +124,9 @@ class _GateHandler(BaseHTTPRequestHandler):
 
 
 def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not true():
-        assert time.monotonic() < deadline, "waited for a minute"
+        assert time.monotonic() < deadline, f"waited for {PATIENCE} s"
         time.sleep(0.02)
 
 
@@ -140,9 +141,21 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outbox, "TICK", 0.05)
+    monkeypatch.setattr(outbox, "WAIT", PATIENCE)  # for a server that starts on a busy machine
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{PATIENCE}")
     monkeypatch.setenv("MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER", "false")
+
+
+@pytest.fixture
+def hang(server: Server, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Stops the server, and requests wait for it for a second only; or lets it go on."""
+
+    def change(hung: bool) -> None:
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1" if hung else f"{PATIENCE}")
+        server.send(signal.SIGSTOP if hung else signal.SIGCONT)
+
+    return change
 
 
 @pytest.fixture
@@ -221,13 +234,11 @@ def test_server_killed_and_back_only_after_the_last_step(server: Server, tmp_pat
     assert not pending(tmp_path)
 
 
-def test_server_hangs_and_wakes(server: Server, tmp_path: Path, told: Callable[[], list[str]]) -> None:
+def test_server_hangs_and_wakes(
+    server: Server, tmp_path: Path, told: Callable[[], list[str]], hang: Callable[[bool], None]
+) -> None:
     """What it was sent while it hung it takes in when it wakes, though the sender gave up on that: nothing is doubled."""
-    at = {
-        10: lambda: server.send(signal.SIGSTOP),
-        50: lambda: until(lambda: bool(told())),
-        55: lambda: server.send(signal.SIGCONT),
-    }
+    at = {10: lambda: hang(True), 50: lambda: until(lambda: bool(told())), 55: lambda: hang(False)}
     run_id, events = train(server.url, tmp_path, at)
     check(server.store, run_id, events)
     assert [("does not take" in m, "is back: " in m) for m in told()] == [(True, False), (False, True)]
@@ -559,7 +570,7 @@ def test_send_pending_takes_only_its_own(tmp_path: Path, line: str) -> None:
         send_pending(tmp_path / "f.jsonl", f"sqlite:///{tmp_path}/mlflow.db")
 
 
-def test_artifacts(server: Server, tmp_path: Path, told: Callable[[], list[str]]) -> None:
+def test_artifacts(server: Server, tmp_path: Path, told: Callable[[], list[str]], hang: Callable[[bool], None]) -> None:
     """The newest content is there at the end; one that is missing disturbs nothing."""
     logger = mlflow_logger(store=server.url, folder=tmp_path)
     box: Outbox = logger.outbox  # type: ignore[attr-defined]
@@ -567,13 +578,13 @@ def test_artifacts(server: Server, tmp_path: Path, told: Callable[[], list[str]]
     file.write_bytes(b"one")
     box.artifact(file)
     assert box.wait()
-    server.send(signal.SIGSTOP)
+    hang(True)
     file.write_bytes(b"one two")
     box.artifact(file)
     box.artifact(tmp_path / "missing")
     box.metrics({"a": 1.0}, 1)
     until(lambda: bool(told()))
-    server.send(signal.SIGCONT)
+    hang(False)
     assert box.wait()
     client = MlflowClient(server.url)
     assert Path(client.download_artifacts(logger.run_id, "run.ledger", str(tmp_path))).read_bytes() == b"one two"

@@ -31,7 +31,9 @@ def title_of(runs: Sequence[Titled]) -> str:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """'mean' of one value, 'mean ± sample standard deviation' of several."""
+    """'mean' of one value, 'mean ± sample standard deviation' of several, a dash for none."""
+    if not values:
+        return "–"
     text = f"{mean(values):.{digits}f}"
     return text if len(values) == 1 else f"{text} ± {stdev(values):.{digits}f}"
 

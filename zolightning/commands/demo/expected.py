@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ...data import Encoded, common_ending
+from ...data import Encoded, common_ending, general_text
 from ...methods.recipes import RECIPES
 from .methods import Method
 from .run import Task
 
 _SHARE = 0.6  # of a lone product's speed that a run reaches, padding, attention, norms and updates counted in
 _SHORT = 0.6  # of a forward, at least, in a probe of a prompt's end: it reads the text's keys and values, measured on AVX2
+_PIECES = 1.5  # tokens of a word of English
 _START = 10.0  # seconds in which a run's process loads libraries and model
 
 
@@ -27,7 +28,7 @@ class Workload:
     ending: float
     """Share of an example's tokens that all prompts end with."""
     evaluated: int
-    """Examples that a run looks at to validate and to test."""
+    """Examples that a run looks at to validate and to test, text of other kinds counted as so many of them."""
 
     @staticmethod
     def of(task: Task, model: nn.Module, prompts: Sequence[Encoded]) -> Workload:
@@ -37,6 +38,8 @@ class Workload:
         layers = (m for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
         weights = sum(layer.weight.numel() for layer in layers)
         evaluated = task.validation * (1 + task.validations) + task.test
+        if task.forgetting:
+            evaluated += round(_PIECES * sum(len(text.split()) for text in general_text()) / tokens)
         return Workload(2.0 * weights * tokens, common_ending(prompts) / tokens, evaluated)
 
     def seconds(self, runs: Sequence[Method], flops: float) -> float:

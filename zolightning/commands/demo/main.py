@@ -52,6 +52,9 @@ class Demo(Comparison):
     threads: int | None = None
     """The number of CPU threads. Default: PyTorch's number."""
 
+    forgetting: bool = False
+    """Add a column: the perplexity on text of other kinds, scikit-learn's descriptions of its data sets; it should not rise."""
+
     def __call__(self) -> None:
         """Run every method, one after another, and report them."""
         if self.threads:
@@ -75,7 +78,8 @@ class Demo(Comparison):
         """The comparison with the profile's evaluation, and its precision settled."""
         shared = {field.name: getattr(self, field.name) for field in fields(Comparison)}
         profile = PROFILES[self.profile]
-        task = Task(**shared, validation=profile.validation, test=profile.test, validations=profile.validations)
+        looks = {name: getattr(profile, name) for name in ("validation", "test", "validations")}
+        task = Task(**shared, **looks, forgetting=self.forgetting)
         return replace(task, precision=settle_precision(self.precision))
 
     def _run(self, task: Task, method: Method, seed: int) -> Result:

@@ -34,6 +34,9 @@ class PromptClassifier(ZOMixin, pl.LightningModule):
     outside = 0
     """Bytes of the model that are in no tensor of this module."""
 
+    perplexity: Callable[[nn.Module], float] | None = None
+    """Gives a model's perplexity on text of other kinds; None: not asked for."""
+
     def __init__(self, model: nn.Module, candidate_ids: Tensor, make_optimizer: MakeOptimizer, decay_steps: int = 0) -> None:
         super().__init__()
         self.candidate_ids: Tensor

@@ -21,23 +21,31 @@ COLUMNS: dict[str, Callable[[Sequence[Result]], str]] = {
     "CPU s": lambda runs: spread([r.cpu_seconds for r in runs], 0),
     "forward passes": lambda runs: f"{runs[0].forward_passes:,}",
     "examples": lambda runs: f"{runs[0].examples:,}",
+    "perplexity": lambda runs: spread([r.perplexity for r in runs if r.perplexity is not None], 1),
 }
 """The cells of the runs of one method, by the name of their column."""
 
 
-def rows(results: Iterable[Result], columns: Iterable[str] = tuple(COLUMNS)) -> list[list[str]]:
+def rows(results: Iterable[Result], columns: Iterable[str]) -> list[list[str]]:
     """The table's cells, one row a method."""
     return [[COLUMNS[column](runs) for column in columns] for runs in by_method(results)]
 
 
-def text_table(results: Iterable[Result]) -> str:
+def measured(results: Sequence[Result]) -> tuple[str, ...]:
+    """The columns for which there is a value."""
+    return tuple(name for name in COLUMNS if name != "perplexity" or any(r.perplexity is not None for r in results))
+
+
+def text_table(results: Sequence[Result]) -> str:
     """The table for a terminal."""
-    return aligned(tuple(COLUMNS), rows(results))
+    columns = measured(results)
+    return aligned(columns, rows(results, columns))
 
 
-def markdown_table(results: Iterable[Result]) -> str:
+def markdown_table(results: Sequence[Result]) -> str:
     """The same for a README."""
-    return markdown(tuple(COLUMNS), rows(results))
+    columns = measured(results)
+    return markdown(columns, rows(results, columns))
 
 
 def write(results: Sequence[Result], folder: Path, settings: dict[str, object]) -> Path:

@@ -5,13 +5,25 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...adapt.matmul import matmul_speed
-from ...data import PromptTemplate, Splits, encode, film_snippets, load_causal_lm, model_name, read_table, verbalizer_ids
+from ...data import (
+    PromptTemplate,
+    Splits,
+    encode,
+    film_snippets,
+    general_text,
+    load_causal_lm,
+    model_name,
+    read_table,
+    text_perplexity,
+    verbalizer_ids,
+)
 from ...data.text import drawn
 from ...records.memory import MemoryMeter
 from ...records.mlflow_logger import DEFAULT_STORE, mlflow_logger
@@ -81,6 +93,9 @@ class Task(Comparison):
     validations: int = 5
     """The number of times that a run looks at the validation examples."""
 
+    forgetting: bool = False
+    """Whether a run ends with the trained model's perplexity on text of other kinds."""
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the matrix products."""
@@ -112,6 +127,9 @@ class Result:
 
     process_seconds: float = 0.0
     """CPU seconds of the whole process: training, validation, test, and the loading of libraries and model."""
+
+    perplexity: float | None = None
+    """On text of other kinds, of the model with all that was trained in place; None: not measured."""
 
     @staticmethod
     def load(path: Path) -> Result:
@@ -157,7 +175,10 @@ def build(task: Task, method: Method, seed: int) -> tuple[PromptClassifier, Prom
     if method.interventions:
         intervene_at_ending(model, train, tokenizer.pad_token_id)
     decay = method.steps if method.decay else 0
-    return method.module_type(model, candidates, method.make_optimizer(), decay), data
+    module = method.module_type(model, candidates, method.make_optimizer(), decay)
+    if task.forgetting:
+        module.perplexity = partial(text_perplexity, tokenizer=tokenizer, texts=general_text())
+    return module, data
 
 
 def start_record(task: Task, method: Method, seed: int, run_name: str) -> MLFlowLogger:
@@ -217,8 +238,10 @@ def run(task: Task, method: Method, seed: int) -> Result:
         cpu_seconds=monitor.cpu_seconds,
         weights=meter.weights + module.outside,
         process_seconds=time.process_time(),
+        perplexity=module.perplexity and module.perplexity(module.model),
     )
-    logger.log_metrics({"summary/peak_memory": result.peak_memory, "summary/train_seconds": result.seconds}, step=method.steps)
+    summary = {"peak_memory": result.peak_memory, "train_seconds": result.seconds, "perplexity": result.perplexity}
+    logger.log_metrics({f"summary/{name}": value for name, value in summary.items() if value is not None}, step=method.steps)
     logger.finalize("success")
     return result
 
