@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -333,11 +334,28 @@ class TestLadder:
         assert noise.active_backend() == "torch"
 
 
+_COMPILES_ONCE = """#!/bin/sh
+for last; do :; done
+if [ "$last" = --version ]; then exec {compiler} --version; fi
+[ -e {made} ] || {compiler} "$@" -o {made}
+cp {made} "$last"
+"""
+
+
 @pytest.mark.integration
 @needs_native
 class TestCache:
+    @pytest.fixture(scope="class")
+    def compiler(self, tmp_path_factory: pytest.TempPathFactory) -> str:
+        """Compiles at the first call, and gives the same library at all others."""
+        script = tmp_path_factory.mktemp("compiler") / "cxx"
+        script.write_text(_COMPILES_ONCE.format(compiler=shlex.join(native._compiler()), made=script.with_suffix(".so")))
+        script.chmod(0o700)
+        return str(script)
+
     @pytest.fixture(autouse=True)
-    def cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    def cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str) -> Path:
+        monkeypatch.setenv("CXX", compiler)
         monkeypatch.setenv("ZOLIGHTNING_CACHE", str(tmp_path))
         monkeypatch.setattr(native, "_flags", lambda: ("-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared"))
         return tmp_path / "kernels"

@@ -39,12 +39,12 @@ def items(count: int, precision: str) -> list[Any]:
     return [(x.to(dtype), y.to(dtype)) for x, y in batches(count)]
 
 
-@pytest.mark.parametrize(("precision", "steps"), [("32-true", 1000), ("bf16-true", 1000), ("16-true", 1000), ("64-true", 200)])
-def test_nothing_moves_at_lr_0(precision: str, steps: int) -> None:
+@pytest.mark.parametrize("precision", TRUE)
+def test_nothing_moves_at_lr_0(precision: str) -> None:
     module = Task(normed().to(TRUE[precision]), optimizer=lambda p: SGD(p, lr=0.0))
     before = weights(module)
-    trainer = fit(module, items(steps, precision), PLAIN, precision=precision)
-    assert trainer.global_step == steps
+    trainer = fit(module, items(200, precision), PLAIN, precision=precision)
+    assert trainer.global_step == 200
     assert_same(weights(module), before)
 
 

@@ -64,7 +64,8 @@ class Demo(Comparison):
         task = self._task()
         workload = prepare(task, max((method.batch_size for method, _ in runs if method.steps), default=1))
         expected = workload.seconds([method for method, _ in runs], matmul_speed().flops[task.dtype])
-        say(f"{len(runs)} runs, about {max(1, round(expected / 60))} min on this machine, as busy as it is now")
+        count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+        say(f"{count}, about {max(1, round(expected / 60))} min on this machine, as busy as it is now")
         results = []
         for i, (method, seed) in enumerate(runs):
             steps = f": {method.steps} steps" if method.steps else ""
