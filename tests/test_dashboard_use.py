@@ -358,7 +358,7 @@ _WIDE, _MIDDLE, _NARROW = (1400, 900), (900, 1000), (390, 844)
 @pytest.mark.parametrize(
     ("size", "dark"),
     [
-        pytest.param(_WIDE, False, id="wide, light"),
+        pytest.param(_WIDE, False, id="wide, light", marks=pytest.mark.slow),
         pytest.param(_NARROW, True, id="narrow, dark"),
         pytest.param(_WIDE, True, id="wide, dark", marks=pytest.mark.slow),
         pytest.param(_MIDDLE, False, id="middle, light", marks=pytest.mark.slow),

