@@ -1,4 +1,4 @@
-"""The program that scores JSON answers, and the trained numbers of examples/json_rewards.py."""
+"""The program that scores JSON answers, and the numbers that examples/json_rewards.py and generation_f1.py train."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from zolightning.data import Example
 
-JSON = load_example("json_rewards")
+F1, JSON = load_example("generation_f1"), load_example("json_rewards")
 WANTED = '{"rating":"good","length":"short","film":"yes"}'
 
 
@@ -56,3 +56,20 @@ def test_a_bias_moves_the_logits_of_its_tokens_at_the_last_position() -> None:
     wanted[..., 5] += 2
     wanted[..., 2] -= 6
     torch.testing.assert_close(head(states), wanted)
+
+
+def test_each_kind_of_token_has_its_number() -> None:
+    """The textbook's way: token by token, the last kind that fits."""
+    torch.manual_seed(0)
+    bias, logits = F1.CopyBias(joints=[4, 5], end=6, scale=2.0), torch.randn(2, 8)
+    bias.numbers.data.copy_(numbers := torch.tensor([1.0, -0.5, -2.0, 0.25]))
+    sentence, written = torch.tensor([[1, 2, 4], [3, 3, 6]]), torch.tensor([[2, 4], [0, 5]])
+    wanted = logits.clone()
+    for row in range(2):
+        for token in range(8):
+            kinds = (token in sentence[row], token in (4, 5), token in written[row], token == 6)
+            fit = [number for kind, number in zip(kinds, numbers.tolist(), strict=True) if kind]
+            wanted[row, token] += 2 * fit[-1] if fit else 0.0
+    torch.testing.assert_close(bias(sentence, written, logits), wanted)
+    nothing = torch.empty(2, 0, dtype=torch.long)
+    torch.testing.assert_close(bias(sentence, nothing, logits)[1, 5], logits[1, 5] - 1.0)

@@ -20,6 +20,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
         ("accuracy_only.py", ["--objective", "accuracy"], ["accuracy", "loss"]),
         ("accuracy_only.py", ["--objective", "soft_accuracy", "--train", "weights", "--batch", "4"], ["accuracy", "loss"]),
         ("generation_f1.py", ["--batch", "2", "--validation", "4"], ["f1", "exact_match"]),
+        ("generation_f1.py", ["--train", "bias", "--batch", "2", "--validation", "4"], ["f1", "exact_match"]),
     ],
 )
 @pytest.mark.integration
