@@ -40,7 +40,8 @@ from zolightning.records.pending_file import Entry, PendingFile
 pytestmark = pytest.mark.integration
 
 STEPS = 60
-PATIENCE = 120  # seconds
+PATIENCE = 120  # seconds, for a server that starts on a busy machine
+ANSWER = 15  # seconds, for a request; one that is on its way when the server is stopped waits for so long
 
 
 class Server:
@@ -141,9 +142,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outbox, "TICK", 0.05)
-    monkeypatch.setattr(outbox, "WAIT", PATIENCE)  # for a server that starts on a busy machine
+    monkeypatch.setattr(outbox, "WAIT", PATIENCE)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{PATIENCE}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{ANSWER}")
     monkeypatch.setenv("MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER", "false")
 
 
@@ -152,7 +153,7 @@ def hang(server: Server, monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], No
     """Stops the server, and requests wait for it for a second only; or lets it go on."""
 
     def change(hung: bool) -> None:
-        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1" if hung else f"{PATIENCE}")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1" if hung else f"{ANSWER}")
         server.send(signal.SIGSTOP if hung else signal.SIGCONT)
 
     return change
