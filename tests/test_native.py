@@ -342,17 +342,18 @@ cp {made} "$last"
 """
 
 
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Compiles at the first call, and gives the same library at all others."""
+    script = tmp_path_factory.mktemp("compiler") / "cxx"
+    script.write_text(_COMPILES_ONCE.format(compiler=shlex.join(native._compiler()), made=script.with_suffix(".so")))
+    script.chmod(0o700)
+    return str(script)
+
+
 @pytest.mark.integration
 @needs_native
 class TestCache:
-    @pytest.fixture(scope="class")
-    def compiler(self, tmp_path_factory: pytest.TempPathFactory) -> str:
-        """Compiles at the first call, and gives the same library at all others."""
-        script = tmp_path_factory.mktemp("compiler") / "cxx"
-        script.write_text(_COMPILES_ONCE.format(compiler=shlex.join(native._compiler()), made=script.with_suffix(".so")))
-        script.chmod(0o700)
-        return str(script)
-
     @pytest.fixture(autouse=True)
     def cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str) -> Path:
         monkeypatch.setenv("CXX", compiler)
