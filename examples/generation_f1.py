@@ -2,9 +2,9 @@
 
 The task: say the words of feeling in a sentence of a film review. They are those of the sentence that the VADER lexicon
 rates, so "a gorgeous, witty, seductive movie." wants "gorgeous witty seductive". The prompt begins with an answered sentence,
-or more of them (`--shown`), encoded once for all. Teacher forcing, cross-entropy and logits play no part: each probe generates
-with `model.generate`, and the loss of a sentence is 1 - F1 of its answer. All that is trained is vectors at the prompt's
-ending, or four numbers that are added to the logits of kinds of tokens (`--train bias`).
+or more of them (`--shown`), encoded once for all. Teacher forcing and cross-entropy play no part: each probe generates with
+`model.generate`, and the loss of a sentence is 1 - F1 of its answer. All that is trained is vectors at the prompt's ending, or
+four numbers that are added to the logits of kinds of tokens (`--train bias`).
 
 python examples/generation_f1.py
 python examples/generation_f1.py --train bias --shown 10 --steps 40 --batch 32 --queries 1 --lr 0.1
@@ -103,14 +103,21 @@ class Answering(ZOMixin, L.LightningModule):
         self.history: list[dict[str, float]] = []
 
     def forward(self, batch):
+        batch = batch if "text" in batch else self.begun(batch)
         with at_prompts(self.model):
-            batch = batch if "text" in batch else self.beginning(batch)
-            return generate_answers(self.model, self.tokenizer, batch, max_new_tokens=self.length)
+            return generate_answers(self.model, self.tokenizer, batch, self.length, self.adjust(batch))
+
+    def begun(self, batch):
+        """The batch, going on from the beginning."""
+        return self.beginning(batch)
+
+    def adjust(self, batch):
+        """The change of the logits of an answer, see `generate_answers`; None: there is none."""
 
     def zo_prepare(self, batch):  # the text before the vectors: encoded once for all probes
         made = interventions(self.model)
         with idle(made):
-            return encode_text(self.model, self.beginning(batch), made[0].positions if made else 1)
+            return encode_text(self.model, self.begun(batch), made[0].positions if made else 1)
 
     def zo_objective(self, batch):
         return text_errors(self(batch), self.references(batch), next(iter(self.scores.values())))  # (B,): 1 - score
@@ -182,19 +189,14 @@ class Copying(Answering):
         super().__init__(*args)
         self.ending = ending
 
-    def forward(self, batch):
-        batch = batch if "sentence" in batch else self.marked(batch)
-        adjust = partial(self.model.bias, batch["sentence"])
-        return generate_answers(self.model, self.tokenizer, batch, self.length, adjust)
+    def adjust(self, batch):
+        return partial(self.model.bias, batch["sentence"])
 
-    def zo_prepare(self, batch):
-        return encode_text(self.model, self.marked(batch), 1)
-
-    def marked(self, batch):
-        """The batch behind the beginning, with the tokens of its sentences, one again and again in place of padding."""
+    def begun(self, batch):
+        """With the tokens of its sentences, one again and again in place of padding."""
         tokens = batch["input_ids"][:, : -self.ending]
         here = batch["attention_mask"][:, : -self.ending].bool()
-        return self.beginning(batch) | {"sentence": torch.where(here, tokens, tokens[:, -1:])}
+        return super().begun(batch) | {"sentence": torch.where(here, tokens, tokens[:, -1:])}
 
 
 class Prompts:

@@ -316,9 +316,9 @@ def test_demo_on_a_local_model_and_file(tmp_path: Path) -> None:
     assert "zolightning dash --store" in done.stdout
     assert (out / "comparison.png").read_bytes().startswith(PNG)
     (reft,) = json.loads((out / "results.json").read_text())["results"]
-    task = Task(model=model, data=data, offline=True, store=store, out=str(out), forgetting=True)
+    task = Task(model=model, data=data, offline=True, store=store, out=str(out))
     others = select_methods(PROFILES["quick"], "zero-shot,zo,probe")
-    results = {method.name: run(task, method, 0) for method in others} | {"reft": Result(**reft)}
+    results = {method.name: run(task, method, 0, general_text()) for method in others} | {"reft": Result(**reft)}
     steps = {m.name: m.steps for m in PROFILES["quick"].methods}
     assert results["zo"].forward_passes == 2 * steps["zo"]
     assert results["reft"].forward_passes == (1 + 2 * RECIPES["reft"].num_queries) * steps["reft"]  # the text, once a step

@@ -266,6 +266,16 @@ def test_sweeps_in_examples_can_be_planned(path: Path) -> None:
         assert entry.method.zeroth_order == isinstance(entry.method.strategy(), ZOStrategy)
 
 
+def test_the_settings_of_a_run_are_those_of_finished_ones(task: Task) -> None:
+    """Another field would give each run another name, and a sweep would do finished runs again."""
+    (settings,) = {
+        tuple(sorted(result["settings"]["task"]))
+        for path in EXAMPLES.glob("*/results.json")
+        for result in json.loads(path.read_text())
+    }
+    assert sorted(Run(task, ZO, 0, Budget(8, "forwards"), 1, final=True).settings["task"]) == list(settings)
+
+
 def test_a_sweep_from_a_file_goes_on_where_it_stopped(task: Task, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     method: dict[str, Any] = {
         "name": "zo",

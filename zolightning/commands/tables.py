@@ -16,6 +16,9 @@ class Titled(Protocol):
 
 T = TypeVar("T", bound=Titled)
 
+NONE = "–"
+"""The cell of a method that has no value."""
+
 
 def by_method(results: Iterable[T]) -> list[list[T]]:
     """Results by method, in the order in which the methods first appear."""
@@ -33,7 +36,7 @@ def title_of(runs: Sequence[Titled]) -> str:
 def spread(values: Sequence[float], digits: int) -> str:
     """'mean' of one value, 'mean ± sample standard deviation' of several, a dash for none."""
     if not values:
-        return "–"
+        return NONE
     text = f"{mean(values):.{digits}f}"
     return text if len(values) == 1 else f"{text} ± {stdev(values):.{digits}f}"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ...data import Encoded, common_ending, general_text
+from ...data import Encoded, common_ending
 from ...methods.recipes import RECIPES
 from .methods import Method
 from .run import Task
@@ -31,15 +31,14 @@ class Workload:
     """Examples that a run looks at to validate and to test, text of other kinds counted as so many of them."""
 
     @staticmethod
-    def of(task: Task, model: nn.Module, prompts: Sequence[Encoded]) -> Workload:
-        """The workload of ``task`` on ``prompts`` like those that are trained on."""
+    def of(task: Task, model: nn.Module, prompts: Sequence[Encoded], general: Sequence[str] = ()) -> Workload:
+        """The workload of ``task`` on ``prompts`` like those that are trained on, and on ``general`` texts at the end."""
         tokens = sum(len(prompt.input_ids) for prompt in prompts) / len(prompts)
         head = getattr(model, "get_output_embeddings", lambda: None)()  # of its rows only the candidates are used
         layers = (m for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
         weights = sum(layer.weight.numel() for layer in layers)
-        evaluated = task.validation * (1 + task.validations) + task.test
-        if task.forgetting:
-            evaluated += round(_PIECES * sum(len(text.split()) for text in general_text()) / tokens)
+        others = round(_PIECES * sum(len(text.split()) for text in general) / tokens)
+        evaluated = task.validation * (1 + task.validations) + task.test + others
         return Workload(2.0 * weights * tokens, common_ending(prompts) / tokens, evaluated)
 
     def seconds(self, runs: Sequence[Method], flops: float) -> float:

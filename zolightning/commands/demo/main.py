@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from ...adapt.matmul import matmul_speed
-from ...data import SMOLLM2, VADER, PromptTemplate, encode, fetch, load_causal_lm, verbalizer_ids
+from ...data import SMOLLM2, VADER, PromptTemplate, encode, fetch, general_text, load_causal_lm, verbalizer_ids
 from ...records.mlflow_logger import prepare_store
 from ..console import make_folder, say
 from .engine import missing
@@ -62,7 +62,8 @@ class Demo(Comparison):
         chosen = select_methods(PROFILES[self.profile], self.methods)
         runs = plan(possible(chosen, self.model, named=bool(self.methods)), self.seeds)
         task = self._task()
-        workload = prepare(task, max((method.batch_size for method, _ in runs if method.steps), default=1))
+        general = general_text() if self.forgetting else []
+        workload = prepare(task, max((method.batch_size for method, _ in runs if method.steps), default=1), general)
         expected = workload.seconds([method for method, _ in runs], matmul_speed().flops[task.dtype])
         count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
         say(f"{count}, about {max(1, round(expected / 60))} min on this machine, as busy as it is now")
@@ -70,7 +71,7 @@ class Demo(Comparison):
         for i, (method, seed) in enumerate(runs):
             steps = f": {method.steps} steps" if method.steps else ""
             say(f"[{i + 1}/{len(runs)}] {method.title}, seed {seed}{steps}")
-            results.append(self._run(task, method, seed))
+            results.append(self._run(task, method, seed, general))
         image = write(results, Path(self.out), settings(task) | {"machine": machine()})
         say("\n" + text_table(results) + "\n\n" + _FIGURES)
         say(f"\npicture: {image}\ncompare the runs: zolightning dash --store {self.store}")
@@ -79,12 +80,11 @@ class Demo(Comparison):
         """The comparison with the profile's evaluation, and its precision settled."""
         shared = {field.name: getattr(self, field.name) for field in fields(Comparison)}
         profile = PROFILES[self.profile]
-        looks = {name: getattr(profile, name) for name in ("validation", "test", "validations")}
-        task = Task(**shared, **looks, forgetting=self.forgetting)
+        task = Task(**shared, validation=profile.validation, test=profile.test, validations=profile.validations)
         return replace(task, precision=settle_precision(self.precision))
 
-    def _run(self, task: Task, method: Method, seed: int) -> Result:
-        done = run_alone(task, method, seed, self.threads)
+    def _run(self, task: Task, method: Method, seed: int, general: Sequence[str]) -> Result:
+        done = run_alone(task, method, seed, self.threads, general)
         spent = f"{done.process_seconds:.0f} CPU seconds in all"
         say(f"      test accuracy {100 * done.accuracy:.1f} %, loss {done.loss:.3f}; {spent}")
         return done
@@ -120,12 +120,13 @@ def settle_precision(asked: str) -> str:
     return settled
 
 
-def prepare(task: Task, batch_size: int = 1) -> Workload:
+def prepare(task: Task, batch_size: int = 1, general: Sequence[str] = ()) -> Workload:
     """Fetch and check everything before the first run, so that errors show now.
 
     Args:
         task: The settings that all runs share.
         batch_size: The largest number of examples that a run takes in a step.
+        general: Texts of other kinds, on which each run's model is looked at.
 
     Returns:
         The settings from which the duration of runs follows.
@@ -152,4 +153,4 @@ def prepare(task: Task, batch_size: int = 1) -> Workload:
         f"{len(found.train):,} texts to train on, {len(found.validation):,} to validate, {len(found.test):,} to test; "
         f"labels {', '.join(found.label_names)}; {torch.get_num_threads()} CPU threads"
     )
-    return Workload.of(task, model, encode(tokenizer, found.train[:256], prompt, task.max_length))
+    return Workload.of(task, model, encode(tokenizer, found.train[:256], prompt, task.max_length), general)

@@ -34,8 +34,8 @@ class PromptClassifier(ZOMixin, pl.LightningModule):
     outside = 0
     """Bytes of the model that are in no tensor of this module."""
 
-    perplexity: Callable[[nn.Module], float] | None = None
-    """Gives a model's perplexity on text of other kinds; None: not asked for."""
+    perplexity: Callable[..., float] | None = None
+    """:func:`~zolightning.data.text_perplexity` by the model's tokenizer; None: it is not for this kind of model."""
 
     def __init__(self, model: nn.Module, candidate_ids: Tensor, make_optimizer: MakeOptimizer, decay_steps: int = 0) -> None:
         super().__init__()

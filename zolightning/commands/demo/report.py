@@ -9,7 +9,7 @@ from statistics import mean
 
 from ..bench.machine import origin
 from ..pictures import accuracy_at_memory, look, panels
-from ..tables import aligned, by_method, markdown, spread, title_of
+from ..tables import NONE, aligned, by_method, markdown, spread, title_of
 from .run import Result
 
 COLUMNS: dict[str, Callable[[Sequence[Result]], str]] = {
@@ -32,8 +32,8 @@ def rows(results: Iterable[Result], columns: Iterable[str]) -> list[list[str]]:
 
 
 def measured(results: Sequence[Result]) -> tuple[str, ...]:
-    """The columns for which there is a value."""
-    return tuple(name for name in COLUMNS if name != "perplexity" or any(r.perplexity is not None for r in results))
+    """The columns in which some method has a value."""
+    return tuple(name for name, cell in COLUMNS.items() if any(cell(runs) != NONE for runs in by_method(results)))
 
 
 def text_table(results: Sequence[Result]) -> str:

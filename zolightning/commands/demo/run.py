@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,6 @@ from ...data import (
     Splits,
     encode,
     film_snippets,
-    general_text,
     load_causal_lm,
     model_name,
     read_table,
@@ -92,9 +92,6 @@ class Task(Comparison):
 
     validations: int = 5
     """The number of times that a run looks at the validation examples."""
-
-    forgetting: bool = False
-    """Whether a run ends with the trained model's perplexity on text of other kinds."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -176,8 +173,7 @@ def build(task: Task, method: Method, seed: int) -> tuple[PromptClassifier, Prom
         intervene_at_ending(model, train, tokenizer.pad_token_id)
     decay = method.steps if method.decay else 0
     module = method.module_type(model, candidates, method.make_optimizer(), decay)
-    if task.forgetting:
-        module.perplexity = partial(text_perplexity, tokenizer=tokenizer, texts=general_text())
+    module.perplexity = partial(text_perplexity, tokenizer=tokenizer)
     return module, data
 
 
@@ -191,8 +187,8 @@ def start_record(task: Task, method: Method, seed: int, run_name: str) -> MLFlow
 
 
 @quiet_libraries()
-def run(task: Task, method: Method, seed: int) -> Result:
-    """Fine-tune and test; everything is logged to the task's store."""
+def run(task: Task, method: Method, seed: int, general: Sequence[str] = ()) -> Result:
+    """Fine-tune and test, and measure the perplexity on ``general`` texts; everything is logged to the task's store."""
     module, data = build(task, method, seed)
     logger = start_record(task, method, seed, f"{method.name}-seed{seed}")
     monitor = ZOMonitor(method.title)
@@ -238,7 +234,7 @@ def run(task: Task, method: Method, seed: int) -> Result:
         cpu_seconds=monitor.cpu_seconds,
         weights=meter.weights + module.outside,
         process_seconds=time.process_time(),
-        perplexity=module.perplexity and module.perplexity(module.model),
+        perplexity=module.perplexity(module.model, texts=general) if general and module.perplexity else None,
     )
     summary = {"peak_memory": result.peak_memory, "train_seconds": result.seconds, "perplexity": result.perplexity}
     logger.log_metrics({f"summary/{name}": value for name, value in summary.items() if value is not None}, step=method.steps)
@@ -246,7 +242,7 @@ def run(task: Task, method: Method, seed: int) -> Result:
     return result
 
 
-def run_alone(task: Task, method: Method, seed: int, threads: int | None = None) -> Result:
+def run_alone(task: Task, method: Method, seed: int, threads: int | None = None, general: Sequence[str] = ()) -> Result:
     """:func:`run` in a process of its own; its result is kept in the task's folder.
 
     Raises:
@@ -256,7 +252,7 @@ def run_alone(task: Task, method: Method, seed: int, threads: int | None = None)
     path.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        result = OwnProcess(threads).call(run, task, method, seed)
+        result = OwnProcess(threads).call(run, task, method, seed, general)
     except ProcessFailed as error:
         raise SystemExit(f"{method.title} failed ({error}); the runs before it are in {task.store}") from None
     result.save(path)
